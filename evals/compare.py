@@ -1,0 +1,138 @@
+"""Runs a study: tunes its arms, measures them, keeps a record of each, and draws the table from the records.
+
+Stop it at any time and start it again: what is recorded or tuned is not done again, and the end is the same.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from evals.arms import Ensemble, arm_names, check_vocabularies, ensembles, load, tuning_summary
+from evals.material import material_for
+from evals.measures import Measurement, measure, measurements, workload
+from evals.progress import Display
+from evals.records import content_key, read_record, write_record
+from evals.study import Study
+from finetune.data import prompt_ids
+from proxytune.errors import UserError
+from proxytune.member import Member
+from proxytune.mixture import active
+from proxytune.modeling import ProxyTunedForCausalLM
+
+
+@dataclass(frozen=True)
+class Record:
+    """One arm, one measurement, one seed: its items and how they were asked."""
+
+    arm: str
+    measurement: str
+    seed: int
+    protocol: str
+    items: pd.DataFrame
+
+
+def run_study(study: Study, folder: Path, out: Path, display: Display) -> list[Record]:
+    """Measures every arm of every seed; returns the records in the study's order.
+
+    Writes `out`/records, `out`/checkpoints, `out`/worlds and `out`/study.json. Raises `UserError` where `out` cannot be
+    written.
+    """
+    torch.set_num_threads(study.threads)
+    try:
+        for name in ("records", "checkpoints"):
+            (out / name).mkdir(parents=True, exist_ok=True)
+        (out / "study.json").write_text(study.model_dump_json(indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"out: '{out}' cannot be written ({error}); choose another folder with --out") from error
+    records: list[Record] = []
+    for seed in study.seeds:
+        material = material_for(study, folder, seed, out / "worlds", display)
+        check_vocabularies(material)
+        asked = measurements(study, material)
+        for ensemble in ensembles(study, material, folder, seed, out / "checkpoints", display):
+            records += _measure_ensemble(study, ensemble, asked, seed, out, display)
+    order = {arm: position for position, arm in enumerate(arm_names(study))}
+    return sorted(records, key=lambda record: (record.measurement, order[record.arm], record.seed))
+
+
+def _measure_ensemble(study: Study, ensemble: Ensemble, asked: list[Measurement], seed: int, out: Path, display: Display) -> list[Record]:
+    with display.bar(f"seed {seed} · loading {', '.join(ensemble.members)}", None):
+        members = load(ensemble)
+    _say_what_was_tuned(ensemble, seed, display)
+    model = ProxyTunedForCausalLM(members, next(iter(ensemble.mixtures.values())))
+    records = []
+    for measurement in asked:
+        arms = list(ensemble.mixtures)
+        if measurement.probe == "density":
+            # States belong to weights: a proxied base has the base's own, and an expert is another, smaller model.
+            arms = arms if ensemble.own_weights else [study.base_arm]
+        keys = {arm: _key(members, ensemble, arm, measurement, seed) for arm in arms}
+        done = {arm: read_record(out / "records", key) for arm, key in keys.items()}
+        missing = [arm for arm, record in done.items() if record is None]
+        if missing:
+            if seed == study.seeds[0] and study.base_arm in missing:
+                _say_first_prompt(measurement, members["base"], display)
+            title = f"seed {seed} · {measurement.name} · {', '.join(missing)}"
+            mixtures = {arm: ensemble.mixtures[arm] for arm in missing}
+            tokenizer = next(iter(members.values())).tokenizer
+            with display.bar(title, workload(measurement, len(missing))) as progress:
+                frames = measure(measurement, model, tokenizer, mixtures, study, progress)
+            for arm, frame in frames.items():
+                write_record(out / "records", keys[arm], frame, _provenance(study, ensemble, members, arm, measurement, seed))
+                done[arm] = (frame, {})
+        for arm in arms:
+            record = done[arm]
+            assert record is not None
+            records.append(Record(arm, measurement.name, seed, measurement.protocol, record[0]))
+            display.say(_summary(records[-1], reused=arm not in missing))
+    return records
+
+
+def _key(members: dict[str, Member], ensemble: Ensemble, arm: str, measurement: Measurement, seed: int) -> str:
+    # Weights with their coefficients in the mixture's order, without the names they go by.
+    weighted = [[members[name].fingerprint, float(coefficient)] for name, coefficient in active(ensemble.mixtures[arm]).items()]
+    return content_key(mixture=weighted, protocol=measurement.protocol, seed=seed)
+
+
+def _provenance(study: Study, ensemble: Ensemble, members: dict[str, Member], arm: str, measurement: Measurement, seed: int) -> dict[str, Any]:
+    names = active(ensemble.mixtures[arm])
+    return {
+        "study": study.study,
+        "arm": arm,
+        "seed": seed,
+        "measurement": measurement.name,
+        "protocol": measurement.protocol,
+        "mixture": names,
+        "weights": {name: members[name].fingerprint for name in names},
+        "tuning": {name: tuning_summary(ensemble.members[name]) for name in names},
+        "first_prompt": measurement.prompts[0],
+        "threads": study.threads,
+    }
+
+
+def _say_first_prompt(measurement: Measurement, base: Member, display: Display) -> None:
+    prompt = measurement.prompts[0]
+    display.say(
+        f"{measurement.name}: first prompt {json.dumps(prompt)} = {prompt_ids(base.tokenizer, prompt)}, answer {measurement.items[0].answer!r}"
+    )
+
+
+def _say_what_was_tuned(ensemble: Ensemble, seed: int, display: Display) -> None:
+    for name, weights in ensemble.members.items():
+        card: Any = tuning_summary(weights)
+        if card is not None:
+            report = card["report"]
+            display.say(
+                f"seed {seed} · {name} tuned: {report['examples']} examples, {report['steps']} steps, {report['parameters']:,} parameters, "
+                f"{report['trained_share']:.0%} of {report['tokens']:,} tokens trained on, {report['seconds']:.0f} s, "
+                f"loss {report['losses'][0]:.2f} to {report['losses'][-1]:.2f}"
+            )
+
+
+def _summary(record: Record, reused: bool) -> str:
+    said = f"{record.items['right'].mean():.3f} right" if "right" in record.items else "states measured"
+    return f"seed {record.seed} · {record.arm} · {record.measurement}: {said} (n={len(record.items)}){' · from its record' if reused else ''}"

@@ -1,0 +1,56 @@
+"""What a person sees while a study runs: one moving line for what is going on, one fixed line for what is done."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import datasets
+import transformers
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class Display(TrainerCallback):
+    """Writes to standard error only, so that standard output holds the table and nothing else. Also watches trainers."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=self._console, transient=True
+        )
+
+    def __enter__(self) -> "Display":
+        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()
+        datasets.disable_progress_bars()
+        # transformers and trl announce their next major release to each other; a user can do nothing about it.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|torch")
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def say(self, line: str) -> None:
+        """Leaves a line standing."""
+        self._console.print(escape(line), soft_wrap=True)
+
+    @contextmanager
+    def bar(self, title: str, total: int | None) -> Iterator[Callable[[int], None]]:
+        """Shows a bar while the block runs; the block calls what it is given with the steps it has done."""
+        task = self._progress.add_task(escape(title), total=total)
+        try:
+            yield lambda steps: self._progress.advance(task, steps)
+        finally:
+            self._progress.remove_task(task)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        self._task = self._progress.add_task("training", total=state.max_steps)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        self._progress.update(self._task, completed=state.global_step)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        self._progress.remove_task(self._task)

@@ -1,0 +1,196 @@
+"""From records to numbers: every value with its interval, as the one object that tables, figures and JSON show."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from evals.arms import arm_names
+from evals.compare import Record
+from evals.statistics import Estimate, Interval, bootstrap_means, gap_closed, interval
+from evals.study import Direct, Expert, Study
+from probes.density import erosion_verdict, thirds
+from probes.forgetting import Familiarity, familiarity
+from proxytune.errors import UserError
+
+DENSITY_METRIC = "effective_rank"
+READOUTS = {"statement": "forgetting", "question": "forgetting/question", "choice": "forgetting/choice"}
+Select = Callable[[pd.DataFrame], "np.ndarray[Any, np.dtype[np.bool_]]"]
+
+
+def summarize(study: Study, records: Sequence[Record]) -> dict[str, Any]:
+    """The results: `study`, `seeds`, `rows`, `gap_closed`, `against_direct`, `verdicts`, `readings`.
+
+    A row is arm, measure, value, low, high, n (items over all seeds), unparsed and, where the value needs a word, note.
+    Shares are between 0 and 1; forgetting is the base's share less the arm's; density is the change of (familiar less
+    unfamiliar) in effective rank. Raises `UserError` where records of one measurement were asked differently.
+    """
+    _check_protocols(records)
+    arms = arm_names(study)
+    results: dict[str, Any] = {"study": study.study, "seeds": list(study.seeds), "rows": [], "gap_closed": [], "against_direct": [], "verdicts": []}
+    if "task" in study.measures:
+        estimate = _share_rows(results, records, arms, "task", "task")
+        _direct_rows(results, study, arms, "task", estimate)
+        _gap_rows(results, study, arms, estimate)
+    if "knowledge" in study.measures:
+        _direct_rows(results, study, arms, "knowledge", _share_rows(results, records, arms, "statement", "knowledge"))
+    if "forgetting" in study.measures:
+        for measurement, measure in READOUTS.items():
+            _forgetting_rows(results, study, records, arms, measurement, measure)
+    if "density" in study.measures:
+        _density_rows(results, study, records)
+    return results
+
+
+def _check_protocols(records: Sequence[Record]) -> None:
+    seen: dict[tuple[str, int], Record] = {}
+    for record in records:
+        first = seen.setdefault((record.measurement, record.seed), record)
+        if record.protocol != first.protocol:
+            raise UserError(f"{record.measurement}: arms {first.arm} and {record.arm} were asked differently; rows of one table need one protocol")
+
+
+def frames_of(records: Sequence[Record], measurement: str, arms: Sequence[str]) -> list[list[pd.DataFrame]]:
+    """For every seed, the items of every arm."""
+    found = {(record.seed, record.arm): record.items for record in records if record.measurement == measurement}
+    seeds = dict.fromkeys(seed for seed, _ in found)
+    return [[found[seed, arm] for arm in arms] for seed in seeds]
+
+
+def estimate_means(frames: Sequence[Sequence[pd.DataFrame]], column: str, select: Select, stream: int = 0) -> Estimate:
+    """Means over the selected items' units, one series an arm."""
+    return bootstrap_means([np.stack([_unit_means(frame[select(frame)], column) for frame in seed]) for seed in frames], stream)
+
+
+def _unit_means(frame: pd.DataFrame, column: str) -> np.ndarray:
+    return frame.groupby("unit", sort=True)[column].mean().to_numpy(float)
+
+
+def _exposed(frame: pd.DataFrame) -> "np.ndarray[Any, np.dtype[np.bool_]]":
+    """Items that could be known: all but those stated zero times."""
+    return (frame["popularity"] != 0).to_numpy()
+
+
+def _row(arm: str, measure: str, value: Interval, frames: Sequence[pd.DataFrame], select: Select, note: str | None = None) -> dict[str, Any]:
+    chosen = [frame[select(frame)] for frame in frames]
+    unparsed = int(sum(frame["unparsed"].sum() for frame in chosen)) if all("unparsed" in frame for frame in chosen) else 0
+    row = {"arm": arm, "measure": measure} | _numbers(value) | {"n": sum(map(len, chosen)), "unparsed": unparsed}
+    return row | ({"note": note} if note else {})
+
+
+def _numbers(value: Interval) -> dict[str, float]:
+    return {name: round(number, 6) + 0.0 for name, number in value._asdict().items()}
+
+
+def _share_rows(results: dict[str, Any], records: Sequence[Record], arms: Sequence[str], measurement: str, measure: str) -> Estimate:
+    frames = frames_of(records, measurement, arms)
+    estimate = estimate_means(frames, "right", _exposed)
+    for position, arm in enumerate(arms):
+        value = interval(estimate.value[position], estimate.draws[position])
+        results["rows"].append(_row(arm, measure, value, [seed[position] for seed in frames], _exposed))
+    return estimate
+
+
+def _direct_rows(results: dict[str, Any], study: Study, arms: Sequence[str], measure: str, estimate: Estimate) -> None:
+    if study.direct_arm is None:
+        return
+    direct = arms.index(study.direct_arm)
+    for position, arm in enumerate(arms):
+        if position != direct:
+            value = interval(estimate.value[position] - estimate.value[direct], estimate.draws[position] - estimate.draws[direct])
+            results["against_direct"].append({"arm": arm, "direct": study.direct_arm, "measure": measure} | _numbers(value))
+
+
+def _gap_rows(results: dict[str, Any], study: Study, arms: Sequence[str], estimate: Estimate) -> None:
+    if study.direct_arm is None:
+        return
+    base, direct = arms.index(study.base_arm), arms.index(study.direct_arm)
+    for position, arm in enumerate(arms):
+        if position in (base, direct):
+            continue
+        gap = gap_closed(estimate, position, base, direct)
+        if gap is None:
+            numbers: dict[str, float | None] = {"value": None, "low": None, "high": None, "capped": None}
+        else:
+            numbers = {**_numbers(gap), "capped": round(min(gap.value, 1.0), 6)}
+        results["gap_closed"].append({"arm": arm, "measure": "task"} | numbers)
+
+
+def _forgetting_rows(results: dict[str, Any], study: Study, records: Sequence[Record], arms: Sequence[str], measurement: str, measure: str) -> None:
+    frames = frames_of(records, measurement, arms)
+    if not frames:
+        return
+    base = arms.index(study.base_arm)
+    for label in _familiarity(frames[0][base]).labels:
+        select = in_bucket(label)
+        estimate = estimate_means(frames, "right", select)
+        for position, arm in enumerate(arms):
+            if position != base:
+                value = interval(estimate.value[base] - estimate.value[position], estimate.draws[base] - estimate.draws[position])
+                results["rows"].append(_row(arm, f"{measure}/{label}", value, [seed[position] for seed in frames], select))
+
+
+def _density_rows(results: dict[str, Any], study: Study, records: Sequence[Record]) -> None:
+    """Changes against the base in the lower and upper third, and their difference, in the neurons' basis and rotated."""
+    direct = [name for name, arm in study.arms.items() if isinstance(arm, Direct)]
+    frames = frames_of(records, "density", [study.base_arm, *direct])
+    blocks = thirds(states_of(frames[0][0]))
+    for position, arm in enumerate(direct, start=1):
+        changes = {}
+        for view in ("pre", "rotated"):
+            for block, states in blocks.items():
+                changes[block, view] = density_change(frames, position, [f"{DENSITY_METRIC}/{view}/{state}" for state in states])
+        lower, upper = changes["lower", "pre"], changes["upper", "pre"]
+        values = {
+            "density/lower": _only(lower),
+            "density/upper": _only(upper),
+            "density/lower-upper": interval(lower.value[0] - upper.value[0], lower.draws[0] - upper.draws[0]),
+            "density/lower/rotated": _only(changes["lower", "rotated"]),
+            "density/upper/rotated": _only(changes["upper", "rotated"]),
+        }
+        for measure, value in values.items():
+            results["rows"].append(_row(arm, measure, value, [seed[position] for seed in frames], _contrasted))
+        verdict = erosion_verdict(values["density/lower"], values["density/lower-upper"])
+        results["verdicts"].append({"arm": arm, "claim": "tuning erodes familiar density in lower layers", "verdict": verdict})
+    for arm in arm_names(study):
+        # An expert by itself is another model: its states have nothing to be subtracted from.
+        if arm not in direct and not isinstance(study.arms.get(arm), Expert):
+            for measure in ("density/lower", "density/upper", "density/lower-upper"):
+                zero = {"value": 0.0, "low": 0.0, "high": 0.0, "n": 0, "unparsed": 0}
+                results["rows"].append({"arm": arm, "measure": measure} | zero | {"note": "unchanged by construction"})
+
+
+def density_change(frames: Sequence[Sequence[pd.DataFrame]], arm: int, columns: list[str]) -> Estimate:
+    """(arm - base) of the familiar less (arm - base) of the unfamiliar, averaged over the columns; `frames[seed][0]` is the base."""
+    contrasts = []
+    for stream, sign in enumerate((1, -1)):
+        changes = []
+        for seed in frames:
+            chosen = np.array(_familiarity(seed[0]).contrast) == sign
+            change = (seed[arm][columns] - seed[0][columns]).mean(axis=1)
+            changes.append(_unit_means(pd.DataFrame({"unit": seed[0]["unit"], "change": change})[chosen], "change")[None])
+        contrasts.append(bootstrap_means(changes, stream))
+    familiar, unfamiliar = contrasts
+    return Estimate(familiar.value - unfamiliar.value, familiar.draws - unfamiliar.draws)
+
+
+def states_of(frame: pd.DataFrame) -> int:
+    """How many states (layers and embeddings) a density record holds."""
+    return sum(column.startswith(f"{DENSITY_METRIC}/pre/") for column in frame.columns)
+
+
+def _only(estimate: Estimate) -> Interval:
+    return interval(estimate.value[0], estimate.draws[0])
+
+
+def _familiarity(frame: pd.DataFrame) -> Familiarity:
+    return familiarity(frame["popularity"].tolist())
+
+
+def in_bucket(label: str) -> Select:
+    return lambda frame: np.array(_familiarity(frame).buckets) == label
+
+
+def _contrasted(frame: pd.DataFrame) -> "np.ndarray[Any, np.dtype[np.bool_]]":
+    return np.array(_familiarity(frame).contrast) != 0

@@ -1,0 +1,102 @@
+"""Tables for people and papers, from the results object: on the terminal, in Markdown, in LaTeX, or as JSON."""
+
+import json
+from typing import Any, NamedTuple
+
+import pandas as pd
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as RichTable
+
+
+class Table(NamedTuple):
+    title: str
+    frame: pd.DataFrame
+    note: str
+
+
+def render(results: dict[str, Any], form: str) -> str:
+    """The results as `table`, `markdown`, `latex` or `json`. The same results give the same bytes."""
+    if form == "json":
+        return json.dumps(results, indent=1, allow_nan=False)
+    tables = make_tables(results)
+    if form == "markdown":
+        return "\n\n".join(f"**{table.title}**\n\n{table.frame.to_markdown(index=False)}\n\n{table.note}" for table in tables)
+    if form == "latex":
+        return "\n\n".join(table.frame.to_latex(index=False, escape=True, caption=f"{table.title}. {_latex(table.note)}") for table in tables)
+    console = Console(width=160, force_terminal=False, highlight=False)
+    with console.capture() as captured:
+        for table in tables:
+            drawn = RichTable(title=escape(table.title), caption=escape(table.note), title_justify="left", caption_justify="left")
+            for column in table.frame.columns:
+                drawn.add_column(escape(column), justify="left" if column == "arm" else "right")
+            for row in table.frame.itertuples(index=False):
+                drawn.add_row(*map(escape, row))
+            console.print(drawn)
+    return captured.get().rstrip()
+
+
+def make_tables(results: dict[str, Any]) -> list[Table]:
+    """One table each for task and knowledge, one for each read-out of forgetting, one for density; those that have rows."""
+    rows = pd.DataFrame(results["rows"])
+    tables = [_share(results, rows, measure) for measure in ("task", "knowledge") if measure in set(rows["measure"])]
+    for prefix, how in (
+        ("forgetting", "continuing a statement"),
+        ("forgetting/question", "asked in the tuned format"),
+        ("forgetting/choice", "choosing among candidates, whatever the format"),
+    ):
+        buckets = [measure for measure in rows["measure"].unique() if measure.rpartition("/")[0] == prefix]
+        if buckets:
+            names = {measure: measure.rpartition("/")[2] for measure in buckets}
+            tables.append(
+                Table(
+                    f"Forgotten of what the base knew, {how} (points)", _wide(rows, names, 100), "Base less arm, by exposure; positive is forgotten."
+                )
+            )
+    density = {measure: measure.removeprefix("density/") for measure in rows["measure"].unique() if measure.startswith("density/")}
+    if density:
+        verdicts = "; ".join(f"{entry['arm']}: {entry['verdict']}" for entry in results["verdicts"])
+        note = f"Effective rank, arm less base, familiar less unfamiliar; below zero is erosion. In lower layers: {verdicts or 'nothing to judge'}."
+        tables.append(Table("Change of density (thousandths)", _wide(rows, density, 1000), note))
+    return tables
+
+
+def _share(results: dict[str, Any], rows: pd.DataFrame, measure: str) -> Table:
+    """The table of one share (task or knowledge), with the gap closed and the difference to the direct arm."""
+    chosen = rows[rows["measure"] == measure]
+    columns = {measure: {row["arm"]: _cell(row, 100) for _, row in chosen.iterrows()}}
+    columns["unparsed"] = {row["arm"]: str(row["unparsed"]) for _, row in chosen.iterrows()}
+    note = f"Per cent right of {chosen['n'].max()} (unparsed counts as wrong); 95 % intervals, paired bootstrap, {len(results['seeds'])} seed(s)."
+    gaps = [entry for entry in results["gap_closed"] if entry["measure"] == measure]
+    if gaps:
+        columns["gap closed"] = {entry["arm"]: _gap_cell(entry) for entry in gaps}
+        columns["capped"] = {entry["arm"]: "" if entry["capped"] is None else f"{entry['capped'] * 100:.1f}" for entry in gaps}
+        note += " Gap closed = (arm - base) / (direct - base); n/a where direct - base is within noise."
+    for entry in results["against_direct"]:
+        if entry["measure"] == measure:
+            columns.setdefault(f"less {entry['direct']}", {})[entry["arm"]] = _cell(entry, 100)
+    return Table(measure.capitalize(), _frame(rows, columns), note)
+
+
+def _wide(rows: pd.DataFrame, names: dict[str, str], scale: float) -> pd.DataFrame:
+    columns = {name: {row["arm"]: _cell(row, scale) for _, row in rows[rows["measure"] == measure].iterrows()} for measure, name in names.items()}
+    return _frame(rows, columns)
+
+
+def _frame(rows: pd.DataFrame, columns: dict[str, dict[str, str]]) -> pd.DataFrame:
+    arms = [arm for arm in rows["arm"].unique() if any(arm in cells for cells in columns.values())]
+    return pd.DataFrame({"arm": arms} | {name: [cells.get(arm, "") for arm in arms] for name, cells in columns.items()})
+
+
+def _cell(row: Any, scale: float) -> str:
+    if isinstance(row.get("note"), str):
+        return str(row["note"])
+    return f"{row['value'] * scale:.1f} [{row['low'] * scale:.1f}, {row['high'] * scale:.1f}]"
+
+
+def _gap_cell(entry: dict[str, Any]) -> str:
+    return "n/a" if entry["value"] is None else _cell(entry, 100)
+
+
+def _latex(text: str) -> str:
+    return text.replace("%", r"\%").replace("_", r"\_")

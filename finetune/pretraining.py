@@ -1,0 +1,103 @@
+"""Pretraining of small models from scratch on a list of documents, through transformers' trainer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """A Llama of `layers` layers and width `hidden`, and how it is pretrained. One row is `block` tokens of packed documents."""
+
+    layers: int
+    hidden: int
+    heads: int
+    learning_rate: float
+    epochs: int
+    block: int = 64
+    batch_size: int = 32
+
+
+def untrained(recipe: Pretraining, tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
+    """The model as it is before its first step."""
+    set_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=recipe.hidden,
+            intermediate_size=4 * recipe.hidden,
+            num_hidden_layers=recipe.layers,
+            num_attention_heads=recipe.heads,
+            max_position_embeddings=2 * recipe.block,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def pretrain(
+    recipe: Pretraining,
+    documents: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    scratch: Path,
+    watcher: TrainerCallback | None = None,
+) -> tuple[LlamaForCausalLM, list[float]]:
+    """Trains on the documents, `epochs` times over; returns the model and its losses, one every 50 steps.
+
+    Every pass packs the documents in a new order. On the CPU and with one thread the same seed gives the same weights.
+    """
+    model = untrained(recipe, tokenizer, seed)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(scratch),
+            per_device_train_batch_size=recipe.batch_size,
+            learning_rate=recipe.learning_rate,
+            num_train_epochs=1,
+            lr_scheduler_type="cosine",
+            warmup_steps=50,
+            weight_decay=0.01,
+            adam_beta2=0.95,
+            seed=seed,
+            use_cpu=True,
+            logging_steps=50,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        ),
+        train_dataset=_packed(recipe, documents, tokenizer, seed),
+        data_collator=default_data_collator,
+        callbacks=None if watcher is None else [watcher],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return model.eval(), [round(float(entry["loss"]), 4) for entry in trainer.state.log_history if "loss" in entry]
+
+
+def _packed(recipe: Pretraining, documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, seed: int) -> Dataset:
+    encoded = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(list(documents))["input_ids"]]
+    generator = np.random.default_rng(seed)
+    passes = [np.concatenate([encoded[position] for position in generator.permutation(len(encoded))]) for _ in range(recipe.epochs)]
+    stream = torch.from_numpy(np.concatenate(passes))
+    rows = stream[: len(stream) // recipe.block * recipe.block].view(-1, recipe.block).tolist()
+    return Dataset.from_dict({"input_ids": rows, "labels": rows})

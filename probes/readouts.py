@@ -1,0 +1,105 @@
+"""Three ways of asking a model what it knows.
+
+`question`: asked in the tuned format, answered greedily. `statement`: the beginning of a pretraining sentence, continued
+greedily. `choice`: the candidate with the highest log-probability a token after the statement, which needs no format to
+be kept to and is therefore the least sensitive to style. Forgetting is read off all three (PROBES: a fact that only one
+of them lost was not forgotten but is said differently).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from finetune.data import Item, continuation_ids, prompt_ids
+from proxytune.errors import UserError
+from proxytune.mixture import Mixture
+from proxytune.modeling import ProxyTunedForCausalLM
+from proxytune.scoring import Request, score
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was said to one item. `unparsed`: nothing was said, or nothing that begins with a candidate; it counts as wrong."""
+
+    text: str
+    right: bool
+    unparsed: bool
+
+
+def answer_greedily(
+    model: ProxyTunedForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Item],
+    prompts: Sequence[str],
+    *,
+    new_tokens: int,
+    batch_size: int,
+    progress: Progress = lambda items_done: None,
+) -> list[Answer]:
+    """Greedy answers of the mixture in force. Right: the text begins with the answer, at a word's end, whatever the case."""
+    encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    order = sorted(range(len(items)), key=lambda index: len(encoded[index]))
+    answers: dict[int, Answer] = {}
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        for index, text in zip(indices, _generate(model, tokenizer, [encoded[index] for index in indices], new_tokens), strict=True):
+            answers[index] = judge(text, items[index])
+        progress(len(indices))
+    return [answers[index] for index in range(len(items))]
+
+
+def judge(text: str, item: Item) -> Answer:
+    """Whether a text answers the item: it begins with the answer and with no longer candidate."""
+    candidates = item.choices or (item.answer,)
+    begun = [candidate for candidate in candidates if _begins(text, candidate)]
+    said = max(begun, key=len, default=None)
+    return Answer(text, said == item.answer, (said is None) if item.choices else not text.strip())
+
+
+def choose(
+    model: ProxyTunedForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Item],
+    prompts: Sequence[str],
+    mixtures: Mapping[str, Mixture],
+    *,
+    batch_tokens: int,
+    progress: Progress = lambda choices_done: None,
+) -> dict[str, list[Answer]]:
+    """For every mixture, the choice with the highest mean log-probability a token. The first of equals is taken.
+
+    Raises `UserError` for an item without choices.
+    """
+    requests, owners = [], []
+    for item, prompt in zip(items, prompts, strict=True):
+        if not item.choices:
+            raise UserError(f"choices: the item {item.question!r} has none; forced choice needs them in every item")
+        prefix = tuple(prompt_ids(tokenizer, prompt))
+        requests += [Request(prefix, tuple(continuation_ids(tokenizer, choice))) for choice in item.choices]
+        owners.append(len(item.choices))
+    lengths = torch.tensor([len(request.continuation) for request in requests])
+    scores = score(model, requests, mixtures, batch_tokens=batch_tokens, progress=progress)
+    answers: dict[str, list[Answer]] = {}
+    for name, totals in scores.items():
+        means = (totals / lengths).split(owners)
+        chosen = [item.choices[int(values.argmax())] for item, values in zip(items, means, strict=True)]
+        answers[name] = [Answer(text, text == item.answer, False) for text, item in zip(chosen, items, strict=True)]
+    return answers
+
+
+def _generate(model: ProxyTunedForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], new_tokens: int) -> list[str]:
+    longest = max(map(len, prompts))
+    pad = tokenizer.pad_token_id
+    input_ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    attention_mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    output = model.generate(input_ids, attention_mask=attention_mask, do_sample=False, num_beams=1, max_new_tokens=new_tokens, repetition_penalty=1.0)
+    return [tokenizer.decode(row[longest:], skip_special_tokens=True).strip() for row in output]
+
+
+def _begins(text: str, candidate: str) -> bool:
+    text, candidate = text.strip().casefold(), candidate.strip().casefold()
+    return text.startswith(candidate) and not text[len(candidate) : len(candidate) + 1].isalnum()

@@ -1,0 +1,17 @@
+"""Decoding-time logit arithmetic: members, mixtures of them, generation and scoring.
+
+Knows token ids, logits and caches only.
+"""
+
+from proxytune.errors import UserError as UserError
+from proxytune.member import Member as Member
+from proxytune.member import fingerprint as fingerprint
+from proxytune.member import load_member as load_member
+from proxytune.member import load_tokenizer as load_tokenizer
+from proxytune.mixture import Mixture as Mixture
+from proxytune.mixture import combine as combine
+from proxytune.mixture import proxy_tuning as proxy_tuning
+from proxytune.modeling import ProxyTunedForCausalLM as ProxyTunedForCausalLM
+from proxytune.scoring import Request as Request
+from proxytune.scoring import score as score
+from proxytune.vocabulary import check_same_vocabulary as check_same_vocabulary
