@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from evals.study import Study
 from finetune.data import Item, read_items
+from probes.forgetting import familiarity
 from probes.world.corpus import QUESTION
 from probes.world.family import build_family, find_family
 from probes.world.ledger import items_of
@@ -54,6 +55,8 @@ def material_for(study: Study, folder: Path, seed: int, cache: Path, watcher: Tr
         for item in items:
             if not getattr(item, attribute):
                 raise UserError(f"{field}: the item {item.question!r} has no {attribute}; every item there needs it")
+    if {"forgetting", "density"} & set(study.measures):
+        familiarity([float("nan") if item.popularity is None else item.popularity for item in knowledge])  # refuses now what the table could not show
     small = study.models.small
     return Material(
         _place(study.models.base, folder),

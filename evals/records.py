@@ -30,7 +30,7 @@ def write_record(folder: Path, key: str, items: pd.DataFrame, provenance: dict[s
     target = _path(folder, key)
     partial = target.with_suffix(f".{os.getpid()}.partial")
     try:
-        pq.write_table(table, partial)
+        pq.write_table(table, partial, write_page_checksum=True)
         partial.replace(target)
     except OSError as error:
         partial.unlink(missing_ok=True)
@@ -40,9 +40,9 @@ def write_record(folder: Path, key: str, items: pd.DataFrame, provenance: dict[s
 def read_record(folder: Path, key: str) -> tuple[pd.DataFrame, dict[str, Any]] | None:
     """The record's items and provenance; None where there is none or the file is damaged (it is then made again)."""
     try:
-        table = pq.read_table(_path(folder, key))
+        table = pq.read_table(_path(folder, key), page_checksum_verification=True)
         return table.to_pandas(), json.loads(table.schema.metadata[PROVENANCE])
-    except (FileNotFoundError, pa.ArrowInvalid, KeyError, ValueError):
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
         return None
 
 

@@ -78,7 +78,7 @@ def _share(results: dict[str, Any], rows: pd.DataFrame, measure: str) -> Table:
     return Table(measure.capitalize(), _frame(rows, columns), note)
 
 
-def _wide(rows: pd.DataFrame, names: dict[str, str], scale: float) -> pd.DataFrame:
+def _wide(rows: pd.DataFrame, names: dict[str, str], scale: int) -> pd.DataFrame:
     columns = {name: {row["arm"]: _cell(row, scale) for _, row in rows[rows["measure"] == measure].iterrows()} for measure, name in names.items()}
     return _frame(rows, columns)
 
@@ -88,7 +88,7 @@ def _frame(rows: pd.DataFrame, columns: dict[str, dict[str, str]]) -> pd.DataFra
     return pd.DataFrame({"arm": arms} | {name: [cells.get(arm, "") for arm in arms] for name, cells in columns.items()})
 
 
-def _cell(row: Any, scale: float) -> str:
+def _cell(row: Any, scale: int) -> str:
     if isinstance(row.get("note"), str):
         return str(row["note"])
     return f"{row['value'] * scale:.1f} [{row['low'] * scale:.1f}, {row['high'] * scale:.1f}]"

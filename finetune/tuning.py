@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -172,6 +172,7 @@ def _arguments(tuning: Tuning, seed: int, scratch: str) -> SFTConfig:
         bf16=False,
         seed=seed,
         logging_steps=1,
+        logging_nan_inf_filter=False,
         report_to="none",
         disable_tqdm=True,
         completion_only_loss=True,
@@ -198,7 +199,7 @@ def _first_bad(losses: list[float]) -> int:
 
 
 def _save(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, report: TuningReport, tuning: Tuning, seed: int, scratch: Path, out: Path
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, report: TuningReport, tuning: Tuning, seed: int, scratch: Path, out: Path
 ) -> None:
     model.save_pretrained(scratch)
     tokenizer.save_pretrained(scratch)

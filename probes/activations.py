@@ -25,7 +25,6 @@ def final_norm(model: PreTrainedModel) -> nn.Module:
     raise UserError(f"density: {type(model).__name__} has none of {', '.join(FINAL_NORMS)}; its final norm is not known here")
 
 
-@torch.inference_mode()
 def last_token_states(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], batch_size: int, pad: int
 ) -> Iterator[Float[Tensor, "batch states hidden"]]:
@@ -40,8 +39,12 @@ def last_token_states(
             mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in batch], device=model.device)
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
             last.clear()
-            output = model.base_model(input_ids=input_ids, attention_mask=mask, position_ids=positions, output_hidden_states=True, use_cache=False)
-            states = [*output.hidden_states[:-1], last[0]]
-            yield torch.stack([state[:, -1] for state in states], dim=1).float()
+            # Entered here and not around the generator: between two batches the caller's own mode is in force.
+            with torch.inference_mode():
+                output = model.base_model(
+                    input_ids=input_ids, attention_mask=mask, position_ids=positions, output_hidden_states=True, use_cache=False
+                )
+                states = torch.stack([state[:, -1] for state in [*output.hidden_states[:-1], last[0]]], dim=1).float()
+            yield states
     finally:
         hook.remove()

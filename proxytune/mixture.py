@@ -14,7 +14,7 @@ from torch import Tensor
 
 from proxytune.errors import UserError
 
-Mixture = Mapping[str, float]
+Mixture = Mapping[str, int | float]
 
 
 def proxy_tuning(alpha: float) -> dict[str, float]:
@@ -24,7 +24,7 @@ def proxy_tuning(alpha: float) -> dict[str, float]:
 
 def active(mixture: Mixture) -> dict[str, float]:
     """The members with a non-zero coefficient: the only ones that have to run."""
-    return {name: coefficient for name, coefficient in mixture.items() if coefficient != 0}
+    return {name: float(coefficient) for name, coefficient in mixture.items() if coefficient != 0}
 
 
 def check_mixture(mixture: Mixture, members: Iterable[str]) -> None:

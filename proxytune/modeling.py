@@ -23,17 +23,6 @@ from proxytune.mixture import Mixture, active, check_mixture, combine
 from proxytune.vocabulary import check_rows, check_same_vocabulary
 
 
-class ProxyTunedConfig(PreTrainedConfig):
-    """Describes the mixture's outside only. Members keep their own configs: transformers changes a config it is given
-    as a part of another (it forgets the attention implementation, and the member then sees the future)."""
-
-    model_type = "proxytuned"
-    vocab_size: int = 0
-    num_hidden_layers: int = 0
-    hidden_size: int = 0
-    max_position_embeddings: int = 0
-
-
 class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
     """Members and the mixture of them that is in force.
 
@@ -44,7 +33,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
     Raises `UserError` where vocabularies differ or the mixture is not one over these members.
     """
 
-    config_class = ProxyTunedConfig
+    config_class = PreTrainedConfig
     main_input_name = "input_ids"
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -56,7 +45,9 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         rows = check_rows({name: member.rows for name, member in members.items()}, first.tokenizer)
         texts = [member.model.config.get_text_config() for member in members.values()]
         super().__init__(
-            ProxyTunedConfig(
+            # The mixture's outside only: transformers changes a config that it is given as a part of another (it forgets the
+            # attention implementation, and the member then sees the future).
+            PreTrainedConfig(
                 vocab_size=rows,
                 num_hidden_layers=sum(text.num_hidden_layers for text in texts),
                 hidden_size=texts[0].hidden_size,
@@ -80,7 +71,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         """Leaves the weights alone: the default initialises again whatever it does not know, LoRA adapters above all."""
 
     @property
-    def mixture(self) -> dict[str, float]:
+    def mixture(self) -> dict[str, int | float]:
         return self._mixture
 
     @mixture.setter
@@ -90,6 +81,9 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         raise UserError("save_pretrained: a mixture has no weights of its own; save its members")
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
+        raise UserError("generate_batch: its paged cache is built for one model and not for a mixture; use generate")
 
     def get_input_embeddings(self) -> nn.Module:
         return next(iter(self.members.values())).get_input_embeddings()  # type: ignore[operator]

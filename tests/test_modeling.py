@@ -1,0 +1,216 @@
+"""The composite behaves as any causal language model; each silent trap of wrapping several models is a test."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import make_members, make_model, make_tokenizer
+from peft import LoraConfig, get_peft_model
+from transformers import StoppingCriteria, TextIteratorStreamer
+
+from proxytune import Member, ProxyTunedForCausalLM, UserError, proxy_tuning
+from proxytune.cache import MixtureCache
+
+Ids = Callable[..., torch.Tensor]
+GREEDY = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": 2}
+
+
+def slow_logits(model: ProxyTunedForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+    """The obviously right way: every member by itself, no cache, no padding."""
+    with torch.no_grad():
+        return sum(coefficient * model.members[name](ids).logits for name, coefficient in model.mixture.items())
+
+
+def slow_greedy(model: ProxyTunedForCausalLM, prompt: torch.Tensor, steps: int) -> list[int]:
+    ids = prompt
+    for _ in range(steps):
+        token = slow_logits(model, ids)[:, -1].argmax(-1, keepdim=True)
+        ids = torch.cat([ids, token], dim=1)
+        if token.item() == 2:
+            break
+    return ids[0, prompt.shape[1] :].tolist()
+
+
+def padded(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(len(row) for row in rows)
+    ids, mask = torch.zeros(len(rows), longest, dtype=torch.long), torch.zeros(len(rows), longest, dtype=torch.long)
+    for number, row in enumerate(rows):
+        place = slice(longest - len(row), longest) if side == "left" else slice(0, len(row))
+        ids[number, place], mask[number, place] = row, 1
+    return ids, mask
+
+
+def test_forward_is_the_sum_of_the_members(any_proxy: ProxyTunedForCausalLM, random_ids: Ids) -> None:
+    ids = random_ids(2, 9)
+    with torch.no_grad():
+        right = slow_logits(any_proxy, ids)
+        torch.testing.assert_close(any_proxy(ids).logits, right, atol=1e-5, rtol=1e-5)
+        any_proxy.mixture = {"base": 1.0, "expert": -0.7, "antiexpert": 0.7}
+        assert not torch.allclose(any_proxy(ids).logits, right, atol=1e-2)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(any_proxy: ProxyTunedForCausalLM, random_ids: Ids, side: str) -> None:
+    """Trap: a bare forward counts positions from the first column, padding or not."""
+    rows = [random_ids(length, seed=length) for length in (4, 9, 7)]
+    ids, mask = padded(rows, side)
+    with torch.no_grad():
+        logits = any_proxy(ids, attention_mask=mask).logits
+        for number, row in enumerate(rows):
+            torch.testing.assert_close(logits[number][mask[number].bool()], any_proxy(row[None]).logits[0], atol=1e-5, rtol=1e-5)
+        if side == "left":
+            naive = any_proxy(ids, attention_mask=mask, position_ids=torch.arange(ids.shape[1]).expand_as(ids)).logits
+            learned_positions = any_proxy.members["base"].config.model_type == "gpt2"
+            assert torch.allclose(naive[0, -4:], logits[0, -4:], atol=1e-4) != learned_positions
+
+
+def test_logits_to_keep(proxy: ProxyTunedForCausalLM, random_ids: Ids) -> None:
+    ids = random_ids(2, 9)
+    with torch.no_grad():
+        everything = proxy(ids).logits
+        torch.testing.assert_close(proxy(ids, logits_to_keep=3).logits, everything[:, -3:])
+        torch.testing.assert_close(proxy(ids, logits_to_keep=torch.tensor([1, 4])).logits, everything[:, [1, 4]])
+
+
+def test_alpha_zero_is_the_base_bitwise(proxy: ProxyTunedForCausalLM, random_ids: Ids) -> None:
+    ids = random_ids(2, 9)
+    proxy.mixture = proxy_tuning(0.0)
+    with torch.no_grad():
+        assert torch.equal(proxy(ids).logits, proxy.members["base"](ids).logits)
+
+
+def test_expert_equal_to_antiexpert_is_the_base_bitwise(random_ids: Ids) -> None:
+    members = make_members()
+    members["antiexpert"] = members["expert"]
+    model = ProxyTunedForCausalLM(members, proxy_tuning(1.3))
+    ids = random_ids(2, 9)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, model.members["base"](ids).logits)
+
+
+def test_loss_is_the_mixtures(proxy: ProxyTunedForCausalLM, random_ids: Ids) -> None:
+    ids = random_ids(2, 9)
+    with torch.no_grad():
+        output = proxy(ids, labels=ids)
+    expected = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(output.loss, expected)
+
+
+def test_greedy_is_the_slow_loop(any_proxy: ProxyTunedForCausalLM, random_ids: Ids) -> None:
+    prompt = random_ids(1, 6)
+    expected = slow_greedy(any_proxy, prompt, 12)
+    for options in ({}, {"use_cache": False}, {"cache_implementation": "static"}, {"prefill_chunk_size": 2}):
+        assert any_proxy.generate(prompt, **GREEDY, **options)[0, 6:].tolist() == expected, options
+
+
+def test_left_padded_batches_are_their_rows(any_proxy: ProxyTunedForCausalLM, random_ids: Ids) -> None:
+    rows = [random_ids(length, seed=length) for length in (3, 8, 5, 6)]
+    ids, mask = padded(rows, "left")
+    for options in ({}, {"cache_implementation": "static"}):
+        output = any_proxy.generate(ids, attention_mask=mask, **GREEDY, **options)[:, ids.shape[1] :]
+        for row, generated in zip(rows, output, strict=True):
+            expected = slow_greedy(any_proxy, row[None], 12)
+            assert generated[: len(expected)].tolist() == expected
+
+
+def test_beams_and_seeded_samples_do_not_depend_on_the_cache(any_proxy: ProxyTunedForCausalLM, random_ids: Ids) -> None:
+    rows = [random_ids(length, seed=length) for length in (3, 8)]
+    ids, mask = padded(rows, "left")
+    for options in ({"num_beams": 3, "do_sample": False}, {"do_sample": True, "temperature": 1.5, "top_p": 0.9, "num_return_sequences": 2}):
+        found = []
+        for use_cache in (True, False):
+            torch.manual_seed(0)
+            found.append(any_proxy.generate(ids, attention_mask=mask, use_cache=use_cache, **(GREEDY | options)))
+        assert torch.equal(*found)
+
+
+def test_beams_reorder_every_members_cache(random_ids: Ids, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap: reordering only the base's keys and values gives wrong beams without an error."""
+
+    def beams() -> torch.Tensor:
+        model = ProxyTunedForCausalLM(make_members(), proxy_tuning(1.0))
+        return model.generate(random_ids(3, 6), num_beams=4, **GREEDY)
+
+    right = beams()
+    monkeypatch.setattr(MixtureCache, "reorder_cache", lambda cache, order: cache.members["base"].reorder_cache(order))
+    assert not torch.equal(right, beams())
+
+
+def test_members_stay_causal(proxy: ProxyTunedForCausalLM, random_ids: Ids) -> None:
+    """Trap: a config given as a part of another loses its attention implementation, and the model sees the future."""
+    ids = random_ids(1, 8)
+    changed = ids.clone()
+    changed[0, 5] = (changed[0, 5] + 1 - 3) % 47 + 3
+    with torch.no_grad():
+        before, after = proxy(ids).logits, proxy(changed).logits
+    torch.testing.assert_close(before[:, :5], after[:, :5], atol=1e-6, rtol=0)
+    assert not torch.allclose(before[:, 5:], after[:, 5:], atol=1e-3)
+
+
+def test_construction_leaves_the_members_alone() -> None:
+    """Traps: configs are changed, and weights that transformers does not know (LoRA) are initialised again."""
+    base = make_model(seed=1)
+    adapted = get_peft_model(make_model(seed=2), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).get_base_model()
+    members = {"base": Member(base, make_tokenizer()), "expert": Member(adapted, make_tokenizer())}
+    weights = {name: copy.deepcopy(member.model.state_dict()) for name, member in members.items()}
+    attention = {name: member.model.config._attn_implementation for name, member in members.items()}
+    model = ProxyTunedForCausalLM(members, {"base": 1.0, "expert": 1.0})
+    assert any("lora_A" in name for name in weights["expert"])
+    for name in members:
+        assert model.members[name].config._attn_implementation == attention[name] is not None
+        assert all(torch.equal(tensor, weights[name][key]) for key, tensor in model.members[name].state_dict().items())
+
+
+def test_continuous_batching_is_refused(proxy: ProxyTunedForCausalLM) -> None:
+    """Trap: it builds one paged cache from one config and returns empty answers without an error."""
+    with pytest.raises(UserError, match="generate_batch"):
+        proxy.generate_batch([[3, 4, 5]])
+
+
+def test_mixtures_change_without_reloading(proxy: ProxyTunedForCausalLM, random_ids: Ids) -> None:
+    prompt = random_ids(1, 6)
+    for mixture in (proxy_tuning(2.0), {"expert": 1.0}, {"antiexpert": 0.5, "base": 0.5}, proxy_tuning(0.0)):
+        proxy.mixture = mixture
+        assert proxy.generate(prompt, **GREEDY)[0, 6:].tolist() == slow_greedy(proxy, prompt, 12)
+
+
+def test_a_cache_of_another_mixture_is_refused(proxy: ProxyTunedForCausalLM, random_ids: Ids) -> None:
+    proxy.mixture = {"base": 1.0}
+    cache = proxy(random_ids(1, 4), use_cache=True).past_key_values
+    proxy.mixture = proxy_tuning(1.0)
+    with pytest.raises(UserError, match="lacks antiexpert, expert"):
+        proxy(random_ids(1, 1), past_key_values=cache)
+
+
+def test_continuing_from_a_returned_cache(proxy: ProxyTunedForCausalLM, random_ids: Ids) -> None:
+    ids = random_ids(2, 9)
+    with torch.no_grad():
+        first = proxy(ids[:, :5], use_cache=True)
+        second = proxy(ids[:, 5:], past_key_values=copy.deepcopy(first.past_key_values), attention_mask=torch.ones_like(ids))
+        torch.testing.assert_close(second.logits, proxy(ids).logits[:, 5:], atol=1e-5, rtol=1e-5)
+
+
+def test_streaming_and_stopping(proxy: ProxyTunedForCausalLM, random_ids: Ids) -> None:
+    prompt = random_ids(1, 6)
+    expected = slow_greedy(proxy, prompt, 12)
+    streamer = TextIteratorStreamer(make_tokenizer(), skip_prompt=True, timeout=10)
+    proxy.generate(prompt, streamer=streamer, **GREEDY)
+    assert "".join(streamer).split() == make_tokenizer().decode(expected).split()
+
+    class AfterThree(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
+            return torch.full((len(input_ids),), input_ids.shape[1] >= 9)
+
+    assert proxy.generate(prompt, stopping_criteria=[AfterThree()], **GREEDY)[0, 6:].tolist() == expected[:3]
+
+
+def test_assisted_by_the_expert_is_greedy(proxy: ProxyTunedForCausalLM, random_ids: Ids) -> None:
+    prompt = random_ids(1, 6)
+    assistant = ProxyTunedForCausalLM({"expert": Member(proxy.members["expert"], make_tokenizer())}, {"expert": 1.0})
+    assert proxy.generate(prompt, assistant_model=assistant, **GREEDY)[0, 6:].tolist() == slow_greedy(proxy, prompt, 12)
+
+
+def test_saving_is_refused(proxy: ProxyTunedForCausalLM, tmp_path: object) -> None:
+    with pytest.raises(UserError, match="save its members"):
+        proxy.save_pretrained(tmp_path)

@@ -1,0 +1,92 @@
+import pytest
+import torch
+
+from proxytune import ProxyTunedForCausalLM, Request, UserError, proxy_tuning, score
+from proxytune.mixture import Mixture
+
+MIXTURES: dict[str, Mixture] = {"base": {"base": 1.0}, "expert": {"expert": 1.0}, "proxy": proxy_tuning(0.8), "strong": proxy_tuning(2.0)}
+
+
+def some_requests() -> list[Request]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(length: int) -> tuple[int, ...]:
+        return tuple(torch.randint(3, 50, (length,), generator=generator).tolist())
+
+    prefixes = [draw(length) for length in (1, 4, 4, 9, 13)]
+    continuations = [draw(length) for length in (1, 1, 2, 5)]
+    return [Request(prefix, continuation) for prefix in prefixes for continuation in continuations]
+
+
+def slow_score(model: ProxyTunedForCausalLM, request: Request, mixture: Mixture, shift: int = 0) -> float:
+    """The obviously right way: each member by itself on the unpadded sequence."""
+    ids = torch.tensor([request.prefix + request.continuation])
+    with torch.no_grad():
+        law = sum(coefficient * model.members[name](ids).logits[0] for name, coefficient in mixture.items()).log_softmax(-1)
+    places = range(len(request.prefix) - 1 - shift, ids.shape[1] - 1 - shift)
+    return float(sum(law[place, token] for place, token in zip(places, request.continuation, strict=True)))
+
+
+def test_equals_the_slow_way_for_every_mixture(any_proxy: ProxyTunedForCausalLM) -> None:
+    requests = some_requests()
+    scores = score(any_proxy, requests, MIXTURES)
+    for name, mixture in MIXTURES.items():
+        slow = [slow_score(any_proxy, request, mixture) for request in requests]
+        assert scores[name].tolist() == pytest.approx(slow, abs=1e-4)
+        shifted = [slow_score(any_proxy, request, mixture, shift=1) for request in requests if len(request.prefix) > 1]
+        assert max(abs(a - b) for a, b in zip(shifted, scores[name].tolist()[4:], strict=True)) > 0.1
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 17, 64, 10_000])
+def test_does_not_depend_on_batches_or_order(proxy: ProxyTunedForCausalLM, batch_tokens: int) -> None:
+    requests = some_requests()
+    expected = score(proxy, requests, MIXTURES)
+    order = torch.randperm(len(requests), generator=torch.Generator().manual_seed(1)).tolist()
+    found = score(proxy, [requests[index] for index in order], MIXTURES, batch_tokens=batch_tokens)
+    for name in MIXTURES:
+        torch.testing.assert_close(found[name], expected[name][order], atol=1e-5, rtol=1e-5)
+
+
+def test_mixtures_together_are_mixtures_apart(proxy: ProxyTunedForCausalLM) -> None:
+    requests = some_requests()
+    together = score(proxy, requests, MIXTURES)
+    for name, mixture in MIXTURES.items():
+        assert torch.equal(score(proxy, requests, {name: mixture})[name], together[name])
+
+
+def test_each_member_runs_once_a_batch_and_unneeded_members_not_at_all(proxy: ProxyTunedForCausalLM) -> None:
+    calls: list[str] = []
+    for name, member in proxy.members.items():
+        member.register_forward_hook(lambda *_, name=name: calls.append(name))
+    score(proxy, some_requests(), MIXTURES, batch_tokens=10_000)
+    assert sorted(calls) == ["antiexpert", "base", "expert"]
+    calls.clear()
+    score(proxy, some_requests(), {"base": {"base": 1.0}, "zero": proxy_tuning(0.0)}, batch_tokens=10_000)
+    assert calls == ["base"]
+
+
+def test_one_token_choices_share_a_row(proxy: ProxyTunedForCausalLM) -> None:
+    rows: list[int] = []
+    proxy.members["base"].register_forward_hook(lambda module, args, kwargs, output: rows.append(len(output.logits)), with_kwargs=True)
+    requests = [Request((5, 6, 7), (token,)) for token in range(3, 33)]
+    scores = score(proxy, requests, {"base": {"base": 1.0}})["base"]
+    assert rows == [1]
+    assert scores.exp().sum() < 1
+    assert scores.tolist() == pytest.approx([slow_score(proxy, request, {"base": 1.0}) for request in requests], abs=1e-4)
+
+
+def test_scores_of_a_generated_text_are_those_of_generating_it(proxy: ProxyTunedForCausalLM) -> None:
+    prompt = torch.tensor([[5, 9, 11]])
+    made = proxy.generate(prompt, do_sample=False, max_new_tokens=8, eos_token_id=None, return_dict_in_generate=True, output_logits=True)
+    tokens = made.sequences[0, 3:]
+    recorded = sum(float(step[0].log_softmax(-1)[token]) for step, token in zip(made.logits, tokens, strict=True))
+    scored = score(proxy, [Request((5, 9, 11), tuple(tokens.tolist()))], {"proxy": proxy.mixture})["proxy"]
+    assert scored.item() == pytest.approx(recorded, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("request_", "word"), [(Request((), (5,)), "empty prefix"), (Request((5,), ()), "empty continuation"), (Request((5,) * 128, (6, 7)), "window")]
+)
+def test_bad_requests_are_refused(proxy: ProxyTunedForCausalLM, request_: Request, word: str) -> None:
+    with pytest.raises(UserError, match=f"number 1 .*{word}"):
+        score(proxy, [Request((5,), (6,)), request_], MIXTURES)

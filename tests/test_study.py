@@ -1,0 +1,91 @@
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from evals.arms import arm_names
+from evals.study import STUDIES, load_study
+from proxytune import UserError
+
+TUNING = {"method": "full", "learning_rate": 1e-3}
+GOOD: dict[str, Any] = {
+    "study": "good",
+    "world": "tiny",
+    "measures": ["task"],
+    "arms": {
+        "base": {"kind": "base"},
+        "expert": {"kind": "expert", "tuning": dict(TUNING)},
+        "proxy": {"kind": "proxy", "alpha": [0.5, 1]},
+        "full": {"kind": "direct", "tuning": dict(TUNING)},
+    },
+}
+
+
+def load(tmp_path: Path, study: Any) -> Any:
+    (tmp_path / "study.yaml").write_text(study if isinstance(study, str) else yaml.safe_dump(study, sort_keys=False))
+    return load_study(tmp_path / "study.yaml")[0]
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_studies_are_valid(path: Path) -> None:
+    study, folder = load_study(path)
+    assert study.direct_arm is not None
+    if study.data is not None:
+        assert all((folder / name).exists() for name in (study.data.train, study.data.test, study.data.knowledge))
+
+
+def test_arms_are_named_by_their_alpha(tmp_path: Path) -> None:
+    assert arm_names(load(tmp_path, GOOD)) == ["base", "expert", "proxy@0.5", "proxy@1", "full"]
+
+
+def changed(*path: str, value: Any) -> dict[str, Any]:
+    study = copy.deepcopy(GOOD)
+    place = study
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return study
+
+
+@pytest.mark.parametrize(
+    ("study", "words"),
+    [
+        (changed("meassures", value=[]), "study.yaml: meassures: there is no such key; did you mean 'measures'"),
+        (
+            changed("arms", "full", "tuning", "learning_rat", value=1),
+            "arms.full.tuning.learning_rat: there is no such key; did you mean 'learning_rate'",
+        ),
+        (changed("measures", value=["tasks"]), "measures.0: .* not 'tasks'; did you mean 'task'"),
+        (changed("arms", "proxy", "alpha", value=[float("nan")]), "arms.proxy.alpha.0: .*finite number, not nan"),
+        (changed("arms", "proxy", "alpha", value=["x"]), "arms.proxy.alpha.0: .*, not 'x'"),
+        (changed("arms", "full", "tuning", "learning_rate", value=-1), "arms.full.tuning.learning_rate: .*greater than 0, not -1"),
+        (changed("arms", "full", "tuning", "rank", value=4), "arms.full.tuning: rank must be given with method lora"),
+        (changed("arms", "full", "kind", value="direkt"), "arms.full: .*direkt"),
+        (changed("arms", "second", value={"kind": "base"}), "exactly one arm of kind base"),
+        (changed("arms", "expert", value={"kind": "expert"}), "either tuning or path"),
+        (changed("direct", value="lora"), "direct must name an arm of kind direct, not 'lora'"),
+        (changed("models", value={"base": "x"}), "either world, or models and data"),
+        (changed("seeds", value=[1, 1]), "seeds must differ"),
+        (changed("study", value="../x"), "study: .*, not '../x'"),
+        ("study: [", "cannot be read as YAML"),
+        ("- a", "must hold keys and values, not list"),
+        ("!!python/object/apply:os.system ['true']", "cannot be read as YAML"),
+    ],
+)
+def test_mistakes_name_the_field_and_the_rule(tmp_path: Path, study: Any, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load(tmp_path, study)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no file"):
+        load_study(tmp_path / "none.yaml")
+
+
+def test_a_prompt_needs_its_placeholder(tmp_path: Path) -> None:
+    study = changed("models", value={"base": "x", "small": "y"}) | {"data": {"train": "a", "test": "b", "prompt": "Q:"}}
+    del study["world"]
+    with pytest.raises(UserError, match=r"data.prompt: the only placeholder must be"):
+        load(tmp_path, study)
