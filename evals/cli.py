@@ -68,7 +68,9 @@ def compare(
 def build(
     size: Annotated[Size, typer.Option(help="How large a world.")] = Size.default,
     seeds: Annotated[list[int], typer.Option("--seed", help="Once for each family.")] = [0],  # noqa: B006
-    out: Annotated[Path, typer.Option(help="Where the families go.")] = Path("worlds"),
+    out: Annotated[Path, typer.Option(help="Where the families go; a study finds those in the folder worlds of its own --out.")] = Path(
+        "proxytune-runs/world/worlds"
+    ),
 ) -> None:
     """Draws a corpus, counts its ledger, and pretrains base and small model on it (about three minutes a seed and core)."""
     import torch
@@ -88,10 +90,11 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         from proxytune.errors import UserError
 
-        if not isinstance(error, UserError):
+        # A full disk or a forbidden file is the machine's state and no fault in the program either.
+        if not isinstance(error, UserError | OSError):
             raise
         print(f"proxytune: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -4,6 +4,7 @@ Loss on the answer only. The result is a folder of safetensors with its tokenize
 done; the folder appears whole or not at all. It finetunes; it never scores.
 """
 
+import gc
 import json
 import shutil
 import tempfile
@@ -120,6 +121,8 @@ def tune(
             validation_losses=[float(entry["eval_loss"]) for entry in history if "eval_loss" in entry],
         )
         _save(trained, member.tokenizer, report, tuning, seed, Path(scratch) / "result", out)
+    del trainer, trained
+    gc.collect()  # a trainer refers to itself, and its model may be half of the machine's memory
     return report
 
 
