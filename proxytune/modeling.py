@@ -108,7 +108,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         bare transformers models do not do by themselves. `labels` are shifted inside, as transformers does.
         """
         if use_cache and past_key_values is None:
-            past_key_values = self._new_cache()
+            past_key_values = self.new_cache(active(self.mixture))
         logits = self.member_logits(active(self.mixture), input_ids, attention_mask, position_ids, past_key_values, logits_to_keep)
         mixed: Float[Tensor, "batch kept rows"] = combine(logits, self.mixture)
         loss = None if labels is None else self.loss_function(logits=mixed, labels=labels, vocab_size=self.config.vocab_size)
@@ -142,9 +142,9 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             logits[name] = output.logits[..., : self.config.vocab_size]
         return logits
 
-    def _new_cache(self, static_length: int | None = None) -> MixtureCache:
-        """A cache of every active member; with `static_length`, of that fixed number of positions."""
-        configs = {name: self.members[name].config for name in active(self.mixture)}
+    def new_cache(self, names: Collection[str], static_length: int | None = None) -> MixtureCache:
+        """An empty cache of the named members; with `static_length`, of that fixed number of positions."""
+        configs = {name: self.members[name].config for name in names}
         if static_length is None:
             return MixtureCache({name: DynamicCache(config=config) for name, config in configs.items()})
         return MixtureCache({name: StaticCache(config=config, max_cache_len=static_length) for name, config in configs.items()})
@@ -158,6 +158,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic", *ALL_STATIC_CACHE_IMPLEMENTATIONS):
             raise UserError(f"cache_implementation: a mixture takes 'dynamic' or 'static', not {kind!r}")
-        model_kwargs["past_key_values"] = self._new_cache(max_cache_length if kind in ALL_STATIC_CACHE_IMPLEMENTATIONS else None)
+        static_length = max_cache_length if kind in ALL_STATIC_CACHE_IMPLEMENTATIONS else None
+        model_kwargs["past_key_values"] = self.new_cache(active(self.mixture), static_length)
         if generation_config.is_assistant:
             model_kwargs["past_key_values"].activate_past_recording()

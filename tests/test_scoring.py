@@ -1,7 +1,10 @@
 import pytest
 import torch
+from conftest import make_tokenizer
+from transformers import MistralConfig, MistralForCausalLM
 
-from proxytune import ProxyTunedForCausalLM, Request, UserError, proxy_tuning, score
+from proxytune import Member, ProxyTunedForCausalLM, Request, UserError, proxy_tuning, score
+from proxytune.cache import MixtureCache
 from proxytune.mixture import Mixture
 
 MIXTURES: dict[str, Mixture] = {"base": {"base": 1.0}, "expert": {"expert": 1.0}, "proxy": proxy_tuning(0.8), "strong": proxy_tuning(2.0)}
@@ -54,15 +57,64 @@ def test_mixtures_together_are_mixtures_apart(proxy: ProxyTunedForCausalLM) -> N
         assert torch.equal(score(proxy, requests, {name: mixture})[name], together[name])
 
 
-def test_each_member_runs_once_a_batch_and_unneeded_members_not_at_all(proxy: ProxyTunedForCausalLM) -> None:
-    calls: list[str] = []
-    for name, member in proxy.members.items():
-        member.register_forward_hook(lambda *_, name=name: calls.append(name))
-    score(proxy, some_requests(), MIXTURES, batch_tokens=10_000)
-    assert sorted(calls) == ["antiexpert", "base", "expert"]
-    calls.clear()
-    score(proxy, some_requests(), {"base": {"base": 1.0}, "zero": proxy_tuning(0.0)}, batch_tokens=10_000)
-    assert calls == ["base"]
+def few_shot_requests() -> tuple[list[Request], int]:
+    """Six questions after one beginning of 20 tokens, four choices of three tokens each; and how many tokens differ."""
+    beginning = tuple(range(3, 23))
+    prefixes = [(*beginning, 30 + question, *range(3, 4 + question)) for question in range(6)]
+    requests = [Request(prefix, (40 + choice, 5, 6)) for prefix in prefixes for choice in range(4)]
+    return requests, 20 + sum(len(prefix) - 20 for prefix in prefixes) + 2 * len(requests)
+
+
+def test_every_member_reads_every_token_once_and_unneeded_members_none(proxy: ProxyTunedForCausalLM) -> None:
+    fed: dict[str, int] = {}
+
+    def count(name: str) -> None:
+        proxy.members[name].register_forward_hook(
+            lambda module, args, kwargs, output: fed.update({name: fed.get(name, 0) + kwargs["input_ids"].numel()}), with_kwargs=True
+        )
+
+    for name in proxy.members:
+        count(name)
+    requests, needed = few_shot_requests()
+    score(proxy, requests, MIXTURES, batch_tokens=1)
+    assert fed == {"base": needed, "expert": needed, "antiexpert": needed}
+    fed.clear()
+    score(proxy, requests, {"base": {"base": 1.0}, "zero": proxy_tuning(0.0)}, batch_tokens=1)
+    assert fed == {"base": needed}
+    fed.clear()
+    score(proxy, requests, {"base": {"base": 1.0}}, batch_tokens=1, share_prefixes=False)
+    assert fed["base"] > 3 * needed
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 40, 10_000])
+def test_shared_prefixes_are_separate_rows(any_proxy: ProxyTunedForCausalLM, batch_tokens: int) -> None:
+    for requests in (few_shot_requests()[0], some_requests()):
+        shared = score(any_proxy, requests, MIXTURES, batch_tokens=batch_tokens)
+        apart = score(any_proxy, requests, MIXTURES, batch_tokens=batch_tokens, share_prefixes=False)
+        for name in MIXTURES:
+            torch.testing.assert_close(shared[name], apart[name], atol=1e-4, rtol=1e-5)
+
+
+def test_rows_of_a_cache_that_get_mixed_up_are_noticed(proxy: ProxyTunedForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = few_shot_requests()[0]
+    right = score(proxy, requests, MIXTURES)
+    select = MixtureCache.select_rows
+    monkeypatch.setattr(MixtureCache, "select_rows", lambda cache, rows: select(cache, rows.flip(0)))
+    assert not torch.allclose(score(proxy, requests, MIXTURES)["proxy"], right["proxy"], atol=1e-2)
+
+
+def test_sliding_windows_are_read_without_sharing_and_rightly() -> None:
+    config = MistralConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, sliding_window=4
+    )
+    config.initializer_range = 0.3
+    torch.manual_seed(0)
+    member = Member(MistralForCausalLM(config).eval(), make_tokenizer())
+    model = ProxyTunedForCausalLM({"base": member}, {"base": 1.0})
+    assert not model.new_cache(["base"]).keeps_everything
+    requests = some_requests()
+    scores = score(model, requests, {"base": {"base": 1.0}})["base"]
+    assert scores.tolist() == pytest.approx([slow_score(model, request, {"base": 1.0}) for request in requests], abs=1e-4)
 
 
 def test_one_token_choices_share_a_row(proxy: ProxyTunedForCausalLM) -> None:
