@@ -14,4 +14,5 @@ from proxytune.mixture import proxy_tuning as proxy_tuning
 from proxytune.modeling import ProxyTunedForCausalLM as ProxyTunedForCausalLM
 from proxytune.scoring import Request as Request
 from proxytune.scoring import score as score
+from proxytune.speculation import SpeculationReport as SpeculationReport
 from proxytune.vocabulary import check_same_vocabulary as check_same_vocabulary

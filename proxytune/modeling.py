@@ -6,6 +6,7 @@ harnesses, trainers that only read the loss.
 """
 
 import copy
+import functools
 import inspect
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -113,6 +114,17 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         mixed: Float[Tensor, "batch kept rows"] = combine(logits, self.mixture)
         loss = None if labels is None else self.loss_function(logits=mixed, labels=labels, vocab_size=self.config.vocab_size)
         return CausalLMOutputWithPast(loss=loss, logits=mixed, past_key_values=past_key_values)
+
+    def generate(self, *args: Any, speculate: bool = False, draft: str = "expert", draft_tokens: int = 4, **kwargs: Any) -> Any:
+        """transformers' `generate`; with `speculate`, the same law from fewer passes of the base (see `speculation`).
+
+        `draft` is the member that proposes, `draft_tokens` how many tokens at first. Counts are in `speculation` after it.
+        """
+        if speculate:
+            from proxytune.speculation import speculative_decoding
+
+            kwargs["custom_generate"] = functools.partial(speculative_decoding, draft=draft, draft_tokens=draft_tokens)
+        return super().generate(*args, **kwargs)
 
     def member_logits(
         self,
