@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from evals.material import Material
+from evals.measures import Probe
 from evals.records import content_key
 from evals.study import Direct, Expert, Proxy, Study
 from finetune.tuning import Tuning, tune
@@ -28,12 +29,11 @@ class Weights:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Members that are loaded together, and the arms that are mixtures of them. `own_weights`: the arm's weights differ
-    from the base's, so that probes of weights and states have something to measure."""
+    """Members that are loaded together, the arms that are mixtures of them, and by which probes they are measured."""
 
     members: dict[str, Weights]
     mixtures: dict[str, Mixture]
-    own_weights: bool
+    probes: tuple[Probe, ...]
 
 
 def proxy_name(name: str, alpha: float) -> str:
@@ -59,7 +59,11 @@ def check_vocabularies(material: Material) -> None:
 
 
 def ensembles(study: Study, material: Material, folder: Path, seed: int, checkpoints: Path, watcher: TrainerCallback) -> Iterator[Ensemble]:
-    """The ensembles that between them hold every arm, each tuned when its turn comes. `folder` is the study file's."""
+    """The ensembles that between them hold every arm, each tuned when its turn comes. `folder` is the study file's.
+
+    States belong to weights: a proxied base has the base's own and an expert is another, smaller model, so density is
+    measured of the base and of the direct arms, each loaded alone (its untrained twin takes as much memory again).
+    """
     members = {"base": Weights(material.base)}
     mixtures: dict[str, Mixture] = {study.base_arm: {"base": 1.0}}
     for name, arm in study.arms.items():
@@ -71,11 +75,12 @@ def ensembles(study: Study, material: Material, folder: Path, seed: int, checkpo
     for name, arm in study.arms.items():
         if isinstance(arm, Proxy):
             mixtures |= {proxy_name(name, alpha): proxy_tuning(alpha) for alpha in arm.alpha}
-    yield Ensemble(members, mixtures, own_weights=False)
+    yield Ensemble(members, mixtures, ("generate", "choose"))
+    yield Ensemble({"base": members["base"]}, {study.base_arm: {"base": 1.0}}, ("density",))
     for name, arm in study.arms.items():
         if isinstance(arm, Direct):
             weights = _tuned(Weights(material.base, field="models.base"), arm.tuning, name, material, seed, checkpoints, watcher)
-            yield Ensemble({name: weights}, {name: {name: 1.0}}, own_weights=True)
+            yield Ensemble({name: weights}, {name: {name: 1.0}}, ("generate", "choose", "density"))
 
 
 def load(ensemble: Ensemble) -> dict[str, Member]:

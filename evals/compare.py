@@ -54,7 +54,9 @@ def run_study(study: Study, folder: Path, out: Path, display: Display) -> list[R
         check_vocabularies(material)
         asked = measurements(study, material)
         for ensemble in ensembles(study, material, folder, seed, out / "checkpoints", display):
-            records += _measure_ensemble(study, ensemble, asked, seed, out, display)
+            wanted = [measurement for measurement in asked if measurement.probe in ensemble.probes]
+            if wanted:
+                records += _measure_ensemble(study, ensemble, wanted, seed, out, display)
     order = {arm: position for position, arm in enumerate(arm_names(study))}
     return sorted(records, key=lambda record: (record.measurement, order[record.arm], record.seed))
 
@@ -67,9 +69,6 @@ def _measure_ensemble(study: Study, ensemble: Ensemble, asked: list[Measurement]
     records = []
     for measurement in asked:
         arms = list(ensemble.mixtures)
-        if measurement.probe == "density":
-            # States belong to weights: a proxied base has the base's own, and an expert is another, smaller model.
-            arms = arms if ensemble.own_weights else [study.base_arm]
         keys = {arm: _key(members, ensemble, arm, measurement, seed) for arm in arms}
         done = {arm: read_record(out / "records", key) for arm, key in keys.items()}
         missing = [arm for arm, record in done.items() if record is None]

@@ -62,5 +62,6 @@ def gap_closed(estimate: Estimate, arm: int, base: int, direct: int) -> Interval
     gap = interval(estimate.value[direct] - estimate.value[base], estimate.draws[direct] - estimate.draws[base])
     if not gap.excludes_zero():
         return None
-    draws = (estimate.draws[arm] - estimate.draws[base]) / (estimate.draws[direct] - estimate.draws[base])
+    with np.errstate(divide="ignore", invalid="ignore"):  # draws without any gap are left out below
+        draws = (estimate.draws[arm] - estimate.draws[base]) / (estimate.draws[direct] - estimate.draws[base])
     return interval((estimate.value[arm] - estimate.value[base]) / gap.value, draws[np.isfinite(draws)])
