@@ -64,6 +64,42 @@ def compare(
         display.say(f"Files: {', '.join(map(str, files))}; items, one file a record: {place / 'records'}")
 
 
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; standard input without one.", show_default=False)] = None,
+    base: Annotated[str, typer.Option(help="The large model: a local folder or a hub name.")] = ...,  # type: ignore[assignment]
+    expert: Annotated[str | None, typer.Option(help="The small tuned model, or a LoRA adapter on the anti-expert.", show_default=False)] = None,
+    antiexpert: Annotated[str | None, typer.Option(help="The same small model untuned.", show_default=False)] = None,
+    alpha: Annotated[float, typer.Option(help="Strength: base + alpha (expert - antiexpert).")] = 1.0,
+    new_tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    speculate: Annotated[bool, typer.Option(help="Let the expert draft: the same law from fewer passes of the base.")] = False,
+    explain: Annotated[bool, typer.Option(help="Show what each member gave every token.")] = False,
+    threads: Annotated[int, typer.Option(min=1, help="Of the CPU.")] = 2,
+) -> None:
+    """Answers a prompt with a mixture, or with the base alone where no expert is given."""
+    import torch
+    import transformers
+
+    from evals.generate import generate as stream
+    from evals.generate import load_mixture, print_explanation
+    from proxytune.explanation import explain as explain_tokens
+    from proxytune.member import load_tokenizer
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(threads)
+    model = load_mixture(base, expert, antiexpert, alpha)
+    tokenizer = load_tokenizer(base, "--base")
+    text = sys.stdin.read().rstrip("\n") if prompt is None else prompt
+    ids, prompt_length = stream(model, tokenizer, text, new_tokens, temperature, speculate)
+    if explain:
+        print_explanation(explain_tokens(model, ids, prompt_length), tokenizer)
+    if speculate:
+        report = model.speculation
+        print(f"{report.acceptance:.0%} of drafted tokens accepted, {report.tokens_per_pass:.2f} tokens a pass of the base", file=sys.stderr)
+
+
 @world.command()
 def build(
     size: Annotated[Size, typer.Option(help="How large a world.")] = Size.default,

@@ -123,7 +123,9 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         if speculate:
             from proxytune.speculation import speculative_decoding
 
-            kwargs["custom_generate"] = functools.partial(speculative_decoding, draft=draft, draft_tokens=draft_tokens)
+            # transformers keeps the streamer from a decoding loop that it is given.
+            streamer = kwargs.get("streamer")
+            kwargs["custom_generate"] = functools.partial(speculative_decoding, draft=draft, draft_tokens=draft_tokens, streamer=streamer)
         return super().generate(*args, **kwargs)
 
     def member_logits(

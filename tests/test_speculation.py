@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import make_members, make_model, make_tokenizer
 from scipy.stats import chisquare
+from transformers import TextIteratorStreamer
 
 import proxytune.speculation as speculation
 from proxytune import Member, ProxyTunedForCausalLM, UserError, proxy_tuning
@@ -136,6 +137,14 @@ def test_stopping_criteria_and_end_tokens_stop_each_row(random_ids: Ids) -> None
     end = int(plain[0, 9])
     options = GREEDY | {"eos_token_id": end}
     assert torch.equal(model.generate(prompt, speculate=True, **options), model.generate(prompt, **options))
+
+
+def test_tokens_are_streamed(random_ids: Ids) -> None:
+    model = ProxyTunedForCausalLM(close_members(), proxy_tuning(0.5))
+    prompt = random_ids(1, 5)
+    streamer = TextIteratorStreamer(make_tokenizer(), skip_prompt=True, timeout=10)
+    made = model.generate(prompt, speculate=True, streamer=streamer, **GREEDY)
+    assert "".join(streamer).split() == make_tokenizer().decode(made[0, 5:]).split()
 
 
 @pytest.mark.parametrize(
