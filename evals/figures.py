@@ -8,13 +8,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from evals.arms import arm_names
 from evals.compare import Record
-from evals.results import DENSITY_METRIC, density_change, estimate_means, frames_of, in_bucket, states_of
-from evals.statistics import interval
+from evals.results import DENSITY_METRIC, density_change, density_contrast, estimate_means, frames_of, in_bucket, states_of
+from evals.statistics import Estimate, interval
 from evals.study import Direct, Study
 from probes.forgetting import familiarity
 
@@ -50,27 +50,30 @@ def _knowledge(study: Study, records: Sequence[Record], path: Path) -> Path:
 
 
 def _density(study: Study, records: Sequence[Record], path: Path) -> Path:
+    """Left: does density tell familiar from unfamiliar in the base? Right: what tuning changed of that."""
     direct = [name for name, arm in study.arms.items() if isinstance(arm, Direct)]
     frames = frames_of(records, "density", [study.base_arm, *direct])
     states = range(states_of(frames[0][0]))
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained", sharex=True)
+    for label, view in (("base", "pre"), ("untrained", "untrained")):
+        _line(left, label, [density_contrast(frames, f"{DENSITY_METRIC}/{view}/{state}") for state in states])
     for position, arm in enumerate(direct, start=1):
-        changes = [density_change(frames, position, [f"{DENSITY_METRIC}/pre/{state}"]) for state in states]
-        values = np.array([interval(change.value[0], change.draws[0]) for change in changes])
-        axes.plot(states, values[:, 0], label=arm, marker="o", markersize=4)
-        axes.fill_between(states, values[:, 1], values[:, 2], alpha=0.15)
-    axes.axhline(0, color="black", linewidth=0.8, label="base and proxies (by construction)")
-    one_vector = np.mean([_gaussian_sd(seed[0], states) for seed in frames])
-    axes.set_xticks(states, ["embeddings", *map(str, states[1:])] if len(states) < 15 else None)
-    axes.set_xlabel("residual stream after layer")
-    axes.set_ylabel("change of effective rank, familiar less unfamiliar")
-    axes.set_title(f"{study.study}: change of density (one vector of the Gaussian null: sd {one_vector:.3f})")
-    axes.legend()
+        _line(right, arm, [density_change(frames, position, [f"{DENSITY_METRIC}/pre/{state}"]) for state in states])
+    left.set_title(f"{study.study}: density of the base")
+    left.set_ylabel("effective rank, familiar less unfamiliar")
+    right.set_title("what tuning changed of it (proxies: nothing, by construction)")
+    for axes in (left, right):
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set_xlabel("residual stream after layer (0: embeddings)")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend()
     return _save(figure, path)
 
 
-def _gaussian_sd(base: pd.DataFrame, states: range) -> float:
-    return float(np.mean([base[f"{DENSITY_METRIC}/gaussian_sd/{state}"].iloc[0] for state in states]))
+def _line(axes: Axes, label: str, estimates: Sequence[Estimate]) -> None:
+    values = np.array([interval(estimate.value[0], estimate.draws[0]) for estimate in estimates])
+    axes.plot(range(len(values)), values[:, 0], label=label, marker="o", markersize=4)
+    axes.fill_between(range(len(values)), values[:, 1], values[:, 2], alpha=0.15)
 
 
 def _save(figure: Figure, path: Path) -> Path:

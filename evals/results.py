@@ -20,15 +20,17 @@ Select = Callable[[pd.DataFrame], "np.ndarray[Any, np.dtype[np.bool_]]"]
 
 
 def summarize(study: Study, records: Sequence[Record]) -> dict[str, Any]:
-    """The results: `study`, `seeds`, `rows`, `gap_closed`, `against_direct`, `verdicts`, `readings`.
+    """The results: `study`, `seeds`, `rows`, `gap_closed`, `against_direct`, `density_of_base`, `verdicts`.
 
     A row is arm, measure, value, low, high, n (items over all seeds), unparsed and, where the value needs a word, note.
     Shares are between 0 and 1; forgetting is the base's share less the arm's; density is the change of (familiar less
-    unfamiliar) in effective rank. Raises `UserError` where records of one measurement were asked differently.
+    unfamiliar) in effective rank; `density_of_base` is that contrast itself, in the base and in an untrained model of its
+    shape, with the sd of one vector of the Gaussian null. Raises `UserError` where records of one measurement were asked differently.
     """
     _check_protocols(records)
     arms = arm_names(study)
-    results: dict[str, Any] = {"study": study.study, "seeds": list(study.seeds), "rows": [], "gap_closed": [], "against_direct": [], "verdicts": []}
+    results: dict[str, Any] = {"study": study.study, "seeds": list(study.seeds)}
+    results |= {part: [] for part in ("rows", "gap_closed", "against_direct", "density_of_base", "verdicts")}
     if "task" in study.measures:
         estimate = _share_rows(results, records, arms, "task", "task")
         _direct_rows(results, study, arms, "task", estimate)
@@ -153,6 +155,10 @@ def _density_rows(results: dict[str, Any], study: Study, records: Sequence[Recor
             results["rows"].append(_row(arm, measure, value, [seed[position] for seed in frames], _contrasted))
         verdict = erosion_verdict(values["density/lower"], values["density/lower-upper"])
         results["verdicts"].append({"arm": arm, "claim": "tuning erodes familiar density in lower layers", "verdict": verdict})
+    for state in range(states_of(frames[0][0])):
+        trained, untrained = (_numbers(_only(density_contrast(frames, f"{DENSITY_METRIC}/{view}/{state}"))) for view in ("pre", "untrained"))
+        one_vector = float(np.mean([seed[0][f"{DENSITY_METRIC}/gaussian_sd/{state}"].iloc[0] for seed in frames]))
+        results["density_of_base"].append({"state": state, "base": trained, "untrained": untrained, "gaussian_sd": round(one_vector, 6)})
     for arm in arm_names(study):
         # An expert by itself is another model: its states have nothing to be subtracted from.
         if arm not in direct and not isinstance(study.arms.get(arm), Expert):
@@ -163,15 +169,22 @@ def _density_rows(results: dict[str, Any], study: Study, records: Sequence[Recor
 
 def density_change(frames: Sequence[Sequence[pd.DataFrame]], arm: int, columns: list[str]) -> Estimate:
     """(arm - base) of the familiar less (arm - base) of the unfamiliar, averaged over the columns; `frames[seed][0]` is the base."""
-    contrasts = []
+    return _contrast([(seed[0], (seed[arm][columns] - seed[0][columns]).mean(axis=1)) for seed in frames])
+
+
+def density_contrast(frames: Sequence[Sequence[pd.DataFrame]], column: str) -> Estimate:
+    """The base's familiar less its unfamiliar: whether density tells them apart at all, before any tuning."""
+    return _contrast([(seed[0], seed[0][column]) for seed in frames])
+
+
+def _contrast(seeds: Sequence[tuple[pd.DataFrame, pd.Series]]) -> Estimate:
+    """Of values that belong to a frame's items: the mean over familiar units less that over unfamiliar ones."""
+    means = []
     for stream, sign in enumerate((1, -1)):
-        changes = []
-        for seed in frames:
-            chosen = np.array(_familiarity(seed[0]).contrast) == sign
-            change = (seed[arm][columns] - seed[0][columns]).mean(axis=1)
-            changes.append(_unit_means(pd.DataFrame({"unit": seed[0]["unit"], "change": change})[chosen], "change")[None])
-        contrasts.append(bootstrap_means(changes, stream))
-    familiar, unfamiliar = contrasts
+        chosen = [np.array(_familiarity(frame).contrast) == sign for frame, _ in seeds]
+        values = [frame.assign(value=value)[these] for (frame, value), these in zip(seeds, chosen, strict=True)]
+        means.append(bootstrap_means([_unit_means(frame, "value")[None] for frame in values], stream))
+    familiar, unfamiliar = means
     return Estimate(familiar.value - unfamiliar.value, familiar.draws - unfamiliar.draws)
 
 

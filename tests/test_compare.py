@@ -85,6 +85,8 @@ def test_every_arm_has_every_measure(unbroken: tuple[Path, list[Record], dict[st
     assert set(rows(results, "density/lower")) == arms - {"expert"}
     assert {entry["arm"] for entry in results["gap_closed"]} == arms - {"base", "full"}
     assert {entry["arm"] for entry in results["verdicts"]} == {"full", "lora"}
+    assert [entry["state"] for entry in results["density_of_base"]] == [0, 1, 2, 3]
+    assert all(entry["untrained"] != entry["base"] and entry["gaussian_sd"] > 0 for entry in results["density_of_base"][1:])
     for row in results["rows"]:
         assert row["low"] <= row["value"] <= row["high"]
 
