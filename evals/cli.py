@@ -1,6 +1,7 @@
 """The command line: `proxytune compare` and `proxytune world build`. Thin; heavy imports wait until a command runs."""
 
 import os
+import shutil
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -60,7 +61,7 @@ def compare(
             results = summarize(loaded, records)
             files = [place / "results.json", *draw_figures(loaded, records, place)]
             files[0].write_text(render(results, "json") + "\n")
-        print(render(results, form))
+        print(render(results, form, shutil.get_terminal_size((160, 24)).columns))
         display.say(f"Files: {', '.join(map(str, files))}; items, one file a record: {place / 'records'}")
 
 

@@ -15,8 +15,8 @@ class Table(NamedTuple):
     note: str
 
 
-def render(results: dict[str, Any], form: str) -> str:
-    """The results as `table`, `markdown`, `latex` or `json`. The same results give the same bytes."""
+def render(results: dict[str, Any], form: str, width: int = 160) -> str:
+    """The results as `table` (of `width` columns), `markdown`, `latex` or `json`. The same results give the same bytes."""
     if form == "json":
         return json.dumps(results, indent=1, allow_nan=False)
     tables = make_tables(results)
@@ -24,7 +24,7 @@ def render(results: dict[str, Any], form: str) -> str:
         return "\n\n".join(f"**{table.title}**\n\n{table.frame.to_markdown(index=False)}\n\n{table.note}" for table in tables)
     if form == "latex":
         return "\n\n".join(table.frame.to_latex(index=False, escape=True, caption=f"{table.title}. {_latex(table.note)}") for table in tables)
-    console = Console(width=160, force_terminal=False, highlight=False)
+    console = Console(width=width, force_terminal=False, highlight=False)
     with console.capture() as captured:
         for table in tables:
             drawn = RichTable(title=escape(table.title), caption=escape(table.note), title_justify="left", caption_justify="left")

@@ -40,8 +40,17 @@ def answer_greedily(
     batch_size: int,
     progress: Progress = lambda items_done: None,
 ) -> list[Answer]:
-    """Greedy answers of the mixture in force. Right: the text begins with the answer, at a word's end, whatever the case."""
+    """Greedy answers of the mixture in force. Right: the text begins with the answer, at a word's end, whatever the case.
+
+    Raises `UserError` for a prompt that leaves no room for the answer in some member's window.
+    """
     encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    window = model.config.max_position_embeddings
+    for item, ids in zip(items, encoded, strict=True):
+        if len(ids) + new_tokens > window:
+            raise UserError(
+                f"new_tokens: {item.question!r} has {len(ids)} tokens and may get {new_tokens} more, but the window is {window}; shorten it"
+            )
     order = sorted(range(len(items)), key=lambda index: len(encoded[index]))
     answers: dict[int, Answer] = {}
     for start in range(0, len(order), batch_size):

@@ -59,7 +59,7 @@ def load_member(path: str | Path, adapter: str | Path | None = None, *, field: s
     """Loads a member from a local folder or a hub name, with a LoRA adapter on top where one is given.
 
     `field` is the word that an error names. Only safetensors are read. Raises `UserError` for a folder that is missing
-    or holds no causal language model, and for one without a tokenizer.
+    or holds no causal language model, for one without a tokenizer, and for weights that are not finite.
     """
     tokenizer = load_tokenizer(path, field)
     try:
@@ -71,6 +71,9 @@ def load_member(path: str | Path, adapter: str | Path | None = None, *, field: s
         raise UserError(
             f"{field}: no causal language model could be loaded from '{where}' ({_first_line(error)}); check the folder or name"
         ) from error
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"{field}: the weights '{name}' of '{path}' hold NaN or infinity; save the model again before it broke")
     return Member(model.eval(), tokenizer)
 
 

@@ -267,6 +267,13 @@ def test_a_given_expert_is_used(tmp_path: Path) -> None:
     assert records["expert"] != records["base"]
 
 
+def break_weights(folder: Path) -> None:
+    model = make_model(layers=3)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[5, 0] = torch.nan
+    model.save_pretrained(folder)
+
+
 def spoil_file(name: str, content: str) -> Any:
     return lambda folder: (folder / name).write_text(content)
 
@@ -285,6 +292,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     ),
     "a folder without a model": (lambda folder: (folder / "base" / "model.safetensors").unlink(), "models.base: no causal language model"),
     "a model that is nowhere": (lambda folder: shutil.rmtree(folder / "base"), "models.base: no tokenizer could be loaded from 'base'"),
+    "weights that are not numbers": (lambda folder: break_weights(folder / "base"), "models.base: the weights '.*' hold NaN or infinity"),
     "no popularity": (
         spoil_file("knowledge.jsonl", '{"question": "w3", "statement": "w3", "answer": "w4"}\n'),
         "popularity: .* every knowledge item",

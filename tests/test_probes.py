@@ -130,6 +130,12 @@ def test_greedy_answers_do_not_depend_on_the_batch() -> None:
     assert len({answer.text for answer in found[0]}) > 3
 
 
+def test_a_prompt_that_leaves_no_room_is_refused() -> None:
+    model = ProxyTunedForCausalLM(make_members(), proxy_tuning(1.0))
+    with pytest.raises(UserError, match=r"has 126 tokens and may get 4 more, but the window is 128"):
+        answer_greedily(model, make_tokenizer(), items()[:1], ["w5 " * 126], new_tokens=4, batch_size=1)
+
+
 def test_choices_are_those_of_the_slow_way() -> None:
     members = make_members()
     model = ProxyTunedForCausalLM(members, proxy_tuning(1.0))
