@@ -13,7 +13,7 @@ from evals.records import content_key
 from evals.study import Direct, Expert, Proxy, Study
 from finetune.tuning import Tuning, tune
 from proxytune.errors import UserError
-from proxytune.member import Member, load_member, load_tokenizer
+from proxytune.member import Member, is_adapter, load_member, load_tokenizer
 from proxytune.mixture import Mixture, proxy_tuning
 from proxytune.vocabulary import check_same_vocabulary
 
@@ -100,7 +100,7 @@ def _expert(arm: Expert, name: str, material: Material, folder: Path, seed: int,
         return _tuned(small, arm.tuning, name, material, seed, checkpoints, watcher)
     assert arm.path is not None
     given = folder / arm.path if (folder / arm.path).exists() else Path(arm.path).expanduser()
-    if (given / "adapter_config.json").exists():
+    if is_adapter(given):
         return replace(small, adapter=given, field=f"arms.{name}.path")
     return Weights(str(given) if given.exists() else arm.path, field=f"arms.{name}.path")
 

@@ -1,4 +1,4 @@
-"""The command line: `proxytune compare` and `proxytune world build`. Thin; heavy imports wait until a command runs."""
+"""The command line: `proxytune compare`, `generate` and `world build`. Thin; heavy imports wait until a command runs."""
 
 import os
 import shutil
@@ -59,7 +59,7 @@ def compare(
         records = run_study(loaded, folder, place, display)
         with display.bar("intervals and figures", None):
             results = summarize(loaded, records)
-            files = [place / "results.json", *draw_figures(loaded, records, place)]
+            files = [place / "results.json", *draw_figures(loaded, records, results, place)]
             files[0].write_text(render(results, "json") + "\n")
         print(render(results, form, shutil.get_terminal_size((160, 24)).columns))
         display.say(f"Files: {', '.join(map(str, files))}; items, one file a record: {place / 'records'}")
@@ -85,13 +85,11 @@ def generate(
     from evals.generate import generate as stream
     from evals.generate import load_mixture, print_explanation
     from proxytune.explanation import explain as explain_tokens
-    from proxytune.member import load_tokenizer
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(threads)
-    model = load_mixture(base, expert, antiexpert, alpha)
-    tokenizer = load_tokenizer(base, "--base")
+    model, tokenizer = load_mixture(base, expert, antiexpert, alpha)
     text = sys.stdin.read().rstrip("\n") if prompt is None else prompt
     ids, prompt_length = stream(model, tokenizer, text, new_tokens, temperature, speculate)
     if explain:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -13,19 +14,19 @@ from matplotlib.figure import Figure
 
 from evals.arms import arm_names
 from evals.compare import Record
-from evals.results import DENSITY_METRIC, density_change, density_contrast, estimate_means, frames_of, in_bucket, states_of
-from evals.statistics import Estimate, interval
+from evals.results import DENSITY_METRIC, density_change, estimate_means, frames_of, in_bucket, states_of
+from evals.statistics import Interval, interval
 from evals.study import Direct, Study
 from probes.forgetting import familiarity
 
 
-def draw_figures(study: Study, records: Sequence[Record], out: Path) -> list[Path]:
+def draw_figures(study: Study, records: Sequence[Record], results: dict[str, Any], out: Path) -> list[Path]:
     """Draws the figures that the study's measures allow and returns where they are."""
     drawn = []
     if "forgetting" in study.measures:
         drawn.append(_knowledge(study, records, out / "knowledge-by-exposure.png"))
     if "density" in study.measures and any(isinstance(arm, Direct) for arm in study.arms.values()):
-        drawn.append(_density(study, records, out / "density-by-layer.png"))
+        drawn.append(_density(study, records, results, out / "density-by-layer.png"))
     return drawn
 
 
@@ -49,16 +50,17 @@ def _knowledge(study: Study, records: Sequence[Record], path: Path) -> Path:
     return _save(figure, path)
 
 
-def _density(study: Study, records: Sequence[Record], path: Path) -> Path:
+def _density(study: Study, records: Sequence[Record], results: dict[str, Any], path: Path) -> Path:
     """Left: does density tell familiar from unfamiliar in the base? Right: what tuning changed of that."""
     direct = [name for name, arm in study.arms.items() if isinstance(arm, Direct)]
     frames = frames_of(records, "density", [study.base_arm, *direct])
     states = range(states_of(frames[0][0]))
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained", sharex=True)
-    for label, view in (("base", "pre"), ("untrained", "untrained")):
-        _line(left, label, [density_contrast(frames, f"{DENSITY_METRIC}/{view}/{state}") for state in states])
+    for label in ("base", "untrained"):
+        _line(left, label, [Interval(**entry[label]) for entry in results["density_of_base"]])
     for position, arm in enumerate(direct, start=1):
-        _line(right, arm, [density_change(frames, position, [f"{DENSITY_METRIC}/pre/{state}"]) for state in states])
+        changes = [density_change(frames, position, [f"{DENSITY_METRIC}/pre/{state}"]) for state in states]
+        _line(right, arm, [interval(change.value[0], change.draws[0]) for change in changes])
     left.set_title(f"{study.study}: density of the base")
     left.set_ylabel("effective rank, familiar less unfamiliar")
     right.set_title("what tuning changed of it (proxies: nothing, by construction)")
@@ -70,8 +72,8 @@ def _density(study: Study, records: Sequence[Record], path: Path) -> Path:
     return _save(figure, path)
 
 
-def _line(axes: Axes, label: str, estimates: Sequence[Estimate]) -> None:
-    values = np.array([interval(estimate.value[0], estimate.draws[0]) for estimate in estimates])
+def _line(axes: Axes, label: str, intervals: Sequence[Interval]) -> None:
+    values = np.array(intervals)
     axes.plot(range(len(values)), values[:, 0], label=label, marker="o", markersize=4)
     axes.fill_between(range(len(values)), values[:, 1], values[:, 2], alpha=0.15)
 

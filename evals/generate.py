@@ -1,7 +1,6 @@
 """`proxytune generate`: a mixture's answer to a prompt, streamed, and on request explained token by token."""
 
 import sys
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -12,25 +11,25 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from finetune.data import prompt_ids
 from proxytune.errors import UserError
 from proxytune.explanation import TokenExplanation
-from proxytune.member import Member, load_member
+from proxytune.member import is_adapter, load_member
 from proxytune.mixture import proxy_tuning
 from proxytune.modeling import ProxyTunedForCausalLM
 
 
-def load_mixture(base: str, expert: str | None, antiexpert: str | None, alpha: float) -> ProxyTunedForCausalLM:
-    """Loads the members of base + alpha (expert - antiexpert); an expert that is a LoRA adapter goes on the anti-expert.
+def load_mixture(base: str, expert: str | None, antiexpert: str | None, alpha: float) -> tuple[ProxyTunedForCausalLM, PreTrainedTokenizerBase]:
+    """Loads base + alpha (expert - antiexpert) and the base's tokenizer; an expert that is a LoRA adapter goes on the anti-expert.
 
     Raises `UserError` where only one of expert and anti-expert is given.
     """
-    members: dict[str, Member] = {"base": load_member(base, field="--base")}
     if (expert is None) != (antiexpert is None):
         raise UserError("--expert and --antiexpert: give both or neither; the anti-expert is the expert before it was tuned")
+    members = {"base": load_member(base, field="--base")}
     if expert is None or antiexpert is None:
-        return ProxyTunedForCausalLM(members, {"base": 1.0})
-    adapter = expert if (Path(expert) / "adapter_config.json").exists() else None
+        return ProxyTunedForCausalLM(members, {"base": 1.0}), members["base"].tokenizer
+    adapter = expert if is_adapter(expert) else None
     members["expert"] = load_member(antiexpert if adapter else expert, adapter, field="--expert")
     members["antiexpert"] = load_member(antiexpert, field="--antiexpert")
-    return ProxyTunedForCausalLM(members, proxy_tuning(alpha))
+    return ProxyTunedForCausalLM(members, proxy_tuning(alpha)), members["base"].tokenizer
 
 
 def generate(

@@ -5,6 +5,7 @@ A measurement is a probe with its items and its prompts. It gives one row an ite
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import pandas as pd
@@ -34,7 +35,7 @@ class Measurement:
     prompts: Sequence[str]
     new_tokens: int = 0
 
-    @property
+    @cached_property
     def protocol(self) -> str:
         """A hash of all that decides how arms are asked. Rows whose protocol differs cannot stand in one table."""
         return content_key(

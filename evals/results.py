@@ -74,11 +74,10 @@ def _exposed(frame: pd.DataFrame) -> "np.ndarray[Any, np.dtype[np.bool_]]":
     return (frame["popularity"] != 0).to_numpy()
 
 
-def _row(arm: str, measure: str, value: Interval, frames: Sequence[pd.DataFrame], select: Select, note: str | None = None) -> dict[str, Any]:
+def _row(arm: str, measure: str, value: Interval, frames: Sequence[pd.DataFrame], select: Select) -> dict[str, Any]:
     chosen = [frame[select(frame)] for frame in frames]
     unparsed = int(sum(frame["unparsed"].sum() for frame in chosen)) if all("unparsed" in frame for frame in chosen) else 0
-    row = {"arm": arm, "measure": measure} | _numbers(value) | {"n": sum(map(len, chosen)), "unparsed": unparsed}
-    return row | ({"note": note} if note else {})
+    return {"arm": arm, "measure": measure} | _numbers(value) | {"n": sum(map(len, chosen)), "unparsed": unparsed}
 
 
 def _numbers(value: Interval) -> dict[str, float]:
@@ -156,7 +155,7 @@ def _density_rows(results: dict[str, Any], study: Study, records: Sequence[Recor
         verdict = erosion_verdict(values["density/lower"], values["density/lower-upper"])
         results["verdicts"].append({"arm": arm, "claim": "tuning erodes familiar density in lower layers", "verdict": verdict})
     for state in range(states_of(frames[0][0])):
-        trained, untrained = (_numbers(_only(density_contrast(frames, f"{DENSITY_METRIC}/{view}/{state}"))) for view in ("pre", "untrained"))
+        trained, untrained = (_numbers(_only(_density_contrast(frames, f"{DENSITY_METRIC}/{view}/{state}"))) for view in ("pre", "untrained"))
         one_vector = float(np.mean([seed[0][f"{DENSITY_METRIC}/gaussian_sd/{state}"].iloc[0] for seed in frames]))
         results["density_of_base"].append({"state": state, "base": trained, "untrained": untrained, "gaussian_sd": round(one_vector, 6)})
     for arm in arm_names(study):
@@ -172,7 +171,7 @@ def density_change(frames: Sequence[Sequence[pd.DataFrame]], arm: int, columns: 
     return _contrast([(seed[0], (seed[arm][columns] - seed[0][columns]).mean(axis=1)) for seed in frames])
 
 
-def density_contrast(frames: Sequence[Sequence[pd.DataFrame]], column: str) -> Estimate:
+def _density_contrast(frames: Sequence[Sequence[pd.DataFrame]], column: str) -> Estimate:
     """The base's familiar less its unfamiliar: whether density tells them apart at all, before any tuning."""
     return _contrast([(seed[0], seed[0][column]) for seed in frames])
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from proxytune.errors import UserError
+from proxytune.padding import left_padded, positions_of
 
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 
@@ -34,15 +35,12 @@ def last_token_states(
     try:
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
-            longest = max(map(len, batch))
-            input_ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in batch], device=model.device)
-            mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in batch], device=model.device)
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+            input_ids, mask = left_padded(batch, pad, model.device)
             last.clear()
             # Entered here and not around the generator: between two batches the caller's own mode is in force.
             with torch.inference_mode():
                 output = model.base_model(
-                    input_ids=input_ids, attention_mask=mask, position_ids=positions, output_hidden_states=True, use_cache=False
+                    input_ids=input_ids, attention_mask=mask, position_ids=positions_of(mask), output_hidden_states=True, use_cache=False
                 )
                 states = torch.stack([state[:, -1] for state in [*output.hidden_states[:-1], last[0]]], dim=1).float()
             yield states

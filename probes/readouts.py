@@ -16,6 +16,7 @@ from finetune.data import Item, continuation_ids, prompt_ids
 from proxytune.errors import UserError
 from proxytune.mixture import Mixture
 from proxytune.modeling import ProxyTunedForCausalLM
+from proxytune.padding import left_padded
 from proxytune.scoring import Request, score
 
 Progress = Callable[[int], None]
@@ -101,12 +102,9 @@ def choose(
 
 
 def _generate(model: ProxyTunedForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], new_tokens: int) -> list[str]:
-    longest = max(map(len, prompts))
-    pad = tokenizer.pad_token_id
-    input_ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    attention_mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    input_ids, attention_mask = left_padded(prompts, tokenizer.pad_token_id, model.device)
     output = model.generate(input_ids, attention_mask=attention_mask, do_sample=False, num_beams=1, max_new_tokens=new_tokens, repetition_penalty=1.0)
-    return [tokenizer.decode(row[longest:], skip_special_tokens=True).strip() for row in output]
+    return [tokenizer.decode(row[input_ids.shape[1] :], skip_special_tokens=True).strip() for row in output]
 
 
 def _begins(text: str, candidate: str) -> bool:

@@ -39,6 +39,11 @@ def fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
+def is_adapter(path: str | Path) -> bool:
+    """Whether a local folder holds a PEFT adapter and not a model."""
+    return (Path(path) / "adapter_config.json").exists()
+
+
 def load_tokenizer(path: str | Path, field: str = "base") -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a local folder or a hub name, without remote code.
 
@@ -62,18 +67,18 @@ def load_member(path: str | Path, adapter: str | Path | None = None, *, field: s
     or holds no causal language model, for one without a tokenizer, and for weights that are not finite.
     """
     tokenizer = load_tokenizer(path, field)
+    where = path if adapter is None else f"{path}' with the adapter '{adapter}"
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
         if adapter is not None:
             model = PeftModel.from_pretrained(model, str(adapter)).get_base_model()
     except (OSError, ValueError) as error:
-        where = path if adapter is None else f"{path}' with the adapter '{adapter}"
         raise UserError(
             f"{field}: no causal language model could be loaded from '{where}' ({_first_line(error)}); check the folder or name"
         ) from error
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise UserError(f"{field}: the weights '{name}' of '{path}' hold NaN or infinity; save the model again before it broke")
+            raise UserError(f"{field}: the weights '{name}' of '{where}' hold NaN or infinity; save the model again before it broke")
     return Member(model.eval(), tokenizer)
 
 

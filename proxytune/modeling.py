@@ -21,6 +21,7 @@ from proxytune.cache import MixtureCache
 from proxytune.errors import UserError
 from proxytune.member import Member
 from proxytune.mixture import Mixture, active, check_mixture, combine
+from proxytune.padding import positions_of
 from proxytune.vocabulary import check_rows, check_same_vocabulary
 
 
@@ -141,7 +142,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         if past_key_values is not None and (missing := set(names) - past_key_values.members.keys()):
             raise UserError(f"past_key_values: it was made for another mixture and lacks {', '.join(sorted(missing))}; start a new cache")
         if position_ids is None and attention_mask is not None:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+            position_ids = positions_of(attention_mask)[:, -input_ids.shape[1] :]
         logits = {}
         for name in names:
             positions = {"position_ids": position_ids} if self._takes_positions[name] else {}

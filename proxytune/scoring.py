@@ -17,6 +17,7 @@ from proxytune.cache import MixtureCache
 from proxytune.errors import UserError
 from proxytune.mixture import Mixture, active, check_mixture, combine
 from proxytune.modeling import ProxyTunedForCausalLM
+from proxytune.padding import left_padded
 
 Ids = tuple[int, ...]
 Thing = TypeVar("Thing")
@@ -121,7 +122,15 @@ def _shared(model: ProxyTunedForCausalLM, names: list[str], requests: Sequence[R
         for rows in _batches(sorted(fed, key=lambda key: len(key[1])), batch_tokens, cost):
             kept = max(len(tokens) for _, tokens in rows)
             logits, _ = _read(model, names, _select(read, [row for row, _ in rows]), [tokens for _, tokens in rows], kept=kept)
-            yield logits, [target for number, key in enumerate(rows) for index in fed[key] for target in _tail(number, kept, index, requests[index])]
+            yield (
+                logits,
+                [
+                    target
+                    for number, key in enumerate(rows)
+                    for index in fed[key]
+                    for target in _targets(number, kept, index, requests[index].continuation[1:])
+                ],
+            )
 
 
 def _common(prefixes: Collection[Ids]) -> int:
@@ -135,9 +144,8 @@ def _continuation_cost(prefixes: Sequence[Ids], key: tuple[int, Ids]) -> int:
     return max(len(tokens), -(-(len(prefixes[row]) + len(tokens)) // HELD))
 
 
-def _tail(row: int, kept: int, index: int, request: Request) -> list[_Target]:
-    """The targets of all but the first continuation token; the logits end with those of the last."""
-    tokens = request.continuation[1:]
+def _targets(row: int, kept: int, index: int, tokens: Ids) -> list[_Target]:
+    """A request's last tokens as targets, where the last of the `kept` logits of its row are those of its last token."""
     return [_Target(row, kept - len(tokens) + place, token, index, place == len(tokens) - 1) for place, token in enumerate(tokens)]
 
 
@@ -149,16 +157,8 @@ def _apart(model: ProxyTunedForCausalLM, names: list[str], requests: Sequence[Re
     for rows in _batches(sorted(owners, key=len), batch_tokens, len):
         kept = min(max(len(requests[index].continuation) for row in rows for index in owners[row]), len(rows[-1]))
         logits, _ = _read(model, names, None, rows, kept=kept)
-        yield (
-            logits,
-            [
-                _Target(number, kept - len(tokens) + place, token, index, place == len(tokens) - 1)
-                for number, row in enumerate(rows)
-                for index in owners[row]
-                for tokens in [requests[index].continuation]
-                for place, token in enumerate(tokens)
-            ],
-        )
+        found = [(number, index) for number, row in enumerate(rows) for index in owners[row]]
+        yield logits, [target for number, index in found for target in _targets(number, kept, index, requests[index].continuation)]
 
 
 def _read(
@@ -168,14 +168,12 @@ def _read(
 
     Returns the members' logits at the last `kept` positions, and what has then been read.
     """
-    longest, pad, device = max(map(len, segments)), model.config.pad_token_id or 0, model.device
-    ids = torch.tensor([[pad] * (longest - len(segment)) + list(segment) for segment in segments], device=device)
-    held = torch.tensor([[0] * (longest - len(segment)) + [1] * len(segment) for segment in segments], device=device)
+    ids, held = left_padded(segments, model.config.pad_token_id or 0, model.device)
     if start is None:
-        start = _Read(model.new_cache(names), held[:, :0], torch.zeros(len(segments), dtype=torch.long, device=device))
+        start = _Read(model.new_cache(names), held[:, :0], torch.zeros(len(segments), dtype=torch.long, device=model.device))
     mask = torch.cat([start.mask, held], dim=1)
     positions = (start.lengths[:, None] + held.cumsum(1) - 1).clamp(min=0)
-    logits = model.member_logits(names, ids, mask, positions, start.cache, min(kept, longest))
+    logits = model.member_logits(names, ids, mask, positions, start.cache, min(kept, ids.shape[1]))
     return logits, _Read(start.cache, mask, start.lengths + held.sum(1))
 
 

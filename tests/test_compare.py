@@ -149,7 +149,7 @@ def test_every_format_renders_and_figures_are_drawn(unbroken: tuple[Path, list[R
     for form in ("table", "markdown", "latex"):
         text = render(results, form)
         assert all(arm in text.replace("\\", "") for arm in ("proxy@1", "lora", "unchanged by construction"))
-    for figure in draw_figures(Study.model_validate(STUDY), records, tmp_path):
+    for figure in draw_figures(Study.model_validate(STUDY), records, results, tmp_path):
         assert figure.stat().st_size > 10_000
 
 

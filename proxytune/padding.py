@@ -1,0 +1,20 @@
+"""Rows of different lengths as one batch. Padding stands on the left, so that every row's last token is the last column."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Int[Tensor, "rows time"], Int[Tensor, "rows time"]]:
+    """Token ids and attention mask (1 where a row holds a token)."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+def positions_of(mask: Int[Tensor, "rows time"]) -> Int[Tensor, "rows time"]:
+    """Each token's position in its own row, counted from the mask; padding has position 0 or that of the token before it."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
