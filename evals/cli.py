@@ -80,14 +80,13 @@ def generate(
 ) -> None:
     """Answers a prompt with a mixture, or with the base alone where no expert is given."""
     import torch
-    import transformers
 
     from evals.generate import generate as stream
     from evals.generate import load_mixture, print_explanation
+    from evals.progress import quieten_libraries
     from proxytune.explanation import explain as explain_tokens
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    quieten_libraries()
     torch.set_num_threads(threads)
     model, tokenizer = load_mixture(base, expert, antiexpert, alpha)
     text = sys.stdin.read().rstrip("\n") if prompt is None else prompt

@@ -12,6 +12,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
+def quieten_libraries() -> None:
+    """Turns off the bars and notices of the libraries beneath, which would run through our own output."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    # transformers and trl announce their next major release to each other; a user can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|torch")
+
+
 class Display(TrainerCallback):
     """Writes to standard error only, so that standard output holds the table and nothing else. Also watches trainers."""
 
@@ -22,11 +31,7 @@ class Display(TrainerCallback):
         )
 
     def __enter__(self) -> "Display":
-        transformers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.set_verbosity_error()
-        datasets.disable_progress_bars()
-        # transformers and trl announce their next major release to each other; a user can do nothing about it.
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|torch")
+        quieten_libraries()
         self._progress.start()
         return self
 
