@@ -12,19 +12,11 @@ from evals.measures import Probe
 from evals.records import content_key
 from evals.study import Direct, Expert, Proxy, Study
 from finetune.tuning import Tuning, tune
+from proxytune.adapters import is_adapter
 from proxytune.errors import UserError
-from proxytune.member import Member, is_adapter, load_member, load_tokenizer
+from proxytune.member import Weights, load_member, load_tokenizer
 from proxytune.mixture import Mixture, proxy_tuning
 from proxytune.vocabulary import check_same_vocabulary
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Where a member's weights are: a model, or a LoRA adapter on it. `field` is the word that an error names."""
-
-    path: str
-    adapter: Path | None = None
-    field: str = "models.base"
 
 
 @dataclass(frozen=True)
@@ -64,7 +56,7 @@ def ensembles(study: Study, material: Material, folder: Path, seed: int, checkpo
     States belong to weights: a proxied base has the base's own and an expert is another, smaller model, so density is
     measured of the base and of the direct arms, each loaded alone (its untrained twin takes as much memory again).
     """
-    members = {"base": Weights(material.base)}
+    members = {"base": Weights(material.base, field="models.base")}
     mixtures: dict[str, Mixture] = {study.base_arm: {"base": 1.0}}
     for name, arm in study.arms.items():
         if isinstance(arm, Expert):
@@ -81,16 +73,6 @@ def ensembles(study: Study, material: Material, folder: Path, seed: int, checkpo
         if isinstance(arm, Direct):
             weights = _tuned(Weights(material.base, field="models.base"), arm.tuning, name, material, seed, checkpoints, watcher)
             yield Ensemble({name: weights}, {name: {name: 1.0}}, ("generate", "choose", "density"))
-
-
-def load(ensemble: Ensemble) -> dict[str, Member]:
-    """Loads the members; those of the same weights share one model."""
-    loaded: dict[tuple[str, Path | None], Member] = {}
-    for weights in ensemble.members.values():
-        key = (weights.path, weights.adapter)
-        if key not in loaded:
-            loaded[key] = load_member(weights.path, weights.adapter, field=weights.field)
-    return {name: loaded[weights.path, weights.adapter] for name, weights in ensemble.members.items()}
 
 
 def _expert(arm: Expert, name: str, material: Material, folder: Path, seed: int, checkpoints: Path, watcher: TrainerCallback) -> Weights:

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from evals.arms import Ensemble, arm_names, check_vocabularies, ensembles, load, tuning_summary
+from evals.arms import Ensemble, arm_names, check_vocabularies, ensembles, tuning_summary
 from evals.material import material_for
 from evals.measures import Measurement, measure, measurements, workload
 from evals.progress import Display
@@ -19,7 +19,7 @@ from evals.records import content_key, read_record, write_record
 from evals.study import Study
 from finetune.data import prompt_ids
 from proxytune.errors import UserError
-from proxytune.member import Member
+from proxytune.member import Member, load_members
 from proxytune.mixture import active
 from proxytune.modeling import ProxyTunedForCausalLM
 
@@ -63,7 +63,7 @@ def run_study(study: Study, folder: Path, out: Path, display: Display) -> list[R
 
 def _measure_ensemble(study: Study, ensemble: Ensemble, asked: list[Measurement], seed: int, out: Path, display: Display) -> list[Record]:
     with display.bar(f"seed {seed} · loading {', '.join(ensemble.members)}", None):
-        members = load(ensemble)
+        members = load_members(ensemble.members, packed=True)
     _say_what_was_tuned(ensemble, seed, display)
     model = ProxyTunedForCausalLM(members, next(iter(ensemble.mixtures.values())))
     records = []
@@ -93,7 +93,7 @@ def _measure_ensemble(study: Study, ensemble: Ensemble, asked: list[Measurement]
 
 def _key(members: dict[str, Member], ensemble: Ensemble, arm: str, measurement: Measurement, seed: int) -> str:
     # Weights with their coefficients in the mixture's order, without the names they go by.
-    weighted = [[members[name].fingerprint, float(coefficient)] for name, coefficient in active(ensemble.mixtures[arm]).items()]
+    weighted = [[members[name].fingerprint, coefficient] for name, coefficient in active(ensemble.mixtures[arm]).items()]
     return content_key(mixture=weighted, protocol=measurement.protocol, seed=seed)
 
 

@@ -1,6 +1,7 @@
 """`proxytune generate`: a mixture's answer to a prompt, streamed, and on request explained token by token."""
 
 import sys
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -9,9 +10,10 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from finetune.data import prompt_ids
+from proxytune.adapters import is_adapter
 from proxytune.errors import UserError
 from proxytune.explanation import TokenExplanation
-from proxytune.member import is_adapter, load_member
+from proxytune.member import Weights, load_members
 from proxytune.mixture import proxy_tuning
 from proxytune.modeling import ProxyTunedForCausalLM
 
@@ -23,13 +25,13 @@ def load_mixture(base: str, expert: str | None, antiexpert: str | None, alpha: f
     """
     if (expert is None) != (antiexpert is None):
         raise UserError("--expert and --antiexpert: give both or neither; the anti-expert is the expert before it was tuned")
-    members = {"base": load_member(base, field="--base")}
-    if expert is None or antiexpert is None:
-        return ProxyTunedForCausalLM(members, {"base": 1.0}), members["base"].tokenizer
-    adapter = expert if is_adapter(expert) else None
-    members["expert"] = load_member(antiexpert if adapter else expert, adapter, field="--expert")
-    members["antiexpert"] = load_member(antiexpert, field="--antiexpert")
-    return ProxyTunedForCausalLM(members, proxy_tuning(alpha)), members["base"].tokenizer
+    weights = {"base": Weights(base, field="--base")}
+    if expert is not None and antiexpert is not None:
+        adapted = is_adapter(expert)
+        weights["expert"] = Weights(antiexpert if adapted else expert, Path(expert) if adapted else None, field="--expert")
+        weights["antiexpert"] = Weights(antiexpert, field="--antiexpert")
+    members = load_members(weights, packed=True)
+    return ProxyTunedForCausalLM(members, proxy_tuning(alpha) if expert else {"base": 1.0}), members["base"].tokenizer
 
 
 def generate(

@@ -18,7 +18,7 @@ from evals.study import MeasureName, Study
 from finetune.data import Item, prompt_ids
 from probes.density import density, gaussian_null
 from probes.readouts import Answer, Progress, answer_greedily, choose
-from proxytune.mixture import Mixture
+from proxytune.mixture import Mixture, active
 from proxytune.modeling import ProxyTunedForCausalLM
 
 Probe = Literal["generate", "choose", "density"]
@@ -122,7 +122,7 @@ def _densities(
 ) -> pd.DataFrame:
     """Columns metric/view/state. An arm's own model is the only member of its mixture. Where that is the base, the
     same for an untrained model of its shape (view `untrained`) and the Gaussian null's sd (the same in every row)."""
-    (name,) = mixture
+    (name,) = active(mixture)
     member = model.members[name]
     ids = [prompt_ids(tokenizer, prompt) for prompt in measurement.prompts]
     options = {"batch_size": study.batch_size, "pad": tokenizer.pad_token_id}

@@ -1,12 +1,14 @@
 """One cache for all members: what beam search or cropping does to it, it does to every member's keys and values."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
 
 class MixtureCache(Cache):
@@ -39,3 +41,46 @@ class MixtureCache(Cache):
             for layer in chosen[name].layers:
                 layer.keys, layer.values = layer.keys.index_select(0, rows), layer.values.index_select(0, rows)
         return MixtureCache(chosen)
+
+
+class StackedLayer(CacheLayerMixin):
+    """One layer of several members' caches as if their rows were one batch; they keep their own keys and values.
+
+    Lengths, masks and kinds are the same in all of them, and the first answers for them.
+    """
+
+    def __init__(self, layers: Sequence[CacheLayerMixin]):
+        super().__init__()
+        self._layers = list(layers)
+        self.is_sliding = getattr(layers[0], "is_sliding", False)
+        self.is_compileable = layers[0].is_compileable
+
+    def update(self, keys: Tensor, values: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        count = len(self._layers)
+        parts = [
+            layer.update(own_keys, own_values, *arguments, **options)
+            for layer, own_keys, own_values in zip(self._layers, keys.chunk(count), values.chunk(count), strict=True)
+        ]
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+    def lazy_initialization(self, keys: Tensor, values: Tensor) -> None:
+        """Nothing: each member's own layer does so in its update."""
+
+    def get_mask_sizes(self, query_length: int) -> Any:
+        return self._layers[0].get_mask_sizes(query_length)
+
+    def get_seq_length(self) -> Any:  # a number, or a tensor of a static layer
+        return self._layers[0].get_seq_length()
+
+    def get_max_length(self) -> Any:
+        return self._layers[0].get_max_length()
+
+
+def stacked(caches: Sequence[Cache]) -> Cache:
+    """A cache for one pass over the rows of several members, which writes into theirs. See `can_stack`."""
+    return Cache(layers=[StackedLayer(layers) for layers in zip(*(cache.layers for cache in caches), strict=True)])
+
+
+def can_stack(cache: Cache) -> bool:
+    """Whether the cache has keys and values only: recurrent states are kept in ways of their own."""
+    return not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)

@@ -1,28 +1,45 @@
 """A member: one causal language model of a mixture, with its tokenizer and the fingerprint of its weights."""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from proxytune.adapters import UNTOUCHED, AdapterSwitch, attach, mixes_in_batches
 from proxytune.errors import UserError
+from proxytune.packing import pack_linear_layers
+
+
+class Adapter(NamedTuple):
+    """The LoRA adapter that a member's rows pass through on weights it shares, or `adapters.UNTOUCHED`."""
+
+    switch: AdapterSwitch
+    name: str
 
 
 @dataclass
 class Member:
-    """A model and the tokenizer it was trained with. Not covered: models that are not causal, remote code, pickled weights."""
+    """A model and the tokenizer it was trained with. Not covered: models that are not causal, remote code, pickled weights.
+
+    With an `adapter`, the model is shared with other members and by itself is none of them.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    adapter: Adapter | None = None
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the weights themselves (names, types, shapes, bytes; adapters too), never of a path. Taken once."""
-        return fingerprint(self.model)
+        return fingerprint(self.model, None if self.adapter is None else self.adapter.name)
 
     @property
     def rows(self) -> int:
@@ -30,28 +47,55 @@ class Member:
         return self.model.get_output_embeddings().weight.shape[0]
 
 
-def fingerprint(model: torch.nn.Module) -> str:
-    """SHA-256 over the model's tensors in the order of their names."""
+@dataclass(frozen=True)
+class Weights:
+    """Where a member's weights are: a local folder or a hub name, perhaps a LoRA adapter on it, and the device they go to.
+
+    `device` is one ('cpu', 'cuda:1') or a plan for several ('auto', 'balanced'). `field` is the word that an error names.
+    """
+
+    path: str
+    adapter: Path | None = None
+    device: str = "cpu"
+    field: str = field(default="base", compare=False)
+
+
+def fingerprint(model: torch.nn.Module, adapter: str | None = None) -> str:
+    """SHA-256 over the model's tensors in the order of their names, and the scale of every LoRA layer.
+
+    `adapter` names the one that counts among several, or `adapters.UNTOUCHED` for the model as it was without any.
+    """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(_tensors(model, adapter)):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        plain = tensor.to_dense() if tensor.is_mkldnn else tensor.detach().cpu()
+        digest.update(plain.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    if adapter != UNTOUCHED:
+        for name, module in model.named_modules():
+            if isinstance(module, LoraLayer):
+                digest.update(f"{name} {[scale for which, scale in module.scaling.items() if adapter in (None, which)]}\n".encode())
     return digest.hexdigest()
 
 
-def is_adapter(path: str | Path) -> bool:
-    """Whether a local folder holds a PEFT adapter and not a model."""
-    return (Path(path) / "adapter_config.json").exists()
+def _tensors(model: torch.nn.Module, adapter: str | None) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in model.state_dict().items():
+        if adapter == UNTOUCHED:
+            if ".lora_" not in name:
+                yield name.replace(".base_layer.", "."), tensor
+        elif adapter is None or ".lora_" not in name:
+            yield name, tensor
+        elif f".{adapter}." in f"{name}.":
+            yield f"{name}.".replace(f".{adapter}.", ".default.").removesuffix("."), tensor
 
 
 def load_tokenizer(path: str | Path, field: str = "base") -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a local folder or a hub name, without remote code.
+    """Loads the tokenizer of a local folder (a GGUF file's too) or a hub name, without remote code.
 
     Raises `UserError` naming `field` where there is none; a missing padding token is set to the end token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(path, **_gguf(path))
+    except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{field}: no tokenizer could be loaded from '{path}' ({_first_line(error)}); save one beside the weights") from error
     if not len(tokenizer):
         raise UserError(f"{field}: the tokenizer of '{path}' is empty; save one beside the weights")
@@ -60,26 +104,97 @@ def load_tokenizer(path: str | Path, field: str = "base") -> PreTrainedTokenizer
     return tokenizer
 
 
-def load_member(path: str | Path, adapter: str | Path | None = None, *, field: str = "base", dtype: torch.dtype = torch.float32) -> Member:
-    """Loads a member from a local folder or a hub name, with a LoRA adapter on top where one is given.
+def load_member(
+    path: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    field: str = "base",
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    quantization: Any = None,
+    packed: bool = False,
+) -> Member:
+    """Loads a member from a local folder or a hub name, with a PEFT adapter on top where one is given.
 
-    `field` is the word that an error names. Only safetensors are read. Raises `UserError` for a folder that is missing
-    or holds no causal language model, for one without a tokenizer, and for weights that are not finite.
+    `field` is the word that an error names; `device` as in `Weights`; `quantization` one of transformers' own
+    configurations (`BitsAndBytesConfig(load_in_8bit=True)`, say, with the package it needs). `packed` is for inference
+    alone (see `packing`). Only safetensors are read, or the one GGUF file of a folder without a config. Raises `UserError`
+    for a folder that is missing or holds no causal language model, for one without a tokenizer, for weights that are not
+    finite and for a device that is missing or cannot compute in `dtype`.
     """
+    _check_device(device, dtype, field)
     tokenizer = load_tokenizer(path, field)
     where = path if adapter is None else f"{path}' with the adapter '{adapter}"
+    placed = {} if device == "cpu" else {"device_map": device}
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, quantization_config=quantization, **placed, **_gguf(path)
+        )
         if adapter is not None:
             model = PeftModel.from_pretrained(model, str(adapter)).get_base_model()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise UserError(
             f"{field}: no causal language model could be loaded from '{where}' ({_first_line(error)}); check the folder or name"
         ) from error
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(f"{field}: the weights '{name}' of '{where}' hold NaN or infinity; save the model again before it broke")
+    if packed:
+        pack_linear_layers(model)
     return Member(model.eval(), tokenizer)
+
+
+def load_members(weights: Mapping[str, Weights], *, dtype: torch.dtype = torch.float32, packed: bool = False) -> dict[str, Member]:
+    """Loads members for one mixture; what is the same is loaded once, and LoRA adapters share the weights under them.
+
+    Options and errors are those of `load_member`.
+    """
+    loaded: dict[Weights, Member] = {}
+    for wanted in weights.values():
+        if wanted in loaded:
+            continue
+        beside = list(dict.fromkeys(other for other in weights.values() if (other.path, other.device) == (wanted.path, wanted.device)))
+        adapted = [other for other in beside if other.adapter is not None and mixes_in_batches(other.adapter)]
+        together = [other for other in beside if other.adapter is None or other in adapted]
+        if wanted in together and len(together) > 1:
+            shared = _load_shared(together, adapted, dtype, packed)
+            loaded |= shared
+        if wanted not in loaded:
+            loaded[wanted] = load_member(wanted.path, wanted.adapter, field=wanted.field, dtype=dtype, device=wanted.device, packed=packed)
+    return {name: loaded[wanted] for name, wanted in weights.items()}
+
+
+def _load_shared(together: Sequence[Weights], adapted: Sequence[Weights], dtype: torch.dtype, packed: bool) -> dict[Weights, Member]:
+    first = together[0]
+    member = load_member(first.path, field=first.field, dtype=dtype, device=first.device)
+    try:
+        attached = attach(member.model, [str(other.adapter) for other in adapted])
+    except (OSError, ValueError, RuntimeError) as error:
+        field, where = adapted[0].field, ", ".join(str(other.adapter) for other in adapted)
+        raise UserError(f"{field}: '{where}' could not be put on '{first.path}' ({_first_line(error)}); check the adapter") from error
+    if attached is None:
+        return {}
+    if packed:
+        pack_linear_layers(member.model)  # only now: adapters do not go on packed layers
+    switch, names = attached
+    named = dict(zip(adapted, names, strict=True))
+    return {other: Member(member.model, member.tokenizer, Adapter(switch, named.get(other, UNTOUCHED))) for other in together}
+
+
+def _gguf(path: str | Path) -> dict[str, str]:
+    """The options for a folder whose model is one GGUF file."""
+    folder = Path(path)
+    files = sorted(folder.glob("*.gguf")) if folder.is_dir() and not (folder / "config.json").exists() else []
+    return {"gguf_file": files[0].name} if len(files) == 1 else {}
+
+
+def _check_device(device: str, dtype: torch.dtype, field: str) -> None:
+    if device in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return
+    try:
+        torch.ones(1, 1, device=device, dtype=dtype) @ torch.ones(1, 1, device=device, dtype=dtype)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"{field}: the device '{device}' cannot compute in {dtype} ({_first_line(error)}); choose another of either") from error
 
 
 def _first_line(error: Exception) -> str:

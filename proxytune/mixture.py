@@ -2,45 +2,108 @@
 
 A mixture's next-token law is the softmax of the weighted sum of its members' logits. Proxy-tuning (Liu et al. 2024,
 arXiv 2401.08565, eq. 1) with strength alpha is {base: 1, expert: alpha, antiexpert: -alpha}; a model by itself is the
-row {name: 1}. Pure functions on tensors; no models here.
+row {name: 1}. A coefficient may be a function of the place in the text, and a `Rule` adds what no row can say. Pure
+functions on tensors; no models here. `rules` has the published ones by name.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from proxytune.errors import UserError
 
-Mixture = Mapping[str, int | float]
+
+class Place(NamedTuple):
+    """Where the logits of a batch stand: what a coefficient may be a function of."""
+
+    logits: Mapping[str, Float[Tensor, "*batch vocabulary"]]
+    position: Int[Tensor, "*batch"]  # of the token to come; 0 is the first after the prompt
+    row: Int[Tensor, "*batch"]  # of the batch, or the request's number
+    rows: int  # how many there are
 
 
-def proxy_tuning(alpha: float) -> dict[str, float]:
+Coefficient = int | float | Callable[[Place], Float[Tensor, "*batch"]]
+Row = Mapping[str, Coefficient]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A row of coefficients and what is done beside adding logits up.
+
+    `plausible` (member, share): tokens that the member gives less than `share` of its best token's probability are
+    forbidden (Li et al. 2023, arXiv 2210.15097, eq. 2). In the space of `probabilities` the members' laws are averaged
+    with the coefficients as weights, which must not be negative and sum to 1.
+    """
+
+    row: Row
+    plausible: tuple[str, float] | None = None
+    space: Literal["logits", "probabilities"] = "logits"
+
+
+Mixture = Row | Rule
+
+
+def proxy_tuning(alpha: Coefficient) -> dict[str, Coefficient]:
     """The proxy-tuning row: base + alpha * (expert - antiexpert)."""
-    return {"base": 1.0, "expert": alpha, "antiexpert": -alpha}
+    return {"base": 1.0} | pair(alpha, "expert", "antiexpert")
 
 
-def active(mixture: Mixture) -> dict[str, float]:
-    """The members with a non-zero coefficient: the only ones that have to run."""
-    return {name: float(coefficient) for name, coefficient in mixture.items() if coefficient != 0}
+def pair(alpha: Coefficient, expert: str, antiexpert: str) -> dict[str, Coefficient]:
+    """The part of a row that adds alpha * (expert - antiexpert)."""
+    negative: Coefficient = (lambda place: -alpha(place)) if callable(alpha) else -alpha
+    return {expert: alpha, antiexpert: negative}
+
+
+def active(mixture: Mixture) -> dict[str, Coefficient]:
+    """The members that have to run, with their coefficients: 0 for one that is only asked what is plausible."""
+    row = mixture.row if isinstance(mixture, Rule) else mixture
+    found = {name: value if callable(value) else float(value) for name, value in row.items() if callable(value) or value != 0}
+    if isinstance(mixture, Rule) and mixture.plausible:
+        found.setdefault(mixture.plausible[0], 0.0)
+    return found
+
+
+def depends_on_place(mixture: Mixture) -> bool:
+    """Whether some coefficient is a function."""
+    return any(callable(value) for value in active(mixture).values())
 
 
 def check_mixture(mixture: Mixture, members: Iterable[str]) -> None:
-    """Raises `UserError` unless every coefficient is finite, every member is known and some coefficient is positive."""
+    """Raises `UserError` unless every coefficient is finite or a function, every member known and some coefficient positive."""
     members = list(members)
-    for name, coefficient in mixture.items():
+    row = mixture.row if isinstance(mixture, Rule) else mixture
+    for name, coefficient in row.items():
         if name not in members:
             raise UserError(f"mixture: member '{name}' is not loaded; the members are {', '.join(members)}")
+        if callable(coefficient):
+            continue
         if isinstance(coefficient, bool) or not isinstance(coefficient, int | float) or not math.isfinite(coefficient):
             raise UserError(f"mixture: the coefficient of '{name}' must be a finite number, not {coefficient!r}")
-    if not any(coefficient > 0 for coefficient in mixture.values()):
-        raise UserError(f"mixture: at least one coefficient must be positive, not {dict(mixture)}")
+    if not any(callable(coefficient) or coefficient > 0 for coefficient in row.values()):
+        raise UserError(f"mixture: at least one coefficient must be positive, not {dict(row)}")
+    if not isinstance(mixture, Rule):
+        return
+    if mixture.plausible is not None:
+        name, share = mixture.plausible
+        if name not in members:
+            raise UserError(f"plausible: member '{name}' is not loaded; the members are {', '.join(members)}")
+        if not 0 < share <= 1:
+            raise UserError(f"plausible: the share of the best token's probability must be in (0, 1], not {share!r}")
+    if mixture.space == "probabilities":
+        numbers = [value for value in row.values() if not callable(value)]
+        if min(numbers, default=0) < 0 or (len(numbers) == len(row) and not math.isclose(sum(numbers), 1)):
+            raise UserError(f"mixture: weights of probabilities must not be negative and sum to 1, not {dict(row)}")
 
 
-def combine(logits: Mapping[str, Float[Tensor, "*batch vocabulary"]], mixture: Mixture) -> Float[Tensor, "*batch vocabulary"]:
-    """The mixture's logits, in fp32, from its members' logits.
+def combine(
+    logits: Mapping[str, Float[Tensor, "*batch vocabulary"]], mixture: Mixture, place: Place | None = None
+) -> Float[Tensor, "*batch vocabulary"]:
+    """The mixture's logits, in fp32, from its members' logits. `place` is needed where a coefficient is a function.
 
     A member with a negative coefficient is subtracted from the last positive one of the same size before the sum is
     taken, so that an expert equal to its anti-expert leaves the base as it is, bit for bit.
@@ -49,39 +112,85 @@ def combine(logits: Mapping[str, Float[Tensor, "*batch vocabulary"]], mixture: M
     forbids as if that token had the member's lowest finite logit, and so does its partner where both forbid it: a token
     that nobody but the anti-expert forbids is favoured by a finite amount. No NaN and no +inf can arise.
     """
-    singles, pairs = _pair(active(mixture))
-    terms = [coefficient * _for_sign(logits[name].float(), coefficient) for name, coefficient in singles]
-    terms += [coefficient * _difference(logits[plus].float(), logits[minus].float()) for plus, minus, coefficient in pairs]
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
+    rule = mixture if isinstance(mixture, Rule) else Rule(mixture)
+    row = {name: _evaluated(name, value, place) for name, value in active(rule.row).items()}
+    if rule.space == "probabilities":
+        total = torch.stack([_weighted_log(logits[name].float().log_softmax(-1), value) for name, value in row.items()]).logsumexp(0)
+    else:
+        singles, pairs = _pair(row)
+        terms = [_signed(logits[name].float(), value) for name, value in singles]
+        terms += [_difference(logits[plus].float(), logits[minus].float(), value) for plus, minus, value in pairs]
+        total = terms[0]
+        for term in terms[1:]:
+            total = total + term
+    if rule.plausible is not None:
+        name, share = rule.plausible
+        law = logits[name].float()
+        total = total.masked_fill(law < law.amax(-1, keepdim=True) + math.log(share), -torch.inf)
     return total
 
 
-def _pair(mixture: dict[str, float]) -> tuple[list[tuple[str, float]], list[tuple[str, str, float]]]:
-    singles = dict(mixture)
+def _evaluated(name: str, coefficient: Coefficient, place: Place | None) -> float | Float[Tensor, "*batch 1"]:
+    if not callable(coefficient):
+        return float(coefficient)
+    if place is None:
+        raise UserError(f"mixture: the coefficient of '{name}' is a function of the place, which is not known here; give a number")
+    return coefficient(place).float()[..., None]
+
+
+def _pair(row: Mapping[str, float | Tensor]) -> tuple[list[tuple[str, float | Tensor]], list[tuple[str, str, float | Tensor]]]:
+    singles = dict(row)
     pairs = []
-    for minus, coefficient in mixture.items():
-        partners = [name for name, other in singles.items() if coefficient < 0 and other == -coefficient]
-        if partners:
-            pairs.append((partners[-1], minus, -coefficient))
+    for minus, coefficient in row.items():
+        partners = [name for name, other in singles.items() if name != minus and _opposite(other, coefficient)]
+        if partners and minus in singles:
+            pairs.append((partners[-1], minus, singles[partners[-1]]))
             del singles[partners[-1]], singles[minus]
     return list(singles.items()), pairs
 
 
-def _difference(plus: Float[Tensor, "*batch vocabulary"], minus: Float[Tensor, "*batch vocabulary"]) -> Float[Tensor, "*batch vocabulary"]:
+def _opposite(plus: float | Tensor, minus: float | Tensor) -> bool:
+    if isinstance(plus, Tensor) and isinstance(minus, Tensor):
+        # Functions may be of either sign in places: the first of the two counts as the expert.
+        return torch.equal(plus, -minus)
+    return isinstance(plus, float) and isinstance(minus, float) and minus < 0 and plus == -minus
+
+
+def _signed(logits: Float[Tensor, "*batch vocabulary"], coefficient: float | Tensor) -> Float[Tensor, "*batch vocabulary"]:
+    """coefficient * logits, where a negative coefficient meets no -inf."""
+    if isinstance(coefficient, float):
+        return coefficient * (logits if coefficient > 0 else _raised(logits))
+    # Not 0 * -inf either: where a function is zero, the member has no say.
+    raised = _raised(logits)
+    return torch.where(coefficient > 0, coefficient.clamp(min=torch.finfo(torch.float32).tiny) * logits, coefficient * raised)
+
+
+def _difference(
+    plus: Float[Tensor, "*batch vocabulary"], minus: Float[Tensor, "*batch vocabulary"], coefficient: float | Tensor
+) -> Float[Tensor, "*batch vocabulary"]:
+    """coefficient * (plus - minus), where what the subtracted one forbids is finite."""
+    if isinstance(coefficient, Tensor):
+        ahead, behind = _difference(plus, minus, 1.0), _difference(minus, plus, 1.0)
+        tiny = torch.finfo(torch.float32).tiny
+        return torch.where(
+            coefficient > 0,
+            coefficient.clamp(min=tiny) * ahead,
+            torch.where(coefficient < 0, (-coefficient).clamp(min=tiny) * behind, torch.zeros_like(plus)),
+        )
     forbidden = torch.isneginf(minus)
     if not forbidden.any():
-        return plus - minus
+        return coefficient * (plus - minus)
     both = forbidden & torch.isneginf(plus)
-    return torch.where(both, _lowest_finite(plus), plus) - torch.where(forbidden, _lowest_finite(minus), minus)
+    return coefficient * (torch.where(both, _lowest_finite(plus), plus) - torch.where(forbidden, _lowest_finite(minus), minus))
 
 
-def _for_sign(logits: Float[Tensor, "*batch vocabulary"], coefficient: float) -> Float[Tensor, "*batch vocabulary"]:
+def _weighted_log(law: Float[Tensor, "*batch vocabulary"], weight: float | Tensor) -> Float[Tensor, "*batch vocabulary"]:
+    return law + (math.log(weight) if isinstance(weight, float) else weight.log())
+
+
+def _raised(logits: Float[Tensor, "*batch vocabulary"]) -> Float[Tensor, "*batch vocabulary"]:
     forbidden = torch.isneginf(logits)
-    if coefficient > 0 or not forbidden.any():
-        return logits
-    return torch.where(forbidden, _lowest_finite(logits), logits)
+    return torch.where(forbidden, _lowest_finite(logits), logits) if forbidden.any() else logits
 
 
 def _lowest_finite(logits: Float[Tensor, "*batch vocabulary"]) -> Float[Tensor, "*batch 1"]:

@@ -5,23 +5,27 @@ that takes a causal language model takes it: `generate` with beams, sampling, st
 harnesses, trainers that only read the loss.
 """
 
+import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from proxytune.cache import MixtureCache
+from proxytune.cache import MixtureCache, can_stack, stacked
 from proxytune.errors import UserError
 from proxytune.member import Member
-from proxytune.mixture import Mixture, active, check_mixture, combine
+from proxytune.mixture import Mixture, Place, active, check_mixture, combine, depends_on_place
 from proxytune.padding import positions_of
+from proxytune.prompts import OwnPrompts, Reading, own_prompts, reading
 from proxytune.vocabulary import check_rows, check_same_vocabulary
 
 
@@ -30,7 +34,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
 
     `mixture` may be set at any time between calls; a member with coefficient 0 is not run. Logits are as wide as the
     narrowest head among the members. Members are used as they are given: their weights, adapters, devices and configs
-    stay untouched. Not covered: prompts of their own for members, saving (save the members), training the mixture.
+    stay untouched. Those that share weights by way of LoRA adapters are rows of one pass, and those on different devices
+    run at the same time; `repr` shows which. Not covered: saving (save the members), training the mixture.
 
     Raises `UserError` where vocabularies differ or the mixture is not one over these members.
     """
@@ -65,6 +70,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             self.generation_config.pad_token_id = first.tokenizer.pad_token_id
         self.members = nn.ModuleDict({name: member.model for name, member in members.items()})
         self._takes_positions = {name: "position_ids" in inspect.signature(member.model.forward).parameters for name, member in members.items()}
+        self._adapters = {name: member.adapter for name, member in members.items()}
         self.mixture = mixture
         self.post_init()
         self.eval()
@@ -73,13 +79,21 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         """Leaves the weights alone: the default initialises again whatever it does not know, LoRA adapters above all."""
 
     @property
-    def mixture(self) -> dict[str, int | float]:
+    def mixture(self) -> Mixture:
         return self._mixture
 
     @mixture.setter
     def mixture(self, mixture: Mixture) -> None:
         check_mixture(mixture, self.members)
-        self._mixture = dict(mixture)
+        self._mixture = dict(mixture) if isinstance(mixture, Mapping) else mixture
+
+    def extra_repr(self) -> str:
+        """Which members are read in one pass, on which device."""
+        passes = [
+            f"{' + '.join(names)}{' on one set of weights' if len(names) > 1 else ''} ({self._device(names[0])})"
+            for names in self._passes(list(self.members), {}, None)
+        ]
+        return f"(passes): {', '.join(passes)}"
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         raise UserError("save_pretrained: a mixture has no weights of its own; save its members")
@@ -102,32 +116,81 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Int[Tensor, "batch time"] | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Int[Tensor, " kept"] = 0,
+        prompts: OwnPrompts | None = None,
+        prompt_lengths: Int[Tensor, " batch"] | None = None,
         return_dict: bool | None = None,
     ) -> CausalLMOutputWithPast:
         """The mixture's logits, fp32, [batch, time or kept, rows].
 
         Padding may stand on either side if `attention_mask` says where; positions are then counted from the mask, which
-        bare transformers models do not do by themselves. `labels` are shifted inside, as transformers does.
+        bare transformers models do not do by themselves. `labels` are shifted inside, as transformers does. Where members
+        read `prompts` of their own, logits begin with those of the prompt's last token. `prompt_lengths` (tokens a row,
+        padding not counted) are where coefficients that are functions count their positions from; without it, from the
+        row's beginning.
         """
         if use_cache and past_key_values is None:
             past_key_values = self.new_cache(active(self.mixture))
-        logits = self.member_logits(active(self.mixture), input_ids, attention_mask, position_ids, past_key_values, logits_to_keep)
-        mixed: Float[Tensor, "batch kept rows"] = combine(logits, self.mixture)
+        logits = self.member_logits(active(self.mixture), input_ids, attention_mask, position_ids, past_key_values, logits_to_keep, prompts)
+        if position_ids is None:
+            mask = self._all_read(input_ids, past_key_values, prompts, input_ids.shape[1]) if attention_mask is None else attention_mask
+            position_ids = positions_of(mask)[:, -input_ids.shape[1] :]
+        mixed: Float[Tensor, "batch kept rows"] = self.mixed(logits, position_ids, prompt_lengths, logits_to_keep)
         loss = None if labels is None else self.loss_function(logits=mixed, labels=labels, vocab_size=self.config.vocab_size)
         return CausalLMOutputWithPast(loss=loss, logits=mixed, past_key_values=past_key_values)
 
-    def generate(self, *args: Any, speculate: bool = False, draft: str = "expert", draft_tokens: int = 4, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        inputs: Int[Tensor, "batch time"] | None = None,
+        *args: Any,
+        prompts: Mapping[str, Sequence[Sequence[int]]] | None = None,
+        speculate: bool = False,
+        draft: str = "expert",
+        draft_tokens: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """transformers' `generate`; with `speculate`, the same law from fewer passes of the base (see `speculation`).
 
-        `draft` is the member that proposes, `draft_tokens` how many tokens at first. Counts are in `speculation` after it.
+        `prompts` are token ids that a member reads in place of the shared prompt, one list a row. `draft` is the member
+        that proposes, `draft_tokens` how many tokens; without it, as many as pay off. Counts are in `speculation` after
+        it. Raises `UserError` for a prompt longer than a member's window.
         """
+        ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if ids is None:
+            raise UserError("input_ids: a mixture needs token ids to go on from; give a prompt of at least one token")
+        mask = kwargs.get("attention_mask")
+        if mask is None and not (ids == self.config.pad_token_id).any():
+            mask = kwargs["attention_mask"] = torch.ones_like(ids)
+        if mask is None and (prompts is not None or depends_on_place(self.mixture)):
+            raise UserError("attention_mask: the prompt holds padding tokens, so it must say where a row's tokens are; give it")
+        lengths = torch.full((len(ids),), ids.shape[1], device=ids.device) if mask is None else mask.sum(1)
+        if prompts is not None:
+            kwargs["prompts"] = own_prompts(prompts, ids.shape[1], len(ids), self.config.pad_token_id or 0, ids.device)
+        if depends_on_place(self.mixture):
+            kwargs["prompt_lengths"] = lengths
+        self._check_windows(int(lengths.max()), {name: max(map(len, given)) for name, given in (prompts or {}).items()})
         if speculate:
             from proxytune.speculation import speculative_decoding
 
             # transformers keeps the streamer from a decoding loop that it is given.
             streamer = kwargs.get("streamer")
             kwargs["custom_generate"] = functools.partial(speculative_decoding, draft=draft, draft_tokens=draft_tokens, streamer=streamer)
-        return super().generate(*args, **kwargs)
+        return super().generate(ids, *args, **kwargs)
+
+    def mixed(
+        self,
+        logits: Mapping[str, Float[Tensor, "batch kept rows"]],
+        positions: Int[Tensor, "batch time"],
+        prompt_lengths: Int[Tensor, " batch"] | None = None,
+        logits_to_keep: int | Int[Tensor, " kept"] = 0,
+    ) -> Float[Tensor, "batch kept rows"]:
+        """The mixture in force over the logits of its active members, which stand at the kept ones of `positions`."""
+        if not depends_on_place(self.mixture):
+            return combine(logits, self.mixture)
+        kept = next(iter(logits.values())).shape[1]
+        positions = positions[:, logits_to_keep] if isinstance(logits_to_keep, Tensor) else positions[:, -kept:]
+        coming = positions + 1 if prompt_lengths is None else positions + 1 - prompt_lengths[:, None]
+        row = torch.arange(len(positions), device=positions.device)[:, None].expand_as(positions)
+        return combine(logits, self.mixture, Place(logits, coming, row, len(positions)))
 
     def member_logits(
         self,
@@ -137,25 +200,88 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         position_ids: Int[Tensor, "batch time"] | None = None,
         past_key_values: MixtureCache | None = None,
         logits_to_keep: int | Int[Tensor, " kept"] = 0,
+        prompts: OwnPrompts | None = None,
     ) -> dict[str, Float[Tensor, "batch kept_time rows"]]:
-        """The logits of each named member, in its own type, one plain forward pass each."""
+        """The logits of each named member, in its own type: one forward pass each, or one for those that share weights."""
         if past_key_values is not None and (missing := set(names) - past_key_values.members.keys()):
             raise UserError(f"past_key_values: it was made for another mixture and lacks {', '.join(sorted(missing))}; start a new cache")
-        if position_ids is None and attention_mask is not None:
-            position_ids = positions_of(attention_mask)[:, -input_ids.shape[1] :]
-        logits = {}
+        own = {} if prompts is None else prompts.ids
+        if prompts is not None and own:
+            if attention_mask is None:
+                attention_mask = self._all_read(input_ids, past_key_values, prompts)
+            if not isinstance(logits_to_keep, int):
+                raise UserError("logits_to_keep: with prompts of a member's own it must be a number; columns differ among members")
+            begins = attention_mask.shape[1] == input_ids.shape[1]
+            most = input_ids.shape[1] - prompts.columns + 1 if begins else input_ids.shape[1]
+            logits_to_keep = min(logits_to_keep, most) if logits_to_keep else most
+        readings = {name: reading(name, input_ids, attention_mask, position_ids, prompts) for name in names}
+        passes = self._passes(names, own, past_key_values)
+        runs = [functools.partial(self._run, together, readings[together[0]], past_key_values, logits_to_keep) for together in passes]
+        found = dict(pair for pairs in _at_once(runs, [self._device(together[0]) for together in passes]) for pair in pairs.items())
+        return {name: found[name] for name in names}
+
+    def sharing(self, name: str, names: Collection[str], prompts: OwnPrompts | None = None) -> tuple[str, ...]:
+        """Those of the names, itself among them, that are read in one pass with `name`."""
+        return next(group for group in self._passes(names, {} if prompts is None else prompts.ids, None) if name in group)
+
+    def _all_read(
+        self, ids: Int[Tensor, "batch time"], cache: MixtureCache | None, prompts: OwnPrompts | None = None, already: int = 0
+    ) -> Int[Tensor, "batch all_time"]:
+        """The mask over what was read and will be, where none was given: `generate` leaves out one that masks nothing.
+
+        `already` of the tokens are in the cache by now.
+        """
+        if cache is None:
+            return torch.ones_like(ids)
+        name, member = next(iter(cache.members.items()))
+        read = int(member.get_seq_length()) - already
+        if read and prompts is not None and name in prompts.ids:
+            read += prompts.columns - prompts.ids[name].shape[1]
+        return ids.new_ones(len(ids), read + ids.shape[1])
+
+    def _passes(self, names: Collection[str], own: Mapping[str, Any], cache: MixtureCache | None) -> list[tuple[str, ...]]:
+        """The names, those together that are rows of one pass: they share weights and read the same prompt."""
+        groups: dict[Any, list[str]] = {}
         for name in names:
-            positions = {"position_ids": position_ids} if self._takes_positions[name] else {}
-            output = self.members[name](
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                past_key_values=None if past_key_values is None else past_key_values.members[name],
-                use_cache=past_key_values is not None,
+            adapter = self._adapters[name]
+            shares = adapter is not None and name not in own and (cache is None or can_stack(cache.members[name]))
+            groups.setdefault(id(adapter.switch) if shares and adapter is not None else name, []).append(name)
+        return [tuple(group) for group in groups.values()]
+
+    def _run(
+        self,
+        together: tuple[str, ...],
+        fed: Reading,
+        cache: MixtureCache | None,
+        logits_to_keep: int | Int[Tensor, " kept"],
+    ) -> dict[str, Float[Tensor, "batch kept_time rows"]]:
+        """One forward pass of members that share weights, or of one."""
+        first, device, count = together[0], self._device(together[0]), len(together)
+        own = None if cache is None else [cache.members[name] for name in together]
+        options: dict[str, Any] = {"position_ids": fed.positions} if self._takes_positions[first] else {}
+        options |= {"input_ids": fed.ids, "attention_mask": fed.mask}
+        options = {key: value if value is None else value.to(device).repeat(count, 1) for key, value in options.items()}
+        adapter = self._adapters[first]
+        rows = [name for member in together if (own_adapter := self._adapters[member]) for name in [own_adapter.name] * len(fed.ids)]
+        with contextlib.nullcontext() if adapter is None else adapter.switch.rows(rows):
+            output = self.members[first](
+                **options,
+                past_key_values=None if own is None else own[0] if count == 1 else stacked(own),
+                use_cache=own is not None,
                 logits_to_keep=logits_to_keep,
-                **positions,
             )
-            logits[name] = output.logits[..., : self.config.vocab_size]
-        return logits
+        logits = output.logits[..., : self.config.vocab_size].to(self.device)
+        return dict(zip(together, logits.chunk(count), strict=True))
+
+    def _device(self, name: str) -> torch.device:
+        """Where the member takes its tokens: the device of its embeddings, of several if it is spread over some."""
+        return self.members[name].get_input_embeddings().weight.device  # type: ignore[operator]
+
+    def _check_windows(self, longest: int, own: Mapping[str, int]) -> None:
+        for name in active(self.mixture):
+            window = getattr(self.members[name].config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator, union-attr]
+            if window is not None and own.get(name, longest) > window:
+                raise UserError(f"{name}: the prompt has {own.get(name, longest)} tokens, its window only {window}; shorten it")
 
     def new_cache(self, names: Collection[str], static_length: int | None = None) -> MixtureCache:
         """An empty cache of the named members; with `static_length`, of that fixed number of positions."""
@@ -173,7 +299,25 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic", *ALL_STATIC_CACHE_IMPLEMENTATIONS):
             raise UserError(f"cache_implementation: a mixture takes 'dynamic' or 'static', not {kind!r}")
-        static_length = max_cache_length if kind in ALL_STATIC_CACHE_IMPLEMENTATIONS else None
+        own = model_kwargs.get("prompts")
+        further = 0 if own is None else max(0, *(ids.shape[1] - own.columns for ids in own.ids.values()))
+        static_length = max_cache_length + further if kind in ALL_STATIC_CACHE_IMPLEMENTATIONS else None
         model_kwargs["past_key_values"] = self.new_cache(active(self.mixture), static_length)
         if generation_config.is_assistant:
             model_kwargs["past_key_values"].activate_past_recording()
+
+
+def _at_once(runs: Sequence[Callable[[], dict[str, Tensor]]], devices: Sequence[torch.device]) -> list[dict[str, Tensor]]:
+    """The results of the runs, those on different devices at the same time and those on one device in their order."""
+    if len(set(devices)) == 1:
+        return [run() for run in runs]
+    inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+    def on(device: torch.device) -> list[tuple[int, dict[str, Tensor]]]:
+        # Both modes belong to a thread and have to be handed on.
+        with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+            return [(number, run()) for number, run in enumerate(runs) if devices[number] == device]
+
+    with ThreadPoolExecutor(len(set(devices))) as pool:
+        found = dict(pair for pairs in pool.map(on, dict.fromkeys(devices)) for pair in pairs)
+    return [found[number] for number in range(len(runs))]

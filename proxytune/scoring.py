@@ -2,7 +2,8 @@
 
 A forward pass is made of every member that some mixture needs; all mixtures are rows over the logits of that one pass.
 What requests have in common is read once: the tokens that all of them begin with (few-shot examples, instructions), then
-each distinct prefix, then its continuations. Logits are computed for the scored positions only, a bounded number at a time.
+each distinct prefix, then its continuations. Long ones are read in pieces, and logits are computed for the scored positions
+only, a bounded number at a time: beside weights and caches, memory holds one piece.
 """
 
 import functools
@@ -15,28 +16,39 @@ from torch import Tensor
 
 from proxytune.cache import MixtureCache
 from proxytune.errors import UserError
-from proxytune.mixture import Mixture, active, check_mixture, combine
+from proxytune.mixture import Mixture, Place, active, check_mixture, combine, depends_on_place
 from proxytune.modeling import ProxyTunedForCausalLM
 from proxytune.padding import left_padded
 
 Ids = tuple[int, ...]
 Thing = TypeVar("Thing")
 HELD = 8  # a batch may hold the keys and values of this many times the tokens that it may feed
+LOGITS = 2**26  # numbers that one member's logits of one piece may have
 
 
 class Request(NamedTuple):
-    """Token ids: what is given, and what is scored after it."""
+    """Token ids: what is given, and what is scored after it; `prompts` are prefixes that members read in place of the given one."""
 
     prefix: Ids
     continuation: Ids
+    prompts: Mapping[str, Ids] = {}
+
+    def prefix_of(self, name: str) -> Ids:
+        return self.prompts.get(name, self.prefix)
+
+
+class _Voice(NamedTuple):
+    """Members that read the same prefixes, and those prefixes, one a request."""
+
+    names: list[str]
+    prefixes: list[Ids]
 
 
 class _Read(NamedTuple):
-    """Rows that the members have read: their keys and values, where they hold tokens, and how many tokens each holds."""
+    """Rows that a voice has read: their keys and values, and which columns hold tokens."""
 
     cache: MixtureCache
     mask: Int[Tensor, "rows time"]
-    lengths: Int[Tensor, " rows"]
 
 
 @torch.inference_mode()
@@ -51,10 +63,11 @@ def score(
 ) -> dict[str, Float[Tensor, " requests"]]:
     """For each mixture, the summed log-probability (nats, fp64) of every request's continuation.
 
-    A batch feeds at most `batch_tokens` tokens, padding counted, or one row. The result does not depend on it, nor on
-    the order of the requests or on `share_prefixes`, beyond rounding. Members whose caches do not keep every position
-    (sliding windows, recurrent states) are read without sharing. Raises `UserError` for an empty prefix or continuation
-    and for a request that is longer than a member's window.
+    A batch feeds at most `batch_tokens` tokens at a time, padding counted. The result does not depend on it, nor on the
+    order of the requests or on `share_prefixes`, beyond rounding. Coefficients that are functions count positions from the
+    continuation's first token, and rows are requests. Members whose caches do not keep every position (sliding windows,
+    recurrent states) are read without sharing and in one piece. Raises `UserError` for an empty prefix or continuation and
+    for a request that is longer than a member's window (`cut_to_window` shortens them, and counts).
     """
     for mixture in mixtures.values():
         check_mixture(mixture, model.members)
@@ -63,23 +76,41 @@ def score(
     if not requests:
         return totals
     names = list(dict.fromkeys(name for mixture in mixtures.values() for name in active(mixture)))
-    if share_prefixes and model.new_cache(names).keeps_everything:
-        groups = _shared(model, names, requests, batch_tokens)
-    else:
-        groups = _apart(model, names, requests, batch_tokens)
-    for logits, scored in groups:
+    groups: dict[tuple[Ids, ...], list[str]] = {}
+    for name in names:
+        groups.setdefault(tuple(request.prefix_of(name) for request in requests), []).append(name)
+    voices = [_Voice(group, list(prefixes)) for prefixes, group in groups.items()]
+    read = _shared if share_prefixes and model.new_cache(names).keeps_everything else _apart
+    for logits, scored in read(model, voices, requests, batch_tokens):
         _add_up(totals, logits, scored, mixtures)
         progress(sum(target.last for target in scored))
     return totals
 
 
+def cut_to_window(requests: Sequence[Request], window: int) -> tuple[list[Request], int]:
+    """The requests with their prefixes cut on the left to what fits beside the continuation, and how many were cut.
+
+    This is what lm-eval does without a word. Raises `UserError` for a continuation that leaves no room for a token before it.
+    """
+    fitting = []
+    for number, request in enumerate(requests):
+        room = window - len(request.continuation) + 1
+        if room < 1:
+            raise UserError(
+                f"requests: the continuation of number {number} has {len(request.continuation)} tokens, the window only {window}; shorten it"
+            )
+        fitting.append(Request(request.prefix[-room:], request.continuation, {name: prompt[-room:] for name, prompt in request.prompts.items()}))
+    return fitting, sum(one != other for one, other in zip(requests, fitting, strict=True))
+
+
 class _Target(NamedTuple):
-    """A scored token: where its logits are, which it is, whose it is, and whether it is its request's last."""
+    """A scored token: where its logits are, which it is, whose it is, its place in the continuation, and whether it is the last."""
 
     row: int
     position: int
     token: int
     request: int
+    place: int
     last: bool
 
 
@@ -88,49 +119,106 @@ Scored = tuple[dict[str, Float[Tensor, "rows kept vocabulary"]], list[_Target]]
 
 def _add_up(totals: dict[str, Tensor], logits: dict[str, Tensor], scored: list[_Target], mixtures: Mapping[str, Mixture]) -> None:
     """Adds the log-probabilities of the scored tokens to their requests', for every mixture."""
-    places = sorted({(target.row, target.position) for target in scored})
+    if not scored:
+        return
+    device = next(iter(logits.values())).device
+    of_targets = [(target.row, target.position) for target in scored]
+    places = sorted(set(of_targets))
     number = {place: index for index, place in enumerate(places)}
-    rows, positions = torch.tensor(places).unbind(1)
-    needed = {name: law[rows, positions] for name, law in logits.items()}
-    where = torch.tensor([number[target.row, target.position] for target in scored])
-    tokens = torch.tensor([target.token for target in scored])
-    owners = torch.tensor([target.request for target in scored])
+    where = torch.tensor([number[place] for place in of_targets], device=device)
+    tokens, owners, position = (torch.tensor(column, device=device) for column in zip(*((t.token, t.request, t.place) for t in scored), strict=True))
+    rows, columns = torch.tensor(places, device=device).unbind(1)
+    needed = {name: law[rows, columns] for name, law in logits.items()}
     for name, mixture in mixtures.items():
-        mixed = combine({member: needed[member] for member in active(mixture)}, mixture)
-        totals[name].index_add_(0, owners, (mixed[where, tokens] - mixed.logsumexp(-1)[where]).double().cpu())
+        members = {member: needed[member] for member in active(mixture)}
+        if depends_on_place(mixture):
+            members = {member: law[where] for member, law in members.items()}
+            mixed = combine(members, mixture, Place(members, position, owners, len(totals[name])))
+            chosen, normaliser = mixed.gather(1, tokens[:, None])[:, 0], mixed.logsumexp(-1)
+        else:
+            mixed = combine(members, mixture)
+            chosen, normaliser = mixed[where, tokens], mixed.logsumexp(-1)[where]
+        totals[name].index_add_(0, owners.cpu(), (chosen - normaliser).double().cpu())
 
 
-def _shared(model: ProxyTunedForCausalLM, names: list[str], requests: Sequence[Request], batch_tokens: int) -> Iterator[Scored]:
-    """Reads common beginning, prefixes and continuations once each."""
-    owners: dict[Ids, list[int]] = {}
-    for index, request in enumerate(requests):
-        owners.setdefault(request.prefix, []).append(index)
+def _shared(model: ProxyTunedForCausalLM, voices: Sequence[_Voice], requests: Sequence[Request], batch_tokens: int) -> Iterator[Scored]:
+    """Reads common beginning, prefixes and continuations once each. A key is one prefix for each voice."""
+    owners: dict[tuple[Ids, ...], list[int]] = {}
+    for index in range(len(requests)):
+        owners.setdefault(tuple(voice.prefixes[index] for voice in voices), []).append(index)
     # At least one token of every prefix is left to be fed: its logits are the first continuation tokens'.
-    common = min(_common(owners), min(map(len, owners)) - 1) if len(owners) > 1 else 0
-    beginning = _read(model, names, None, [next(iter(owners))[:common]])[1] if common else None
-    for prefixes in _batches(sorted(owners, key=len), batch_tokens, lambda prefix: max(len(prefix) - common, -(-len(prefix) // HELD))):
-        start = None if beginning is None else _select(beginning, [0] * len(prefixes))
-        logits, read = _read(model, names, start, [prefix[common:] for prefix in prefixes], kept=1)
-        firsts = [(row, index) for row, prefix in enumerate(prefixes) for index in owners[prefix]]
-        yield logits, [_Target(row, 0, requests[index].continuation[0], index, len(requests[index].continuation) == 1) for row, index in firsts]
+    common = [min(_common(own), min(map(len, own)) - 1) if len(own) > 1 else 0 for own in map(set, zip(*owners, strict=True))]
+    beginnings = [
+        _read_prefixes(model, voice.names, None, [voice.prefixes[0][:length]], batch_tokens)[1] if length else None
+        for voice, length in zip(voices, common, strict=True)
+    ]
+
+    def cost(key: tuple[Ids, ...]) -> int:
+        return max(max(len(prefix) - length, -(-len(prefix) // HELD)) for prefix, length in zip(key, common, strict=True))
+
+    for keys in _batches(sorted(owners, key=lambda key: max(map(len, key))), batch_tokens, cost):
+        logits: dict[str, Tensor] = {}
+        reads = []
+        for number, voice in enumerate(voices):
+            beginning = beginnings[number]
+            start = None if beginning is None else _select(beginning, [0] * len(keys))
+            found, read = _read_prefixes(model, voice.names, start, [key[number][common[number] :] for key in keys], batch_tokens)
+            logits |= found
+            reads.append(read)
+        firsts = [(row, index) for row, key in enumerate(keys) for index in owners[key]]
+        yield logits, [_Target(row, 0, requests[index].continuation[0], index, 0, len(requests[index].continuation) == 1) for row, index in firsts]
         # Continuations that feed the same tokens after one prefix share a row.
         fed: dict[tuple[int, Ids], list[int]] = {}
         for row, index in firsts:
             if len(requests[index].continuation) > 1:
                 fed.setdefault((row, requests[index].continuation[:-1]), []).append(index)
-        cost = functools.partial(_continuation_cost, prefixes)
-        for rows in _batches(sorted(fed, key=lambda key: len(key[1])), batch_tokens, cost):
-            kept = max(len(tokens) for _, tokens in rows)
-            logits, _ = _read(model, names, _select(read, [row for row, _ in rows]), [tokens for _, tokens in rows], kept=kept)
-            yield (
-                logits,
-                [
-                    target
-                    for number, key in enumerate(rows)
-                    for index in fed[key]
-                    for target in _targets(number, kept, index, requests[index].continuation[1:])
-                ],
-            )
+        longest = [max(map(len, key)) for key in keys]
+        for rows in _batches(sorted(fed, key=lambda key: len(key[1])), batch_tokens, functools.partial(_continuation_cost, longest)):
+            yield from _read_continuations(model, voices, reads, rows, fed, requests, batch_tokens)
+
+
+def _read_prefixes(
+    model: ProxyTunedForCausalLM, names: list[str], start: _Read | None, segments: Sequence[Ids], batch_tokens: int
+) -> tuple[dict[str, Float[Tensor, "rows 1 vocabulary"]], _Read]:
+    """Feeds one segment a row after what the rows have read, in pieces; the members' logits at the end, and what has then been read."""
+    ids, held = left_padded(segments, model.config.pad_token_id or 0, model.device)
+    read = start or _Read(model.new_cache(names), held[:, :0])
+    logits: dict[str, Tensor] = {}
+    for piece in _pieces(ids.shape[1], batch_tokens // len(ids)):
+        logits, read = _advance(model, names, read, ids[:, piece], held[:, piece], 1)
+    return logits, read
+
+
+def _read_continuations(
+    model: ProxyTunedForCausalLM,
+    voices: Sequence[_Voice],
+    reads: Sequence[_Read],
+    rows: list[tuple[int, Ids]],
+    fed: Mapping[tuple[int, Ids], list[int]],
+    requests: Sequence[Request],
+    batch_tokens: int,
+) -> Iterator[Scored]:
+    """Feeds every row's continuation but its last token, in pieces, and gives all logits."""
+    ids, held = left_padded([tokens for _, tokens in rows], model.config.pad_token_id or 0, model.device)
+    targets = [
+        target
+        for number, key in enumerate(rows)
+        for index in fed[key]
+        for target in _targets(number, ids.shape[1], index, requests[index].continuation, skipped=1)
+    ]
+    reads = [_select(read, [row for row, _ in rows]) for read in reads]
+    for piece in _pieces(ids.shape[1], min(batch_tokens, LOGITS // model.config.vocab_size) // len(ids)):
+        logits: dict[str, Tensor] = {}
+        for number, voice in enumerate(voices):
+            found, reads[number] = _advance(model, voice.names, reads[number], ids[:, piece], held[:, piece], 0)
+            logits |= found
+        inside = [target for target in targets if piece.start <= target.position < piece.stop]
+        yield logits, [target._replace(position=target.position - piece.start) for target in inside]
+
+
+def _pieces(columns: int, width: int) -> list[slice]:
+    width = max(width, 1)
+    return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
 
 
 def _common(prefixes: Collection[Ids]) -> int:
@@ -139,47 +227,51 @@ def _common(prefixes: Collection[Ids]) -> int:
     return next((place for place, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), min(len(first), len(last)))
 
 
-def _continuation_cost(prefixes: Sequence[Ids], key: tuple[int, Ids]) -> int:
+def _continuation_cost(longest: Sequence[int], key: tuple[int, Ids]) -> int:
     row, tokens = key
-    return max(len(tokens), -(-(len(prefixes[row]) + len(tokens)) // HELD))
+    return max(len(tokens), -(-(longest[row] + len(tokens)) // HELD))
 
 
-def _targets(row: int, kept: int, index: int, tokens: Ids) -> list[_Target]:
-    """A request's last tokens as targets, where the last of the `kept` logits of its row are those of its last token."""
-    return [_Target(row, kept - len(tokens) + place, token, index, place == len(tokens) - 1) for place, token in enumerate(tokens)]
+def _targets(row: int, columns: int, index: int, continuation: Ids, skipped: int) -> list[_Target]:
+    """A request's tokens but the `skipped` first as targets, where the last of the columns has the logits of the last one."""
+    last = len(continuation) - 1
+    return [_Target(row, columns - 1 - last + place, continuation[place], index, place, place == last) for place in range(skipped, last + 1)]
 
 
-def _apart(model: ProxyTunedForCausalLM, names: list[str], requests: Sequence[Request], batch_tokens: int) -> Iterator[Scored]:
+def _apart(model: ProxyTunedForCausalLM, voices: Sequence[_Voice], requests: Sequence[Request], batch_tokens: int) -> Iterator[Scored]:
     """Reads every distinct row of tokens in full: slower, and what sharing is tested against."""
-    owners: dict[Ids, list[int]] = {}
+    owners: dict[tuple[Ids, ...], list[int]] = {}
     for index, request in enumerate(requests):
-        owners.setdefault(request.prefix + request.continuation[:-1], []).append(index)
-    for rows in _batches(sorted(owners, key=len), batch_tokens, len):
-        kept = min(max(len(requests[index].continuation) for row in rows for index in owners[row]), len(rows[-1]))
-        logits, _ = _read(model, names, None, rows, kept=kept)
-        found = [(number, index) for number, row in enumerate(rows) for index in owners[row]]
-        yield logits, [target for number, index in found for target in _targets(number, kept, index, requests[index].continuation)]
+        owners.setdefault(tuple(voice.prefixes[index] + request.continuation[:-1] for voice in voices), []).append(index)
+    for keys in _batches(sorted(owners, key=lambda key: max(map(len, key))), batch_tokens, lambda key: max(map(len, key))):
+        kept = max(len(requests[index].continuation) for key in keys for index in owners[key])
+        logits: dict[str, Tensor] = {}
+        for number, voice in enumerate(voices):
+            ids, held = left_padded([key[number] for key in keys], model.config.pad_token_id or 0, model.device)
+            found, _ = _advance(model, voice.names, _Read(model.new_cache(voice.names), held[:, :0]), ids, held, min(kept, ids.shape[1]))
+            logits |= found
+        shortest = min(law.shape[1] for law in logits.values())
+        logits = {name: law[:, -shortest:] for name, law in logits.items()}
+        found_targets = [(row, index) for row, key in enumerate(keys) for index in owners[key]]
+        yield logits, [target for row, index in found_targets for target in _targets(row, shortest, index, requests[index].continuation, skipped=0)]
 
 
-def _read(
-    model: ProxyTunedForCausalLM, names: list[str], start: _Read | None, segments: Sequence[Ids], kept: int = 1
+def _advance(
+    model: ProxyTunedForCausalLM,
+    names: list[str],
+    read: _Read,
+    ids: Int[Tensor, "rows time"],
+    held: Int[Tensor, "rows time"],
+    kept: int,
 ) -> tuple[dict[str, Float[Tensor, "rows kept vocabulary"]], _Read]:
-    """Feeds one segment a row after what the rows have read; padding stands on the left of the segment, masked out.
-
-    Returns the members' logits at the last `kept` positions, and what has then been read.
-    """
-    ids, held = left_padded(segments, model.config.pad_token_id or 0, model.device)
-    if start is None:
-        start = _Read(model.new_cache(names), held[:, :0], torch.zeros(len(segments), dtype=torch.long, device=model.device))
-    mask = torch.cat([start.mask, held], dim=1)
-    positions = (start.lengths[:, None] + held.cumsum(1) - 1).clamp(min=0)
-    logits = model.member_logits(names, ids, mask, positions, start.cache, min(kept, ids.shape[1]))
-    return logits, _Read(start.cache, mask, start.lengths + held.sum(1))
+    """Feeds tokens after what the rows have read. Returns the members' logits at the last `kept` positions (0: at all)."""
+    mask = torch.cat([read.mask, held], dim=1)
+    return model.member_logits(names, ids, mask, None, read.cache, kept), _Read(read.cache, mask)
 
 
 def _select(read: _Read, rows: list[int]) -> _Read:
     index = torch.tensor(rows, device=read.mask.device)
-    return _Read(read.cache.select_rows(index), read.mask[index], read.lengths[index])
+    return _Read(read.cache.select_rows(index), read.mask[index])
 
 
 def _batches(things: Sequence[Thing], budget: int, cost: Callable[[Thing], int]) -> Iterator[list[Thing]]:
@@ -196,8 +288,9 @@ def _batches(things: Sequence[Thing], budget: int, cost: Callable[[Thing], int])
 
 def _check(requests: Sequence[Request], window: int) -> None:
     for number, request in enumerate(requests):
-        if not request.prefix or not request.continuation:
-            raise UserError(f"requests: number {number} has an empty {'prefix' if not request.prefix else 'continuation'}; give it a token")
-        fed = len(request.prefix) + len(request.continuation) - 1
+        prefixes = [request.prefix, *request.prompts.values()]
+        if not all(prefixes) or not request.continuation:
+            raise UserError(f"requests: number {number} has an empty {'prefix' if request.continuation else 'continuation'}; give it a token")
+        fed = max(map(len, prefixes)) + len(request.continuation) - 1
         if fed > window:
             raise UserError(f"requests: number {number} has {fed} tokens, a member's window only {window}; shorten it")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -18,7 +19,7 @@ from probes.world.family import build_family
 from proxytune import Member, ProxyTunedForCausalLM, proxy_tuning
 
 VOCABULARY = 50
-ARCHITECTURES = ("llama", "qwen2", "gpt2", "gpt_neox")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2", "gpt_neox", "gemma", "mistral")
 
 torch.set_num_threads(1)
 transformers.utils.logging.set_verbosity_error()
@@ -44,6 +45,10 @@ def make_model(architecture: str = "llama", seed: int = 0, layers: int = 2, hidd
         sizes = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers, "num_attention_heads": 4}
         if architecture != "gpt_neox":
             sizes["num_key_value_heads"] = 2
+        if architecture in ("qwen3", "gemma"):
+            sizes["head_dim"] = hidden // 4
+        if architecture == "mistral":
+            sizes["sliding_window"] = None
         config = kind(max_position_embeddings=128, **sizes, **common)
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config).eval()
@@ -71,6 +76,20 @@ def proxy(members: dict[str, Member]) -> ProxyTunedForCausalLM:
 @pytest.fixture(params=ARCHITECTURES)
 def any_proxy(request: pytest.FixtureRequest) -> ProxyTunedForCausalLM:
     return ProxyTunedForCausalLM(make_members(request.param), proxy_tuning(0.7))
+
+
+@pytest.fixture(scope="session")
+def lora_family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base, a small model of its vocabulary and two LoRA adapters on the small one, as users have them."""
+    folder = tmp_path_factory.mktemp("family")
+    for name, model in (("base", make_model(seed=1, layers=3, hidden=48)), ("small", make_model(seed=2))):
+        model.save_pretrained(folder / name)
+        make_tokenizer().save_pretrained(folder / name)
+    for name, rank, seed in (("polite", 4, 3), ("terse", 2, 4)):
+        torch.manual_seed(seed)
+        settings = LoraConfig(r=rank, lora_alpha=8 * rank, target_modules="all-linear", init_lora_weights=False)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "small"), settings).save_pretrained(folder / name)
+    return folder
 
 
 @pytest.fixture
