@@ -3,6 +3,7 @@
 Knows token ids, logits and caches only.
 """
 
+from proxytune.drafting import rounded_draft as rounded_draft
 from proxytune.errors import UserError as UserError
 from proxytune.member import Member as Member
 from proxytune.member import Weights as Weights

@@ -60,7 +60,6 @@ def mixes_in_batches(adapter: str | Path) -> bool:
     )
 
 
-@torch.inference_mode()
 def attach(model: PreTrainedModel, adapters: Sequence[str | Path]) -> tuple[AdapterSwitch, list[str]] | None:
     """Puts adapters on the model side by side; returns the switch and the adapters' names in it.
 
@@ -72,7 +71,7 @@ def attach(model: PreTrainedModel, adapters: Sequence[str | Path]) -> tuple[Adap
         peft.load_adapter(str(adapter), adapter_name=name)
     switch = AdapterSwitch(model.eval())
     try:
-        with switch.rows([*names, UNTOUCHED]):
+        with torch.inference_mode(), switch.rows([*names, UNTOUCHED]):
             model(input_ids=torch.zeros(len(names) + 1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device))
     except ValueError:
         return None

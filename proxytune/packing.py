@@ -2,11 +2,10 @@
 
 torch hands `nn.Linear` in fp32 to a BLAS that copies the whole weight for every product of a few rows. Here the copy is
 made once, into the blocks that oneDNN multiplies from, and a step of one to sixteen tokens costs about the same: which
-is what speculation, batches and members that share weights live on. Measured where it was written, a 1,536 x 8,960 layer
-takes .4 of the time for one row and .2 for two to five; `proxytune bench` measures it where you are.
+is what speculation, batches and members that share weights live on. `proxytune bench` measures it where you are.
 
-The packed layers are for inference: nothing is differentiated through them. A head tied to the embeddings gets a copy of
-its own. Not covered: types other than fp32, devices other than the CPU.
+Packed layers are for inference: nothing is differentiated through them. A head tied to the embeddings gets a copy of its
+own. Not covered: types other than fp32, devices other than the CPU.
 """
 
 import torch
@@ -18,7 +17,7 @@ ROWS = 8  # of the products to choose the blocks for
 
 
 class PackedLinear(nn.Module):
-    """A linear layer for inference. Its `weight` is opaque (`is_mkldnn`); `weight.to_dense()` gives it back bit for bit."""
+    """A linear layer whose `weight` is opaque (`is_mkldnn`); `weight.to_dense()` gives it back bit for bit."""
 
     weight: Tensor
 
@@ -39,13 +38,16 @@ def pack_linear_layers(model: nn.Module) -> int:
     """
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return 0
-    children = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
+    # The two factors of a LoRA layer stand in dictionaries; PEFT computes with them.
+    parents = [module for module in model.modules() if not isinstance(module, nn.ModuleDict)]
+    children = [(parent, name, child) for parent in parents for name, child in parent.named_children()]
     # Exactly nn.Linear: subclasses (quantised layers, say) keep their weights in ways of their own.
-    found = [(parent, name, child) for parent, name, child in children if type(child) is nn.Linear and _fits(child.weight)]
+    found = [(parent, name, child) for parent, name, child in children if type(child) is nn.Linear and fits(child.weight)]
     for parent, name, child in found:
         setattr(parent, name, PackedLinear(child))
     return len(found)
 
 
-def _fits(weight: Tensor) -> bool:
+def fits(weight: Tensor) -> bool:
+    """Whether a weight is on the CPU, in fp32 and large enough for another layout to pay off."""
     return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= SMALLEST

@@ -10,8 +10,7 @@ In a batch the rows accept different numbers of tokens: what a row refused is ma
 refused is cut off. Members that share the draft's weights read along with it. Not covered: beams, and members whose caches
 do not keep every position.
 
-How many tokens to draft follows from the acceptance so far and from what passes cost by a model of two constants a kind
-of device (`PACE`), not from a clock: the same seed gives the same tokens.
+The draft need not be in the mixture: any member with its vocabulary will do (`drafting` makes a fast one).
 """
 
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
+from proxytune.cost import PACE, step_seconds
 from proxytune.errors import UserError
 from proxytune.mixture import active
 from proxytune.modeling import ProxyTunedForCausalLM
@@ -29,17 +29,6 @@ from proxytune.padding import positions_of
 from proxytune.prompts import OwnPrompts
 
 LONGEST_DRAFT = 12
-LAUNCH = 2e-4  # seconds that a layer costs however small it is
-
-
-class Pace(NamedTuple):
-    """What decides a pass's time: bytes of weights a second, and what a further token adds to a pass, as a share of it."""
-
-    bytes_a_second: float
-    token: float
-
-
-PACE = {"cpu": Pace(2e10, 0.03), "cuda": Pace(2e12, 0.003)}
 
 
 class SpeculationReport(NamedTuple):
@@ -130,18 +119,18 @@ def speculative_decoding(
     for number in range(len(rows)):
         running[number] = not _emit(rows[number], [int(pending[number])], stopping_criteria, input_ids.device, streamer)
     passes, drafted_count, accepted_count = len(rows), 0, 0
-    length = _DraftLength(model, together, apart, len(rows), draft_tokens)
+    length = _DraftLength(model, together, apart, draft_tokens)
     while running.any():
         room = int(generation_config.max_length or 0) - 1 - min(len(row) for row, runs in zip(rows, running.tolist(), strict=True) if runs)
-        ahead = max(0, min(length.best(), room))
-        held = torch.cat([mask, torch.ones(len(rows), ahead + 1, dtype=torch.long, device=mask.device)], dim=1)
-        fed, logits, scores = _draft(model, draft, together, pending, ahead, cache, held, rows, logits_processor, sample, prompts)
+        fed, logits, scores = _draft(model, draft, together, pending, room, length, running, cache, mask, rows, logits_processor, sample, prompts)
+        ahead = fed.shape[1] - 1
+        held = torch.cat([mask, torch.ones_like(fed)], dim=1)
         logits |= model.member_logits(apart, fed, held, None, cache, 0, prompts) if apart else {}
         accepted, following = verify(mixture_scores(logits, held, fed), scores, fed[:, 1:], sample)
         passes += int(running.sum())
         drafted_count += ahead * int(running.sum())
         accepted_count += int(accepted[running].sum())
-        length.learn(int(accepted[running].sum()), int((accepted[running] < ahead).sum()))
+        length.learn(scores[running, :-1].softmax(-1).amax(-1), accepted[running])
         # Kept are the pending token and the accepted ones; a row that has ended keeps nothing.
         read = ((torch.arange(ahead + 1, device=mask.device) <= accepted[:, None]) & running[:, None]).long()
         refused_by_all = ahead - int(accepted[running].max())
@@ -173,37 +162,47 @@ def _check(model: ProxyTunedForCausalLM, draft: str, draft_tokens: int | None, g
 
 
 class _DraftLength:
-    """How many tokens to draft: those that give the most tokens a second at the acceptance seen lately.
+    """Whether one more token is worth drafting: its chance to come out, times what a token takes, against what it costs.
 
-    Tokens a round are (1 - a^(n+1)) / (1 - a) at acceptance a (Leviathan et al. 2023, eq. 1).
+    The chance is that of all before it times its own, 1 - k (1 - c) for a draft whose best token has probability c; k is
+    learned from what was refused. The decision sees only what came before the token, so the law stays exact. Seconds are
+    those of `cost`, not a clock's: the same seed gives the same tokens.
     """
 
-    def __init__(self, model: ProxyTunedForCausalLM, together: Sequence[str], apart: Sequence[str], rows: int, fixed: int | None):
-        self._fixed, self._rows = fixed, rows
-        self._accepted, self._refused = 2.8, 1.2  # as if four drafted tokens had been seen
+    def __init__(self, model: ProxyTunedForCausalLM, together: Sequence[str], apart: Sequence[str], fixed: int | None):
+        self._fixed = fixed
         self._pace = PACE.get(model.device.type, PACE["cuda"])
-        self._draft = _seconds(model.members[together[0]], self._pace) * (1 + self._pace.token * (rows * len(together) - 1))
-        self._verify = sum(_seconds(model.members[name], self._pace) for name in apart)
+        self._together = len(together)
+        self._draft = step_seconds(model.members[together[0]], self._pace)
+        self._verify = sum((step_seconds(model.members[name], self._pace) for name in apart), 0.0)
+        self._refused = self._doubts = 1.0  # a prior: k is 1
+        self._seconds = self._tokens = 0.0
 
-    def best(self) -> int:
-        if self._fixed is not None:
-            return self._fixed
-        acceptance = self._accepted / (self._accepted + self._refused)
+    def one_more(self, confidence: Float[Tensor, "running drafted"]) -> bool:
+        """Of the running rows: the best token's probability before each token drafted so far, and before the one in question."""
+        ahead = confidence.shape[1] - 1
+        if self._fixed is not None or ahead >= LONGEST_DRAFT:
+            return ahead < min(self._fixed or LONGEST_DRAFT, LONGEST_DRAFT)
+        running = len(confidence)
+        chance = (1 - self._refused / self._doubts * (1 - confidence)).clamp(0, 1).prod(1).sum()
+        # Before the first round a token is taken to cost what it would without a draft.
+        alone = self._one_round(0, running) / running
+        a_token = self._seconds / self._tokens if self._tokens else alone
+        return bool(chance * a_token > self._one_round(ahead + 1, running) - self._one_round(ahead, running))
 
-        def tokens_a_second(ahead: int) -> float:
-            tokens = sum(acceptance**place for place in range(ahead + 1))
-            verifying = self._verify * (1 + self._pace.token * (self._rows * (ahead + 1) - 1))
-            return tokens / (self._draft * (ahead + 1) + verifying)
+    def learn(self, confidence: Float[Tensor, "running drafted"], accepted: Int[Tensor, " running"]) -> None:
+        """After a round: the confidence before each drafted token, and how many of them each running row accepted."""
+        running, ahead = confidence.shape
+        verified = torch.arange(ahead, device=accepted.device) <= accepted[:, None]
+        self._refused = 0.9 * self._refused + float((accepted < ahead).sum())
+        self._doubts = 0.9 * self._doubts + float(((1 - confidence) * verified).sum()) + 1e-3
+        self._seconds = 0.9 * self._seconds + self._one_round(ahead, running)
+        self._tokens = 0.9 * self._tokens + float((accepted + 1).sum())
 
-        return max(range(1, LONGEST_DRAFT + 1), key=tokens_a_second)
-
-    def learn(self, accepted: int, refused: int) -> None:
-        self._accepted, self._refused = 0.9 * self._accepted + accepted, 0.9 * self._refused + refused
-
-
-def _seconds(model: Any, pace: Pace) -> float:
-    read = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    return max(read / pace.bytes_a_second, LAUNCH * model.config.get_text_config().num_hidden_layers)
+    def _one_round(self, ahead: int, rows: int) -> float:
+        further = self._pace.token
+        drafting = (ahead + 1) * self._draft * (1 + further * (rows * self._together - 1))
+        return drafting + self._verify * (1 + further * (rows * (ahead + 1) - 1))
 
 
 def _draft(
@@ -211,28 +210,32 @@ def _draft(
     draft: str,
     together: Sequence[str],
     pending: Int[Tensor, " rows"],
-    ahead: int,
+    room: int,
+    length: _DraftLength,
+    running: Bool[Tensor, " rows"],
     cache: Any,
-    held: Int[Tensor, "rows all_time"],
+    mask: Int[Tensor, "rows all_time"],
     rows: Sequence[list[int]],
     logits_processor: LogitsProcessorList,
     sample: bool,
     prompts: OwnPrompts | None,
 ) -> tuple[Int[Tensor, "rows drafted_and_one"], dict[str, Tensor], Float[Tensor, "rows drafted_and_one vocabulary"]]:
-    """Lets the draft go `ahead` tokens on. Returns what it was fed, the raw logits after each of those that read along, and its scores."""
+    """Lets the draft go on by at most `room` tokens. Returns what it was fed, the raw logits after each token of those
+    that read along, and its scores."""
     fed, scores = pending[:, None], []
+    confidence = torch.empty(int(running.sum()), 0, device=mask.device)
     raw: dict[str, list[Tensor]] = {name: [] for name in together}
-    before = held.shape[1] - (ahead + 1)
-    for step in range(ahead + 1):
-        logits = model.member_logits(together, fed[:, -1:], held[:, : before + step + 1], None, cache, 0, prompts)
+    while True:
+        held = torch.cat([mask, torch.ones_like(fed)], dim=1)
+        logits = model.member_logits(together, fed[:, -1:], held, None, cache, 0, prompts)
         for name in together:
             raw[name].append(logits[name])
-        scores.append(_processed(logits[draft].float(), rows, fed, logits_processor, first=step))
-        if step < ahead:
-            last = scores[-1][:, 0]
-            token = torch.multinomial(last.softmax(-1), 1) if sample else last.argmax(-1, keepdim=True)
-            fed = torch.cat([fed, token], dim=1)
-    return fed, {name: torch.cat(given, dim=1) for name, given in raw.items()}, torch.cat(scores, dim=1)
+        scores.append(_processed(logits[draft].float(), rows, fed, logits_processor, first=fed.shape[1] - 1))
+        law = scores[-1][:, 0].softmax(-1)
+        confidence = torch.cat([confidence, law[running].amax(-1, keepdim=True)], dim=1)
+        if fed.shape[1] > room or not length.one_more(confidence):
+            return fed, {name: torch.cat(given, dim=1) for name, given in raw.items()}, torch.cat(scores, dim=1)
+        fed = torch.cat([fed, torch.multinomial(law, 1) if sample else law.argmax(-1, keepdim=True)], dim=1)
 
 
 def _processed(

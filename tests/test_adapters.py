@@ -121,9 +121,7 @@ def test_fingerprints_are_those_of_members_loaded_apart(lora_family: Path) -> No
     assert len(set(found.values())) == 4
 
 
-def test_packed_layers_under_adapters(
-    lora_family: Path, apart: ProxyTunedForCausalLM, random_ids: Ids, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_packed_layers_under_adapters(lora_family: Path, apart: ProxyTunedForCausalLM, random_ids: Ids, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "SMALLEST", 0)
     members = load_members(sources(lora_family), packed=True)
     assert any(isinstance(module, packing.PackedLinear) for module in members["small"].model.modules())

@@ -66,7 +66,7 @@ def small_model() -> ProxyTunedForCausalLM:
     return ProxyTunedForCausalLM(members, proxy_tuning(0.8))
 
 
-def p_value(count: int = 6000, **options: float) -> float:
+def p_value(count: int = 6000, draft_tokens: int | None = 2, **options: float) -> float:
     """Of the hypothesis that three speculated tokens have the mixture's law, after temperature or top-k."""
     model = small_model()
     prompt = torch.tensor([[3, 5]])
@@ -87,7 +87,14 @@ def p_value(count: int = 6000, **options: float) -> float:
             expected[a, b] = first[a] * second[b] * law(torch.cat([prompt, torch.tensor([[a, b]])], dim=1))
     torch.manual_seed(0)
     output = model.generate(
-        prompt.expand(count, -1), speculate=True, draft_tokens=2, do_sample=True, max_new_tokens=3, pad_token_id=0, eos_token_id=None, **warp
+        prompt.expand(count, -1),
+        speculate=True,
+        draft_tokens=draft_tokens,
+        do_sample=True,
+        max_new_tokens=3,
+        pad_token_id=0,
+        eos_token_id=None,
+        **warp,
     )
     found = torch.zeros(7, 7, 7)
     for a, b, c in output[:, 2:].tolist():
@@ -107,6 +114,36 @@ def p_value(count: int = 6000, **options: float) -> float:
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"top_k": 3}], ids=str)
 def test_samples_have_the_mixtures_law(options: dict[str, float]) -> None:
     assert p_value(**options) > 0.01
+
+
+def test_samples_have_the_mixtures_law_where_the_draft_decides_when_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How far it goes may depend on what it saw, but not on the token in question."""
+    monkeypatch.setattr(speculation._DraftLength, "one_more", lambda length, confidence: bool(confidence[:, -1].mean() > 0.35))
+    assert p_value(draft_tokens=None) > 0.01
+
+
+def test_a_draft_that_stops_at_its_own_unlikely_tokens_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mistake that stopping invites: the token is looked at before it is decided whether it counts."""
+    draft = speculation._draft
+
+    def picky(*arguments: object) -> tuple:
+        fed, logits, scores = draft(*arguments)
+        unlikely = scores[:, 0].softmax(-1).gather(1, fed[:, 1:2]) < 0.2 if fed.shape[1] > 1 else torch.tensor(False)
+        return (fed[:, :1], {name: law[:, :1] for name, law in logits.items()}, scores[:, :1]) if unlikely.any() else (fed, logits, scores)
+
+    monkeypatch.setattr(speculation, "_draft", picky)
+    model = small_model()
+    prompt = torch.tensor([[3, 5]])
+    torch.manual_seed(0)
+    made = [
+        model.generate(prompt, speculate=True, draft_tokens=1, do_sample=True, max_new_tokens=3, pad_token_id=0, eos_token_id=None, top_k=0)[0, 2:]
+        for _ in range(1500)
+    ]
+    first = int(torch.stack(made)[:, 0].mode().values)
+    found = torch.stack([pair[1] for pair in made if int(pair[0]) == first]).bincount(minlength=7)
+    with torch.no_grad():
+        expected = model(torch.tensor([[3, 5, first]])).logits[0, -1].softmax(-1) * found.sum()
+    assert chisquare(found.tolist(), (expected * found.sum() / expected.sum()).tolist()).pvalue < 1e-4
 
 
 def test_accepting_everything_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
