@@ -1,4 +1,4 @@
-"""The command line: `proxytune compare`, `generate` and `world build`. Thin; heavy imports wait until a command runs."""
+"""The command line: `proxytune compare`, `generate`, `bench` and `world build`. Thin; heavy imports wait until a command runs."""
 
 import os
 import shutil
@@ -24,6 +24,12 @@ class Format(StrEnum):
 class Size(StrEnum):
     default = "default"
     tiny = "tiny"
+
+
+class DType(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
 @app.callback()
@@ -96,6 +102,40 @@ def generate(
     if speculate:
         report = model.speculation
         print(f"{report.acceptance:.0%} of drafted tokens accepted, {report.tokens_per_pass:.2f} tokens a pass of the base", file=sys.stderr)
+
+
+@app.command()
+def bench(
+    models: Annotated[
+        tuple[str, str] | None, typer.Option(metavar="BASE SMALL", help="Folders or hub names; without: a random pair it makes.", show_default=False)
+    ] = None,
+    expert: Annotated[str | None, typer.Option(help="A tuned LoRA adapter on SMALL; without: one that changes little.", show_default=False)] = None,
+    alpha: Annotated[float, typer.Option(help="Strength of the mixture.")] = 0.5,
+    tokens: Annotated[int, typer.Option(min=2, help="How many each row decodes.")] = 24,
+    rounds: Annotated[int, typer.Option(min=1, help="Figures are medians over them.")] = 3,
+    threads: Annotated[int, typer.Option(min=1, help="Of the CPU.")] = 2,
+    device: Annotated[str, typer.Option(help="cpu or cuda, say.")] = "cpu",
+    dtype: Annotated[DType, typer.Option(help="Of the weights.")] = DType.float32,
+    form: Annotated[Format, typer.Option("--format", help="How the figures go to standard output.")] = Format.table,
+) -> None:
+    """Measures decoding and scoring, ours beside the reference loop, the base alone and lm-eval, and how far from the limit.
+
+    Five copies of the small model and one of the base are loaded. Stop other work first: times are those of the machine.
+    """
+    import json
+    import tempfile
+
+    import torch
+
+    from evals.bench import Bench, bench_tables, run_bench, steps
+    from evals.progress import Display
+    from evals.tables import draw
+
+    wanted = Bench(models, expert, alpha, tokens, rounds, threads, device, getattr(torch, dtype.value))
+    with Display() as display, tempfile.TemporaryDirectory() as folder, display.bar("measuring", steps(wanted)) as progress:
+        results = run_bench(wanted, Path(folder), display.say, progress)
+    width = shutil.get_terminal_size((160, 24)).columns
+    print(json.dumps(results, indent=1) if form is Format.json else draw(bench_tables(results), form, width))
 
 
 @world.command()

@@ -1,5 +1,6 @@
 """What a person sees while a study runs: one moving line for what is going on, one fixed line for what is done."""
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ def quieten_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     # transformers and trl announce their next major release to each other; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|torch")
 

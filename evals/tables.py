@@ -1,6 +1,7 @@
 """Tables for people and papers, from the results object: on the terminal, in Markdown, in LaTeX, or as JSON."""
 
 import json
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -17,9 +18,11 @@ class Table(NamedTuple):
 
 def render(results: dict[str, Any], form: str, width: int = 160) -> str:
     """The results as `table` (of `width` columns), `markdown`, `latex` or `json`. The same results give the same bytes."""
-    if form == "json":
-        return json.dumps(results, indent=1, allow_nan=False)
-    tables = make_tables(results)
+    return json.dumps(results, indent=1, allow_nan=False) if form == "json" else draw(make_tables(results), form, width)
+
+
+def draw(tables: Sequence[Table], form: str, width: int) -> str:
+    """The tables as `table`, `markdown` or `latex`."""
     if form == "markdown":
         return "\n\n".join(f"**{table.title}**\n\n{table.frame.to_markdown(index=False)}\n\n{table.note}" for table in tables)
     if form == "latex":
@@ -29,7 +32,7 @@ def render(results: dict[str, Any], form: str, width: int = 160) -> str:
         for table in tables:
             drawn = RichTable(title=escape(table.title), caption=escape(table.note), title_justify="left", caption_justify="left")
             for column in table.frame.columns:
-                drawn.add_column(escape(column), justify="left" if column == "arm" else "right")
+                drawn.add_column(escape(column), justify="left" if column == table.frame.columns[0] else "right")
             for row in table.frame.itertuples(index=False):
                 drawn.add_row(*map(escape, row))
             console.print(drawn)

@@ -19,7 +19,7 @@ class Pace(NamedTuple):
     token: float
 
 
-PACE = {"cpu": Pace(3e10, 3e-4, 0.03), "cuda": Pace(2e12, 2e-4, 0.003)}
+PACE = {"cpu": Pace(3e10, 3e-4, 0.05), "cuda": Pace(2e12, 2e-4, 0.003)}
 
 
 def bytes_read(model: nn.Module, adapters: Iterable[str] | None = None) -> int:

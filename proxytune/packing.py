@@ -48,6 +48,17 @@ def pack_linear_layers(model: nn.Module) -> int:
     return len(found)
 
 
+def unpack_linear_layers(model: nn.Module) -> None:
+    """Puts plain layers back, bit for bit."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, PackedLinear):
+                plain = nn.Linear(child.in_features, child.out_features, device="meta")
+                plain.bias = child.bias
+                plain.weight = nn.Parameter(child.weight.to_dense(), requires_grad=False)
+                setattr(parent, name, plain)
+
+
 def fits(weight: Tensor) -> bool:
     """Whether a weight is on the CPU, in fp32 and large enough for another layout to pay off."""
     return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= SMALLEST

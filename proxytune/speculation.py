@@ -164,8 +164,8 @@ def _check(model: ProxyTunedForCausalLM, draft: str, draft_tokens: int | None, g
 class _DraftLength:
     """Whether one more token is worth drafting: its chance to come out, times what a token takes, against what it costs.
 
-    The chance is that of all before it times its own, 1 - k (1 - c) for a draft whose best token has probability c; k is
-    learned from what was refused. The decision sees only what came before the token, so the law stays exact. Seconds are
+    The chance is that of all before it times its own, 1 - k (1 - c) for a draft whose best token has probability c (and
+    never more than .95); k is learned from what was refused. The decision sees only what came before the token, so the law stays exact. Seconds are
     those of `cost`, not a clock's: the same seed gives the same tokens.
     """
 
@@ -175,7 +175,7 @@ class _DraftLength:
         self._together = len(together)
         self._draft = step_seconds(model.members[together[0]], self._pace)
         self._verify = sum((step_seconds(model.members[name], self._pace) for name in apart), 0.0)
-        self._refused = self._doubts = 1.0  # a prior: k is 1
+        self._refused = self._doubts = 0.5  # a prior: k is 1
         self._seconds = self._tokens = 0.0
 
     def one_more(self, confidence: Float[Tensor, "running drafted"]) -> bool:
@@ -184,7 +184,7 @@ class _DraftLength:
         if self._fixed is not None or ahead >= LONGEST_DRAFT:
             return ahead < min(self._fixed or LONGEST_DRAFT, LONGEST_DRAFT)
         running = len(confidence)
-        chance = (1 - self._refused / self._doubts * (1 - confidence)).clamp(0, 1).prod(1).sum()
+        chance = (1 - self._refused / self._doubts * _doubt(confidence)).clamp(0, 1).prod(1).sum()
         # Before the first round a token is taken to cost what it would without a draft.
         alone = self._one_round(0, running) / running
         a_token = self._seconds / self._tokens if self._tokens else alone
@@ -195,7 +195,7 @@ class _DraftLength:
         running, ahead = confidence.shape
         verified = torch.arange(ahead, device=accepted.device) <= accepted[:, None]
         self._refused = 0.9 * self._refused + float((accepted < ahead).sum())
-        self._doubts = 0.9 * self._doubts + float(((1 - confidence) * verified).sum()) + 1e-3
+        self._doubts = 0.9 * self._doubts + float((_doubt(confidence) * verified).sum())
         self._seconds = 0.9 * self._seconds + self._one_round(ahead, running)
         self._tokens = 0.9 * self._tokens + float((accepted + 1).sum())
 
@@ -203,6 +203,10 @@ class _DraftLength:
         further = self._pace.token
         drafting = (ahead + 1) * self._draft * (1 + further * (rows * self._together - 1))
         return drafting + self._verify * (1 + further * (rows * (ahead + 1) - 1))
+
+
+def _doubt(confidence: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+    return (1 - confidence).clamp(min=0.05)
 
 
 def _draft(
