@@ -7,7 +7,7 @@ it, times its bytes over the base's.
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -47,6 +47,7 @@ PROMPTS = (
     "for (int i = 0; i < n; i++) {\n",
 )
 SHOTS, ASKED, TEN = 5, 10, 10
+HARNESS_BATCH = 8  # lm-eval keeps the logits of every position
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ def run_bench(bench: Bench, folder: Path, say: Callable[[str], None], progress: 
         "expert": _merged(small, adapter, bench),  # what the published code needs: adapters merged into a model of their own
         "antiexpert": load_member(small, field="--models", dtype=bench.dtype, device=bench.device),
     }
+    _share_embeddings(members["antiexpert"], apart.values())
     on_cpu = bench.device == "cpu" and bench.dtype == torch.float32
     ours = ProxyTunedForCausalLM(members | ({"draft": rounded_draft(members["expert"])} if on_cpu else {}), proxy_tuning(bench.alpha))
     full = ProxyTunedForCausalLM(members | apart, proxy_tuning(bench.alpha))
@@ -310,9 +312,18 @@ def _requests(tokenizer: PreTrainedTokenizerBase, real: bool) -> list[Request]:
 
 
 def _harness(loaded: _Loaded) -> list[float]:
-    model = HFLM(pretrained=loaded.ours.members["base"], tokenizer=loaded.tokenizer, batch_size=16, device=str(loaded.ours.device))
+    model = HFLM(pretrained=loaded.ours.members["base"], tokenizer=loaded.tokenizer, batch_size=HARNESS_BATCH, device=str(loaded.ours.device))
     asked = [(("", ""), list(request.prefix), list(request.continuation)) for request in loaded.requests]
     return [float(answer[0]) for answer in model._loglikelihood_tokens(asked, disable_tqdm=True)]
+
+
+def _share_embeddings(source: Member, members: Iterable[Member]) -> None:
+    """One table of embeddings for copies that have the same: nobody reads more than a row of it, and it takes much memory."""
+    table = source.model.get_input_embeddings()
+    for member in members:
+        own = member.model.get_input_embeddings()
+        if own.weight is not member.model.get_output_embeddings().weight and torch.equal(own.weight, table.weight):
+            member.model.set_input_embeddings(table)
 
 
 def _merged(small: str, adapter: Path, bench: Bench) -> Member:

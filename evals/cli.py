@@ -82,23 +82,35 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     speculate: Annotated[bool, typer.Option(help="Let the expert draft: the same law from fewer passes of the base.")] = False,
     explain: Annotated[bool, typer.Option(help="Show what each member gave every token.")] = False,
+    chat: Annotated[list[str], typer.Option(help="A member that reads the prompt in its chat template; may be repeated.")] = [],  # noqa: B006
+    system: Annotated[str | None, typer.Option(help="System prompt of the chat members.", show_default=False)] = None,
+    response_prefix: Annotated[str, typer.Option(help="How the answer begins, for the chat members.", show_default=False)] = "",
+    device: Annotated[str, typer.Option(help="Of the base: cpu, cuda:0, or auto to spread it over all.")] = "cpu",
+    proxy_device: Annotated[str | None, typer.Option(help="Of expert and anti-expert, if another.", show_default=False)] = None,
+    dtype: Annotated[DType, typer.Option(help="Of the weights.")] = DType.float32,
     threads: Annotated[int, typer.Option(min=1, help="Of the CPU.")] = 2,
 ) -> None:
-    """Answers a prompt with a mixture, or with the base alone where no expert is given."""
+    """Answers a prompt with a mixture, or with the base alone where no expert is given.
+
+    `proxytune generate "What is the capital of Mali?" --base large --expert small-lora --antiexpert small --chat expert`
+    """
     import torch
 
+    from evals.generate import Chat, Sources, load_mixture, print_explanation, read_prompts
     from evals.generate import generate as stream
-    from evals.generate import load_mixture, print_explanation
     from evals.progress import quieten_libraries
     from proxytune.explanation import explain as explain_tokens
 
     quieten_libraries()
     torch.set_num_threads(threads)
-    model, tokenizer = load_mixture(base, expert, antiexpert, alpha)
+    sources = Sources(base, expert, antiexpert, device, proxy_device, getattr(torch, dtype.value))
+    model, members = load_mixture(sources, alpha, drafting=speculate)
     text = sys.stdin.read().rstrip("\n") if prompt is None else prompt
-    ids, prompt_length = stream(model, tokenizer, text, new_tokens, temperature, speculate)
+    prompts = read_prompts(members, text, Chat(chat, system, response_prefix))
+    tokenizer = members["base"].tokenizer
+    ids = stream(model, tokenizer, prompts, new_tokens, temperature, speculate)
     if explain:
-        print_explanation(explain_tokens(model, ids, prompt_length), tokenizer)
+        print_explanation(explain_tokens(model, ids, len(prompts["base"]), prompts=prompts), tokenizer)
     if speculate:
         report = model.speculation
         print(f"{report.acceptance:.0%} of drafted tokens accepted, {report.tokens_per_pass:.2f} tokens a pass of the base", file=sys.stderr)
@@ -120,7 +132,8 @@ def bench(
 ) -> None:
     """Measures decoding and scoring, ours beside the reference loop, the base alone and lm-eval, and how far from the limit.
 
-    Five copies of the small model and one of the base are loaded. Stop other work first: times are those of the machine.
+    Three copies of the small model, one of the base and some room for lm-eval's logits must fit into memory. Stop other
+    work first: times are those of the machine.
     """
     import json
     import tempfile

@@ -1,6 +1,8 @@
 """`proxytune generate`: a mixture's answer to a prompt, streamed, and on request explained token by token."""
 
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,51 +11,102 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from finetune.data import prompt_ids
+from finetune.data import chat_ids, prompt_ids
 from proxytune.adapters import is_adapter
+from proxytune.drafting import rounded_draft
 from proxytune.errors import UserError
 from proxytune.explanation import TokenExplanation
-from proxytune.member import Weights, load_members
+from proxytune.member import Member, Weights, load_members
 from proxytune.mixture import proxy_tuning
 from proxytune.modeling import ProxyTunedForCausalLM
 
 
-def load_mixture(base: str, expert: str | None, antiexpert: str | None, alpha: float) -> tuple[ProxyTunedForCausalLM, PreTrainedTokenizerBase]:
-    """Loads base + alpha (expert - antiexpert) and the base's tokenizer; an expert that is a LoRA adapter goes on the anti-expert.
+@dataclass(frozen=True)
+class Sources:
+    """Which models, where they go, and in which type."""
 
-    Raises `UserError` where only one of expert and anti-expert is given.
+    base: str
+    expert: str | None = None
+    antiexpert: str | None = None
+    device: str = "cpu"
+    proxy_device: str | None = None
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Which members read the prompt in their chat template, after which system prompt, with which beginning of the answer."""
+
+    members: Sequence[str] = ()
+    system: str | None = None
+    response_prefix: str = ""
+
+
+def load_mixture(sources: Sources, alpha: float, drafting: bool = False) -> tuple[ProxyTunedForCausalLM, dict[str, Member]]:
+    """Loads base + alpha (expert - antiexpert); an expert that is a LoRA adapter goes on the anti-expert.
+
+    For `drafting` on the CPU the expert has a copy in 8 bits beside it, 'draft'. Raises `UserError` where only one of
+    expert and anti-expert is given.
     """
+    expert, antiexpert, proxy_device = sources.expert, sources.antiexpert, sources.proxy_device or sources.device
     if (expert is None) != (antiexpert is None):
         raise UserError("--expert and --antiexpert: give both or neither; the anti-expert is the expert before it was tuned")
-    weights = {"base": Weights(base, field="--base")}
+    weights = {"base": Weights(sources.base, device=sources.device, field="--base")}
     if expert is not None and antiexpert is not None:
         adapted = is_adapter(expert)
-        weights["expert"] = Weights(antiexpert if adapted else expert, Path(expert) if adapted else None, field="--expert")
-        weights["antiexpert"] = Weights(antiexpert, field="--antiexpert")
-    members = load_members(weights, packed=True)
-    return ProxyTunedForCausalLM(members, proxy_tuning(alpha) if expert else {"base": 1.0}), members["base"].tokenizer
+        weights["expert"] = Weights(antiexpert if adapted else expert, Path(expert) if adapted else None, proxy_device, "--expert")
+        weights["antiexpert"] = Weights(antiexpert, device=proxy_device, field="--antiexpert")
+    members = load_members(weights, dtype=sources.dtype, packed=True)
+    if drafting and "expert" in members and proxy_device == "cpu":
+        members["draft"] = rounded_draft(members["expert"])
+    return ProxyTunedForCausalLM(members, proxy_tuning(alpha) if expert else {"base": 1.0}), members
+
+
+def read_prompts(members: Mapping[str, Member], prompt: str, chat: Chat) -> dict[str, list[int]]:
+    """What each member reads. Raises `UserError` for a chat member that is none or whose tokenizer has no template."""
+    for name in chat.members:
+        if name not in members:
+            raise UserError(f"--chat: '{name}' is no member; the members are {', '.join(members)}")
+        if members[name].tokenizer.chat_template is None:
+            raise UserError(f"--chat: the tokenizer of '{name}' has no chat template; leave it out")
+    if not chat.members and (chat.system or chat.response_prefix):
+        raise UserError("--system and --response-prefix: they belong to a chat template; say with --chat which member reads one")
+    # What drafts reads what the expert reads.
+    voices = {name: "expert" if name == "draft" else name for name in members}
+    return {
+        name: chat_ids(members[name].tokenizer, prompt, chat.system, chat.response_prefix)
+        if voice in chat.members
+        else prompt_ids(members[name].tokenizer, prompt)
+        for name, voice in voices.items()
+    }
 
 
 def generate(
-    model: ProxyTunedForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int, temperature: float, speculate: bool
-) -> tuple[list[int], int]:
-    """Streams the answer to standard output; returns prompt and answer as ids, and the prompt's length. Greedy at 0."""
-    ids = prompt_ids(tokenizer, prompt)
+    model: ProxyTunedForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Mapping[str, list[int]],
+    new_tokens: int,
+    temperature: float,
+    speculate: bool,
+) -> list[int]:
+    """Streams the answer to standard output; returns the base's prompt and the answer as ids. Greedy at temperature 0."""
     law = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    input_ids = torch.tensor([ids], device=model.device)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    input_ids = torch.tensor([prompts["base"]], device=model.device)
+    own = {name: [ids] for name, ids in prompts.items() if ids != prompts["base"]}
     made = model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
+        prompts=own or None,
         max_new_tokens=new_tokens,
         num_beams=1,
         repetition_penalty=1.0,
-        streamer=streamer,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         speculate=speculate,
+        draft="draft" if "draft" in model.members else "expert",
         **law,
     )
     sys.stdout.flush()
-    return made[0].tolist(), len(ids)
+    return made[0].tolist()
 
 
 def print_explanation(explanations: list[TokenExplanation], tokenizer: PreTrainedTokenizerBase) -> None:

@@ -84,6 +84,18 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return ids
 
 
+def chat_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None = None, response_prefix: str = "") -> list[int]:
+    """The prompt as a user's turn in the tokenizer's own chat template, up to where the answer begins.
+
+    A `response_prefix` is the answer's given beginning. Raises `UserError` where the tokenizer has no chat template.
+    """
+    if tokenizer.chat_template is None:
+        raise UserError("chat: the tokenizer has no chat template; give the prompt as plain text")
+    turns = [] if system is None else [{"role": "system", "content": system}]
+    text = tokenizer.apply_chat_template([*turns, {"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
+    return list(tokenizer(str(text) + response_prefix, add_special_tokens=False)["input_ids"])
+
+
 def continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The ids of an answer after its prompt: the text with one space before it, encoded by itself.
 

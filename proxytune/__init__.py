@@ -23,4 +23,6 @@ from proxytune.scoring import Request as Request
 from proxytune.scoring import cut_to_window as cut_to_window
 from proxytune.scoring import score as score
 from proxytune.speculation import SpeculationReport as SpeculationReport
+from proxytune.token_map import TokenMap as TokenMap
+from proxytune.token_map import map_tokens as map_tokens
 from proxytune.vocabulary import check_same_vocabulary as check_same_vocabulary

@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
+from proxytune.errors import UserError
+
 
 class MixtureCache(Cache):
     """Holds one cache a member and shares their layers, so that whatever loops over layers reaches all of them.
@@ -20,6 +22,8 @@ class MixtureCache(Cache):
 
     def __init__(self, members: Mapping[str, Cache]):
         self.members = dict(members)
+        # Of members with a vocabulary of their own: which of their columns hold tokens. Theirs alone have other columns.
+        self.own_masks: dict[str, Int[Tensor, "rows _"]] = {}
         super().__init__(layers=[layer for cache in self.members.values() for layer in cache.layers])
 
     @property
@@ -32,6 +36,23 @@ class MixtureCache(Cache):
         """Whether every layer keeps all positions as they came: not so for sliding windows and recurrent states."""
         return all(type(layer) is DynamicLayer for layer in self.layers)
 
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.own_masks = {name: mask.index_select(0, beam_idx.to(mask.device)) for name, mask in self.own_masks.items()}
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.own_masks = {name: mask.repeat_interleave(repeats, 0) for name, mask in self.own_masks.items()}
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.own_masks = {name: mask[indices] for name, mask in self.own_masks.items()}
+
+    def crop(self, *arguments: Any, **options: Any) -> None:
+        if self.own_masks:
+            raise UserError(f"cache: {', '.join(self.own_masks)} read tokens of their own, which cannot be taken back; decode plainly")
+        super().crop(*arguments, **options)
+
     def select_rows(self, rows: Int[Tensor, " rows"]) -> "MixtureCache":
         """A cache of the given batch rows, each as often as it is named; this one stays as it is."""
         chosen = {}
@@ -40,7 +61,9 @@ class MixtureCache(Cache):
             chosen[name].layers = [copy.copy(layer) for layer in cache.layers]
             for layer in chosen[name].layers:
                 layer.keys, layer.values = layer.keys.index_select(0, rows), layer.values.index_select(0, rows)
-        return MixtureCache(chosen)
+        selected = MixtureCache(chosen)
+        selected.own_masks = {name: mask.index_select(0, rows.to(mask.device)) for name, mask in self.own_masks.items()}
+        return selected
 
 
 class StackedLayer(CacheLayerMixin):

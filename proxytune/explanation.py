@@ -1,13 +1,14 @@
 """What each member thought of a text, token by token, and where the mixture chose otherwise than the base."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
 from proxytune.errors import UserError
-from proxytune.mixture import active, combine
+from proxytune.mixture import active
 from proxytune.modeling import ProxyTunedForCausalLM
+from proxytune.prompts import own_prompts
 
 
 class TokenExplanation(NamedTuple):
@@ -25,18 +26,31 @@ class TokenExplanation(NamedTuple):
 
 
 @torch.inference_mode()
-def explain(model: ProxyTunedForCausalLM, ids: Sequence[int], prompt_length: int, base: str = "base") -> list[TokenExplanation]:
+def explain(
+    model: ProxyTunedForCausalLM,
+    ids: Sequence[int],
+    prompt_length: int,
+    base: str = "base",
+    prompts: Mapping[str, Sequence[int]] | None = None,
+) -> list[TokenExplanation]:
     """Explains the tokens after the first `prompt_length` of `ids`, from one pass of each active member and the base.
 
-    Raises `UserError` where the prompt is empty. Not covered: what sampling, top-p and the like did to the law.
+    `prompts` are those that members read in place of the shared one. Raises `UserError` where the prompt is empty. Not
+    covered: what sampling, top-p and the like did to the law.
     """
     if not 0 < prompt_length <= len(ids):
         raise UserError(f"prompt_length: must be from 1 to {len(ids)}, not {prompt_length}")
     if prompt_length == len(ids):
         return []
     names = dict.fromkeys([base, *active(model.mixture)])
-    logits = model.member_logits(names, torch.tensor([list(ids[:-1])], device=model.device), logits_to_keep=len(ids) - prompt_length)
-    mixed = combine({name: logits[name] for name in active(model.mixture)}, model.mixture)
+    read = torch.tensor([list(ids[:-1])], device=model.device)
+    pad = model.config.pad_token_id or 0
+    given = {name: [prompt] for name, prompt in (prompts or {}).items()}
+    own = own_prompts(given, prompt_length, 1, pad, read.device) if given else None
+    kept = len(ids) - prompt_length
+    logits = model.member_logits(names, read, torch.ones_like(read), logits_to_keep=kept, prompts=own)
+    positions, lengths = torch.arange(read.shape[1], device=read.device)[None], torch.tensor([prompt_length], device=read.device)
+    mixed = model.mixed({name: logits[name] for name in active(model.mixture)}, positions, lengths, kept)
     laws = {name: law[0].float().softmax(-1) for name, law in logits.items()}
     choices = laws[base].argmax(-1)
     return [

@@ -26,6 +26,7 @@ from proxytune.member import Member
 from proxytune.mixture import Mixture, Place, active, check_mixture, combine, depends_on_place
 from proxytune.padding import positions_of
 from proxytune.prompts import OwnPrompts, Reading, own_prompts, reading
+from proxytune.token_map import TokenMap, check_pairs
 from proxytune.vocabulary import check_rows, check_same_vocabulary
 
 
@@ -37,7 +38,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
     stay untouched. Those that share weights by way of LoRA adapters are rows of one pass, and those on different devices
     run at the same time; `repr` shows which. Not covered: saving (save the members), training the mixture.
 
-    Raises `UserError` where vocabularies differ or the mixture is not one over these members.
+    Raises `UserError` where vocabularies differ, but for members that have one of `token_maps` (see `token_map`), and
+    where the mixture is not one over these members.
     """
 
     config_class = PreTrainedConfig
@@ -46,10 +48,12 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
 
-    def __init__(self, members: Mapping[str, Member], mixture: Mixture):
-        check_same_vocabulary({name: member.tokenizer for name, member in members.items()})
-        first = next(iter(members.values()))
-        rows = check_rows({name: member.rows for name, member in members.items()}, first.tokenizer)
+    def __init__(self, members: Mapping[str, Member], mixture: Mixture, token_maps: Mapping[str, TokenMap] | None = None):
+        self.token_maps = dict(token_maps or {})
+        alike = {name: member for name, member in members.items() if name not in self.token_maps}
+        check_same_vocabulary({name: member.tokenizer for name, member in alike.items()})
+        first = next(iter(alike.values()))
+        rows = check_rows({name: member.rows for name, member in alike.items()}, first.tokenizer)
         texts = [member.model.config.get_text_config() for member in members.values()]
         super().__init__(
             # The mixture's outside only: transformers changes a config that it is given as a part of another (it forgets the
@@ -85,7 +89,15 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
     @mixture.setter
     def mixture(self, mixture: Mixture) -> None:
         check_mixture(mixture, self.members)
+        mapped = [(name, value) for name, value in active(mixture).items() if name in self.token_maps and not callable(value)]
+        check_pairs(mapped)
+        self._covered: list[float] = []
         self._mixture = dict(mixture) if isinstance(mixture, Mapping) else mixture
+
+    @property
+    def mass_covered(self) -> float:
+        """The mean share of the base's probability on tokens that the maps know, since the mixture was set; NaN without any."""
+        return sum(self._covered) / len(self._covered) if self._covered else float("nan")
 
     def extra_repr(self) -> str:
         """Which members are read in one pass, on which device."""
@@ -214,11 +226,21 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             begins = attention_mask.shape[1] == input_ids.shape[1]
             most = input_ids.shape[1] - prompts.columns + 1 if begins else input_ids.shape[1]
             logits_to_keep = min(logits_to_keep, most) if logits_to_keep else most
-        readings = {name: reading(name, input_ids, attention_mask, position_ids, prompts) for name in names}
+        if any(name in self.token_maps for name in names) and attention_mask is None:
+            attention_mask = self._all_read(input_ids, past_key_values, prompts)
+        alike = [name for name in names if name not in self.token_maps]
+        readings = {name: reading(name, input_ids, attention_mask, position_ids, prompts) for name in alike}
         passes = self._passes(names, own, past_key_values)
-        runs = [functools.partial(self._run, together, readings[together[0]], past_key_values, logits_to_keep) for together in passes]
+        runs: list[Callable[[], dict[str, Tensor]]] = [
+            functools.partial(self._run_mapped, together[0], input_ids, attention_mask, past_key_values, logits_to_keep, prompts)
+            if together[0] in self.token_maps
+            else functools.partial(self._run, together, readings[together[0]], past_key_values, logits_to_keep)
+            for together in passes
+        ]
         found = dict(pair for pairs in _at_once(runs, [self._device(together[0]) for together in passes]) for pair in pairs.items())
-        return {name: found[name] for name in names}
+        logits = {name: found[name] for name in names}
+        self._note_coverage(logits)
+        return logits
 
     def sharing(self, name: str, names: Collection[str], prompts: OwnPrompts | None = None) -> tuple[str, ...]:
         """Those of the names, itself among them, that are read in one pass with `name`."""
@@ -244,7 +266,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         groups: dict[Any, list[str]] = {}
         for name in names:
             adapter = self._adapters[name]
-            shares = adapter is not None and name not in own and (cache is None or can_stack(cache.members[name]))
+            shares = adapter is not None and name not in own and name not in self.token_maps and (cache is None or can_stack(cache.members[name]))
             groups.setdefault(id(adapter.switch) if shares and adapter is not None else name, []).append(name)
         return [tuple(group) for group in groups.values()]
 
@@ -273,6 +295,51 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         logits = output.logits[..., : self.config.vocab_size].to(self.device)
         return dict(zip(together, logits.chunk(count), strict=True))
 
+    def _run_mapped(
+        self,
+        name: str,
+        input_ids: Int[Tensor, "batch time"],
+        attention_mask: Int[Tensor, "batch all_time"] | None,
+        cache: MixtureCache | None,
+        logits_to_keep: int | Int[Tensor, " kept"],
+        prompts: OwnPrompts | None,
+    ) -> dict[str, Float[Tensor, "batch kept_time rows"]]:
+        """One forward pass of a member with a vocabulary of its own, on its own ids; its law in the mixture's."""
+        assert attention_mask is not None
+        token_map, adapter, pad = self.token_maps[name], self._adapters[name], self.config.pad_token_id or 0
+        begins = attention_mask.shape[1] == input_ids.shape[1]
+        own = prompts is not None and name in prompts.ids and begins
+        skipped = prompts.columns if own and prompts is not None else 0
+        given = attention_mask[:, -input_ids.shape[1] :][:, skipped:]
+        ids, held, ends = token_map.read(input_ids[:, skipped:], given, pad)
+        if own and prompts is not None:
+            repeats = len(ids) // len(prompts.ids[name])
+            width = prompts.ids[name].shape[1]
+            ids = torch.cat([prompts.ids[name].repeat_interleave(repeats, 0), ids], dim=1)
+            held = torch.cat([prompts.masks[name].repeat_interleave(repeats, 0), held], dim=1)
+            ends = torch.cat([torch.full_like(ids[:, :1], width - 1), ends + width], dim=1)
+        read = ids.shape[1]
+        if cache is not None:
+            held = cache.own_masks[name] = torch.cat([cache.own_masks[name], held], dim=1) if name in cache.own_masks else held
+        options = {"input_ids": ids, "attention_mask": held}
+        if self._takes_positions[name]:
+            options["position_ids"] = positions_of(held)[:, -read:]
+        device = self._device(name)
+        with contextlib.nullcontext() if adapter is None else adapter.switch.rows([adapter.name] * len(ids)):
+            output = self.members[name](
+                **{key: value.to(device) for key, value in options.items()},
+                past_key_values=None if cache is None else cache.members[name],
+                use_cache=cache is not None,
+            )
+        logits = output.logits.to(self.device)
+        ends = ends[:, logits_to_keep] if isinstance(logits_to_keep, Tensor) else ends[:, -logits_to_keep:]
+        return {name: token_map.translate(logits.gather(1, ends[..., None].expand(-1, -1, logits.shape[-1])))}
+
+    def _note_coverage(self, logits: Mapping[str, Tensor]) -> None:
+        alike = [name for name in logits if name not in self.token_maps]
+        for name in [name for name in logits if name in self.token_maps][:1] if alike else []:
+            self._covered.append(float(self.token_maps[name].mass_covered(logits[alike[0]]).mean()))
+
     def _device(self, name: str) -> torch.device:
         """Where the member takes its tokens: the device of its embeddings, of several if it is spread over some."""
         return self.members[name].get_input_embeddings().weight.device  # type: ignore[operator]
@@ -299,6 +366,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic", *ALL_STATIC_CACHE_IMPLEMENTATIONS):
             raise UserError(f"cache_implementation: a mixture takes 'dynamic' or 'static', not {kind!r}")
+        if kind in ALL_STATIC_CACHE_IMPLEMENTATIONS and self.token_maps:
+            raise UserError("cache_implementation: members with a token map read more tokens than there are in the mixture; leave it out")
         own = model_kwargs.get("prompts")
         further = 0 if own is None else max(0, *(ids.shape[1] - own.columns for ids in own.ids.values()))
         static_length = max_cache_length + further if kind in ALL_STATIC_CACHE_IMPLEMENTATIONS else None

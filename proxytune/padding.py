@@ -10,8 +10,8 @@ from torch import Tensor
 def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Int[Tensor, "rows time"], Int[Tensor, "rows time"]]:
     """Token ids and attention mask (1 where a row holds a token)."""
     longest = max(map(len, rows))
-    ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows], device=device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows], dtype=torch.long, device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], dtype=torch.long, device=device)
     return ids, mask
 
 

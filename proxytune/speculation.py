@@ -155,6 +155,8 @@ def _check(model: ProxyTunedForCausalLM, draft: str, draft_tokens: int | None, g
         raise UserError(f"draft: '{draft}' is no member; the members are {', '.join(model.members)}")
     if draft_tokens is not None and not 1 <= draft_tokens <= LONGEST_DRAFT:
         raise UserError(f"draft_tokens: must be from 1 to {LONGEST_DRAFT}, not {draft_tokens}")
+    if model.token_maps:
+        raise UserError(f"speculate: {', '.join(model.token_maps)} read tokens of their own, which cannot be taken back; decode plainly")
     if (generation_config.num_beams or 1) > 1:
         raise UserError(f"num_beams: speculation decodes one beam, not {generation_config.num_beams}; leave one of the two out")
     if generation_config.return_dict_in_generate:

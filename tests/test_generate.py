@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import make_model, make_tokenizer
 
-from evals.generate import load_mixture
+from evals.generate import Chat, Sources, load_mixture, read_prompts
 from proxytune import ProxyTunedForCausalLM, UserError, proxy_tuning
 from proxytune.explanation import explain
 
@@ -58,4 +58,44 @@ def test_the_command_line_streams_explains_and_speculates(folders: dict[str, Pat
 
 def test_an_expert_needs_its_antiexpert(folders: dict[str, Path]) -> None:
     with pytest.raises(UserError, match="give both or neither"):
-        load_mixture(str(folders["base"]), str(folders["expert"]), None, 1.0)
+        load_mixture(Sources(str(folders["base"]), str(folders["expert"])), 1.0)
+
+
+TEMPLATE = "{% for turn in messages %}{{ 'w10 ' if turn['role'] == 'system' else 'w11 ' }}{{ turn['content'] }} {% endfor %}w12 "
+
+
+def test_chat_members_read_their_template_and_others_plain_text(folders: dict[str, Path]) -> None:
+    model, members = load_mixture(Sources(*map(str, folders.values())), 0.7, drafting=True)
+    members["expert"].tokenizer.chat_template = members["draft"].tokenizer.chat_template = TEMPLATE
+    prompts = read_prompts(members, "w5 w9", Chat(["expert"], "w20", "w30"))
+    assert prompts == {"base": [5, 9], "expert": [10, 20, 11, 5, 9, 12, 30], "antiexpert": [5, 9], "draft": [10, 20, 11, 5, 9, 12, 30]}
+    own = {name: [ids] for name, ids in prompts.items() if ids != [5, 9]}
+    made = model.generate(torch.tensor([[5, 9]]), prompts=own, do_sample=False, max_new_tokens=6, eos_token_id=None)
+    answer = made[0, 2:].tolist()
+    for place, entry in enumerate(explain(model, made[0].tolist(), 2, prompts=prompts)):
+        for name, probability in entry.members.items():
+            with torch.no_grad():
+                law = model.members[name](torch.tensor([prompts[name] + answer[:place]])).logits[0, -1].softmax(-1)
+            assert probability == pytest.approx(law[entry.token].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("chat", "words"),
+    [(Chat(["judge"]), "'judge' is no member"), (Chat(["expert"]), "no chat template"), (Chat(system="Be brief."), "belong to a chat template")],
+)
+def test_chat_that_cannot_be_is_one_line(folders: dict[str, Path], chat: Chat, words: str) -> None:
+    _, members = load_mixture(Sources(*map(str, folders.values())), 1.0)
+    with pytest.raises(UserError, match=words):
+        read_prompts(members, "w5", chat)
+
+
+def test_mistakes_are_one_line_on_the_command_line(folders: dict[str, Path]) -> None:
+    for arguments, words in (
+        (["--alpha", "nan"], "finite number"),
+        (["--device", "cuda:7"], "--base: the device 'cuda:7' cannot compute"),
+        (["--chat", "base"], "no chat template"),
+    ):
+        failed = run("w5", "--base", folders["base"], "--expert", folders["expert"], "--antiexpert", folders["antiexpert"], *arguments)
+        assert failed.returncode == 2
+        assert words in failed.stderr
+        assert len(failed.stderr.strip().splitlines()) == 1
