@@ -5,9 +5,11 @@ arithmetic: one token at a time, time is bytes of weights read, so a mixture can
 it, times its bytes over the base's.
 """
 
+import copy
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -25,11 +27,11 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTra
 
 from evals.tables import Table
 from finetune.data import continuation_ids, prompt_ids, read_items
-from proxytune.adapters import is_adapter
+from proxytune.adapters import UNTOUCHED, attach, is_adapter
 from proxytune.cost import bytes_read
 from proxytune.drafting import rounded_draft
 from proxytune.errors import UserError
-from proxytune.member import Member, Weights, load_member, load_members
+from proxytune.member import Adapter, Member, load_member
 from proxytune.mixture import Mixture, proxy_tuning
 from proxytune.modeling import ProxyTunedForCausalLM
 from proxytune.packing import pack_linear_layers, unpack_linear_layers
@@ -47,7 +49,7 @@ PROMPTS = (
     "for (int i = 0; i < n; i++) {\n",
 )
 SHOTS, ASKED, TEN = 5, 10, 10
-HARNESS_BATCH = 8  # lm-eval keeps the logits of every position
+HARNESS_BATCH = 4  # lm-eval keeps the logits of every position
 
 
 @dataclass(frozen=True)
@@ -94,17 +96,7 @@ def run_bench(bench: Bench, folder: Path, say: Callable[[str], None], progress: 
         raise UserError("--expert: it belongs to a small model; name base and small with --models")
     base, small = bench.models or _make_pair(folder)
     adapter = _adapter(bench, small, folder)
-    weights = {
-        "base": Weights(base, device=bench.device, field="--models"),
-        "expert": Weights(small, adapter, bench.device, "--expert"),
-        "antiexpert": Weights(small, device=bench.device, field="--models"),
-    }
-    members = load_members(weights, dtype=bench.dtype)
-    apart = {
-        "expert": _merged(small, adapter, bench),  # what the published code needs: adapters merged into a model of their own
-        "antiexpert": load_member(small, field="--models", dtype=bench.dtype, device=bench.device),
-    }
-    _share_embeddings(members["antiexpert"], apart.values())
+    members, apart = _load(bench, base, small, adapter)
     on_cpu = bench.device == "cpu" and bench.dtype == torch.float32
     ours = ProxyTunedForCausalLM(members | ({"draft": rounded_draft(members["expert"])} if on_cpu else {}), proxy_tuning(bench.alpha))
     full = ProxyTunedForCausalLM(members | apart, proxy_tuning(bench.alpha))
@@ -184,14 +176,12 @@ def _runs(bench: Bench, loaded: _Loaded, found: dict[str, Any]) -> Iterator[tupl
 @contextmanager
 def _packed(*models: ProxyTunedForCausalLM) -> Iterator[None]:
     """Packs all members' layers but the draft's, and puts plain ones back."""
-    members = {id(member): member for model in models for name, member in model.members.items() if name != "draft"}
-    for member in members.values():
-        pack_linear_layers(member)
+    members = [member for model in models for name, member in model.members.items() if name != "draft"]
+    pack_linear_layers(*members)
     try:
         yield
     finally:
-        for member in members.values():
-            unpack_linear_layers(member)
+        unpack_linear_layers(*members)
 
 
 def _results(
@@ -223,7 +213,7 @@ def _results(
             entry |= {"gigabytes": read[row] / 1e9, "of_limit": entry["of_base"] / (read[row] / base)}
         if row.endswith("speculating"):
             report = found[f"speculation/{batch}"]
-            entry |= {"acceptance": report.acceptance, "tokens_per_pass": report.tokens_per_pass}
+            entry |= {"acceptance": report.acceptance if report.drafted else None, "tokens_per_pass": report.tokens_per_pass}
         decoding.append(entry)
     ten = next(row for row, batch in seen if batch == "scoring" and "alphas" in row)
     return {
@@ -317,18 +307,25 @@ def _harness(loaded: _Loaded) -> list[float]:
     return [float(answer[0]) for answer in model._loglikelihood_tokens(asked, disable_tqdm=True)]
 
 
-def _share_embeddings(source: Member, members: Iterable[Member]) -> None:
-    """One table of embeddings for copies that have the same: nobody reads more than a row of it, and it takes much memory."""
-    table = source.model.get_input_embeddings()
-    for member in members:
-        own = member.model.get_input_embeddings()
-        if own.weight is not member.model.get_output_embeddings().weight and torch.equal(own.weight, table.weight):
-            member.model.set_input_embeddings(table)
+def _load(bench: Bench, base: str, small: str, adapter: Path) -> tuple[dict[str, Member], dict[str, Member]]:
+    """The members as we run them, and expert and anti-expert as models of their own, as the published code needs them.
 
-
-def _merged(small: str, adapter: Path, bench: Bench) -> Member:
-    member = load_member(small, field="--models", dtype=bench.dtype, device=bench.device)
-    return Member(PeftModel.from_pretrained(member.model, str(adapter)).merge_and_unload().eval(), member.tokenizer)
+    The anti-expert is the same tensors in both: there are two copies of the small model, not three.
+    """
+    plain = load_member(small, field="--models", dtype=bench.dtype, device=bench.device)
+    tensors = {id(tensor): tensor for tensor in itertools.chain(plain.model.parameters(), plain.model.buffers())}
+    antiexpert = Member(copy.deepcopy(plain.model, dict(tensors)), plain.tokenizer)
+    attached = attach(plain.model, [adapter])
+    if attached is None:
+        raise UserError(f"--expert: rows with and without '{adapter}' cannot share a pass of '{small}'; choose another pair")
+    switch, (name,) = attached
+    members = {
+        "base": load_member(base, field="--models", dtype=bench.dtype, device=bench.device),
+        "expert": Member(plain.model, plain.tokenizer, Adapter(switch, name)),
+        "antiexpert": Member(plain.model, plain.tokenizer, Adapter(switch, UNTOUCHED)),
+    }
+    merged = PeftModel.from_pretrained(load_member(small, field="--models", dtype=bench.dtype, device=bench.device).model, str(adapter))
+    return members, {"expert": Member(merged.merge_and_unload().eval(), plain.tokenizer), "antiexpert": antiexpert}
 
 
 def _adapter(bench: Bench, small: str, folder: Path) -> Path:

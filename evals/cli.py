@@ -132,7 +132,7 @@ def bench(
 ) -> None:
     """Measures decoding and scoring, ours beside the reference loop, the base alone and lm-eval, and how far from the limit.
 
-    Three copies of the small model, one of the base and some room for lm-eval's logits must fit into memory. Stop other
+    Two copies of the small model, one of the base and some room for lm-eval's logits must fit into memory. Stop other
     work first: times are those of the machine.
     """
     import json

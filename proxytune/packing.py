@@ -31,32 +31,41 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(states, self.weight, self.bias, "none", [], "")
 
 
-def pack_linear_layers(model: nn.Module) -> int:
-    """Replaces the model's large fp32 linear layers on the CPU by packed ones, in place; returns how many.
+def pack_linear_layers(*models: nn.Module) -> int:
+    """Replaces the models' large fp32 linear layers on the CPU by packed ones, in place; returns how many.
 
-    None where torch was built without oneDNN.
+    Layers that share a weight share the packed one. None where torch was built without oneDNN.
     """
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return 0
     # The two factors of a LoRA layer stand in dictionaries; PEFT computes with them.
-    parents = [module for module in model.modules() if not isinstance(module, nn.ModuleDict)]
+    parents = [module for model in models for module in model.modules() if not isinstance(module, nn.ModuleDict)]
     children = [(parent, name, child) for parent in parents for name, child in parent.named_children()]
     # Exactly nn.Linear: subclasses (quantised layers, say) keep their weights in ways of their own.
     found = [(parent, name, child) for parent, name, child in children if type(child) is nn.Linear and fits(child.weight)]
-    for parent, name, child in found:
-        setattr(parent, name, PackedLinear(child))
-    return len(found)
+    count, packed = len(found), {}
+    del children
+    # By identity, and one layer at a time: a plain weight goes when its packed one has come.
+    while found:
+        parent, name, child = found.pop()
+        if id(child.weight) not in packed:
+            packed[id(child.weight)] = PackedLinear(child)
+        setattr(parent, name, packed[id(child.weight)])
+    return count
 
 
-def unpack_linear_layers(model: nn.Module) -> None:
-    """Puts plain layers back, bit for bit."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, PackedLinear):
-                plain = nn.Linear(child.in_features, child.out_features, device="meta")
-                plain.bias = child.bias
-                plain.weight = nn.Parameter(child.weight.to_dense(), requires_grad=False)
-                setattr(parent, name, plain)
+def unpack_linear_layers(*models: nn.Module) -> None:
+    """Puts plain layers back, bit for bit; those that shared a packed one share the plain one."""
+    plain: dict[int, nn.Linear] = {}
+    for model in models:
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, PackedLinear):
+                    if id(child) not in plain:
+                        layer = plain[id(child)] = nn.Linear(child.in_features, child.out_features, device="meta")
+                        layer.bias = child.bias
+                        layer.weight = nn.Parameter(child.weight.to_dense(), requires_grad=False)
+                    setattr(parent, name, plain[id(child)])
 
 
 def fits(weight: Tensor) -> bool:

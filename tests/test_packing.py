@@ -7,7 +7,7 @@ from torch import nn
 
 import proxytune.packing as packing
 from proxytune import Member, fingerprint, pack_linear_layers
-from proxytune.packing import PackedLinear
+from proxytune.packing import PackedLinear, unpack_linear_layers
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -41,3 +41,16 @@ def test_other_types_and_small_layers_stay() -> None:
     assert pack_linear_layers(half) == 0
     assert pack_linear_layers(nn.Sequential(nn.Linear(100, 100))) == 0
     assert pack_linear_layers(nn.Sequential(nn.Linear(600, 600))) == 1
+
+
+def test_layers_that_share_a_weight_share_it_packed_and_again_when_unpacked() -> None:
+    one, other = nn.Sequential(nn.Linear(600, 600)), nn.Sequential(nn.Linear(600, 600), nn.Linear(300, 300))
+    other[0].weight = one[0].weight
+    before = one[0].weight.detach().clone()
+    assert pack_linear_layers(one, other) == 3
+    assert one[0] is other[0]
+    assert isinstance(other[1], PackedLinear)
+    unpack_linear_layers(one, other)
+    assert one[0] is other[0]
+    assert torch.equal(one[0].weight, before)
+    assert [type(layer) for layer in other] == [nn.Linear, nn.Linear]
