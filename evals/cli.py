@@ -88,6 +88,7 @@ def generate(
     device: Annotated[str, typer.Option(help="Of the base: cpu, cuda:0, or auto to spread it over all.")] = "cpu",
     proxy_device: Annotated[str | None, typer.Option(help="Of expert and anti-expert, if another.", show_default=False)] = None,
     dtype: Annotated[DType, typer.Option(help="Of the weights.")] = DType.float32,
+    map_tokens: Annotated[bool, typer.Option(help="Expert and anti-expert have another vocabulary: map its tokens by their bytes.")] = False,
     threads: Annotated[int, typer.Option(min=1, help="Of the CPU.")] = 2,
 ) -> None:
     """Answers a prompt with a mixture, or with the base alone where no expert is given.
@@ -103,7 +104,7 @@ def generate(
 
     quieten_libraries()
     torch.set_num_threads(threads)
-    sources = Sources(base, expert, antiexpert, device, proxy_device, getattr(torch, dtype.value))
+    sources = Sources(base, expert, antiexpert, device, proxy_device, getattr(torch, dtype.value), map_tokens)
     model, members = load_mixture(sources, alpha, drafting=speculate)
     text = sys.stdin.read().rstrip("\n") if prompt is None else prompt
     prompts = read_prompts(members, text, Chat(chat, system, response_prefix))
@@ -111,6 +112,8 @@ def generate(
     ids = stream(model, tokenizer, prompts, new_tokens, temperature, speculate)
     if explain:
         print_explanation(explain_tokens(model, ids, len(prompts["base"]), prompts=prompts), tokenizer)
+    if map_tokens:
+        print(f"{model.mass_covered:.1%} of the base's probability stood on tokens that both vocabularies have", file=sys.stderr)
     if speculate:
         report = model.speculation
         print(f"{report.acceptance:.0%} of drafted tokens accepted, {report.tokens_per_pass:.2f} tokens a pass of the base", file=sys.stderr)

@@ -19,6 +19,7 @@ from proxytune.explanation import TokenExplanation
 from proxytune.member import Member, Weights, load_members
 from proxytune.mixture import proxy_tuning
 from proxytune.modeling import ProxyTunedForCausalLM
+from proxytune.token_map import map_tokens
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Sources:
     device: str = "cpu"
     proxy_device: str | None = None
     dtype: torch.dtype = torch.float32
+    map_tokens: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,13 @@ def load_mixture(sources: Sources, alpha: float, drafting: bool = False) -> tupl
         weights["expert"] = Weights(antiexpert if adapted else expert, Path(expert) if adapted else None, proxy_device, "--expert")
         weights["antiexpert"] = Weights(antiexpert, device=proxy_device, field="--antiexpert")
     members = load_members(weights, dtype=sources.dtype, packed=True)
-    if drafting and "expert" in members and proxy_device == "cpu":
+    if drafting and "expert" in members and proxy_device == "cpu" and not sources.map_tokens:
         members["draft"] = rounded_draft(members["expert"])
-    return ProxyTunedForCausalLM(members, proxy_tuning(alpha) if expert else {"base": 1.0}), members
+    maps = {}
+    if sources.map_tokens and "expert" in members:
+        base = members["base"]
+        maps = {name: map_tokens(base.tokenizer, members[name].tokenizer, base.rows) for name in ("expert", "antiexpert")}
+    return ProxyTunedForCausalLM(members, proxy_tuning(alpha) if expert else {"base": 1.0}, maps), members
 
 
 def read_prompts(members: Mapping[str, Member], prompt: str, chat: Chat) -> dict[str, list[int]]:
@@ -92,7 +98,7 @@ def generate(
     """Streams the answer to standard output; returns the base's prompt and the answer as ids. Greedy at temperature 0."""
     law = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     input_ids = torch.tensor([prompts["base"]], device=model.device)
-    own = {name: [ids] for name, ids in prompts.items() if ids != prompts["base"]}
+    own = {name: [ids] for name, ids in prompts.items() if name in model.token_maps or ids != prompts["base"]}
     made = model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),

@@ -73,7 +73,12 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         if self.generation_config.pad_token_id is None:
             self.generation_config.pad_token_id = first.tokenizer.pad_token_id
         self.members = nn.ModuleDict({name: member.model for name, member in members.items()})
-        self._takes_positions = {name: "position_ids" in inspect.signature(member.model.forward).parameters for name, member in members.items()}
+        accepted = {name: inspect.signature(member.model.forward).parameters for name, member in members.items()}
+        for name, parameters in accepted.items():
+            if not {"past_key_values", "logits_to_keep"} <= parameters.keys():
+                kind = type(members[name].model).__name__
+                raise UserError(f"{name}: {kind} keeps no keys and values that another model's cache could stand beside; choose a model that does")
+        self._takes_positions = {name: "position_ids" in parameters for name, parameters in accepted.items()}
         self._adapters = {name: member.adapter for name, member in members.items()}
         self.mixture = mixture
         self.post_init()

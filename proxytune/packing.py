@@ -8,6 +8,9 @@ Packed layers are for inference: nothing is differentiated through them. A head 
 own. Not covered: types other than fp32, devices other than the CPU.
 """
 
+import ctypes
+import sys
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -39,33 +42,45 @@ def pack_linear_layers(*models: nn.Module) -> int:
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return 0
     # The two factors of a LoRA layer stand in dictionaries; PEFT computes with them.
-    parents = [module for model in models for module in model.modules() if not isinstance(module, nn.ModuleDict)]
+    parents = dict.fromkeys(module for model in models for module in model.modules() if not isinstance(module, nn.ModuleDict))
     children = [(parent, name, child) for parent in parents for name, child in parent.named_children()]
     # Exactly nn.Linear: subclasses (quantised layers, say) keep their weights in ways of their own.
     found = [(parent, name, child) for parent, name, child in children if type(child) is nn.Linear and fits(child.weight)]
     count, packed = len(found), {}
-    del children
+    del parents, children  # they hold the plain layers, too
     # By identity, and one layer at a time: a plain weight goes when its packed one has come.
     while found:
         parent, name, child = found.pop()
         if id(child.weight) not in packed:
             packed[id(child.weight)] = PackedLinear(child)
         setattr(parent, name, packed[id(child.weight)])
+        del child
+        _return_memory()
     return count
 
 
 def unpack_linear_layers(*models: nn.Module) -> None:
     """Puts plain layers back, bit for bit; those that shared a packed one share the plain one."""
+    found = [
+        (parent, name) for model in models for parent in model.modules() for name, child in parent.named_children() if type(child) is PackedLinear
+    ]
     plain: dict[int, nn.Linear] = {}
-    for model in models:
-        for parent in list(model.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, PackedLinear):
-                    if id(child) not in plain:
-                        layer = plain[id(child)] = nn.Linear(child.in_features, child.out_features, device="meta")
-                        layer.bias = child.bias
-                        layer.weight = nn.Parameter(child.weight.to_dense(), requires_grad=False)
-                    setattr(parent, name, plain[id(child)])
+    for parent, name in dict.fromkeys(found):
+        packed = getattr(parent, name)
+        if id(packed) not in plain:
+            layer = plain[id(packed)] = nn.Linear(packed.in_features, packed.out_features, device="meta")
+            layer.bias = packed.bias
+            layer.weight = nn.Parameter(packed.weight.to_dense(), requires_grad=False)
+        setattr(parent, name, plain[id(packed)])
+        del packed
+        _return_memory()
+
+
+def _return_memory() -> None:
+    """glibc keeps what was freed: without this a model takes twice its memory while its layers are replaced."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def fits(weight: Tensor) -> bool:

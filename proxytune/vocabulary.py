@@ -21,7 +21,7 @@ def check_same_vocabulary(tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> 
             first = min(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
             raise UserError(
                 f"{name}: its vocabulary differs from that of '{reference_name}', first at id {first}: "
-                f"{_show(found.get(first))} against {_show(expected.get(first))}; mix models of one vocabulary"
+                f"{_show(found.get(first))} against {_show(expected.get(first))}; mix models of one vocabulary, or ask for a token map"
             )
 
 

@@ -1,16 +1,18 @@
 """The composite behaves as any causal language model; each silent trap of wrapping several models is a test."""
 
 import copy
+import threading
 from collections.abc import Callable
 
 import pytest
 import torch
 from conftest import make_members, make_model, make_tokenizer
 from peft import LoraConfig, get_peft_model
-from transformers import StoppingCriteria, TextIteratorStreamer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, StoppingCriteria, TextIteratorStreamer
 
 from proxytune import Member, ProxyTunedForCausalLM, UserError, proxy_tuning
 from proxytune.cache import MixtureCache
+from proxytune.modeling import _at_once
 
 Ids = Callable[..., torch.Tensor]
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": 2}
@@ -135,6 +137,68 @@ def test_beams_reorder_every_members_cache(random_ids: Ids, monkeypatch: pytest.
     right = beams()
     monkeypatch.setattr(MixtureCache, "reorder_cache", lambda cache, order: cache.members["base"].reorder_cache(order))
     assert not torch.equal(right, beams())
+
+
+def windowed(architecture: str, **settings: object) -> ProxyTunedForCausalLM:
+    """Members that do not keep every position: windows of four tokens, in all layers or every other, or recurrent states."""
+    kind = CONFIG_MAPPING[architecture]
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    members = {}
+    for seed, name in enumerate(("base", "expert", "antiexpert")):
+        config = kind(**(sizes | {"num_hidden_layers": 4, "initializer_range": 0.3, "max_position_embeddings": 128} | settings))
+        torch.manual_seed(seed)
+        members[name] = Member(AutoModelForCausalLM.from_config(config).eval(), make_tokenizer())
+    return ProxyTunedForCausalLM(members, proxy_tuning(0.8))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("mistral", {"sliding_window": 4}),
+        ("gemma3_text", {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}),
+        ("lfm2", {"layer_types": ["conv", "full_attention"] * 2}),
+    ],
+)
+def test_windows_and_hybrid_caches_are_right(architecture: str, settings: dict, random_ids: Ids) -> None:
+    model = windowed(architecture, **settings)
+    rows = [random_ids(length, seed=length) for length in (3, 9)]
+    ids, mask = padded(rows, "left")
+    output = model.generate(ids, attention_mask=mask, **GREEDY)[:, ids.shape[1] :]
+    for row, generated in zip(rows, output, strict=True):
+        expected = slow_greedy(model, row[None], 12)
+        assert generated[: len(expected)].tolist() == expected
+    beams = [model.generate(rows[1][None], num_beams=3, use_cache=use_cache, **GREEDY) for use_cache in (True, False)]
+    assert torch.equal(*beams)
+    with pytest.raises(UserError, match="does not keep every position"):
+        model.generate(ids, attention_mask=mask, speculate=True, **GREEDY)
+
+
+def test_models_without_a_cache_are_refused() -> None:
+    """Trap: one that ignores the cache it is given reads each token as the first, and its part of the mixture is noise."""
+    config = CONFIG_MAPPING["openai-gpt"](vocab_size=50, n_embd=32, n_layer=1, n_head=2, n_positions=64)
+    member = Member(AutoModelForCausalLM.from_config(config).eval(), make_tokenizer())
+    with pytest.raises(UserError, match="antiexpert: OpenAIGPTLMHeadModel keeps no keys"):
+        ProxyTunedForCausalLM(make_members() | {"antiexpert": member}, proxy_tuning(1.0))
+
+
+def test_devices_run_at_the_same_time_and_each_in_its_order() -> None:
+    meeting, order = threading.Barrier(2, timeout=10), []
+
+    def run(name: str, meets: bool) -> Callable[[], dict[str, torch.Tensor]]:
+        def at_work() -> dict[str, torch.Tensor]:
+            assert torch.is_inference_mode_enabled()
+            if meets:
+                meeting.wait()
+            order.append(name)
+            return {name: torch.tensor(len(name))}
+
+        return at_work
+
+    devices = [torch.device("cpu"), torch.device("meta"), torch.device("cpu")]
+    with torch.inference_mode():
+        found = _at_once([run("base", True), run("expert", True), run("antiexpert", False)], devices)
+    assert [list(part) for part in found] == [["base"], ["expert"], ["antiexpert"]]
+    assert order.index("base") < order.index("antiexpert")
 
 
 def test_members_stay_causal(proxy: ProxyTunedForCausalLM, random_ids: Ids) -> None:
