@@ -10,7 +10,8 @@ In a batch the rows accept different numbers of tokens: what a row refused is ma
 refused is cut off. Members that share the draft's weights read along with it. Not covered: beams, and members whose caches
 do not keep every position.
 
-The draft need not be in the mixture: any member with its vocabulary will do (`drafting` makes a fast one).
+Large batches gain nothing where arithmetic is dear (a CPU): all rows wait for the one that accepts least. The draft need not
+be in the mixture: any member with its vocabulary will do (`drafting` makes a fast one).
 """
 
 from collections.abc import Sequence

@@ -3,7 +3,8 @@ import torch
 from conftest import make_tokenizer
 from transformers import MistralConfig, MistralForCausalLM
 
-from proxytune import Member, ProxyTunedForCausalLM, Request, UserError, proxy_tuning, score
+import proxytune.scoring as scoring
+from proxytune import Member, ProxyTunedForCausalLM, Request, UserError, cut_to_window, proxy_tuning, score
 from proxytune.cache import MixtureCache
 from proxytune.mixture import Mixture
 
@@ -142,3 +143,33 @@ def test_scores_of_a_generated_text_are_those_of_generating_it(proxy: ProxyTuned
 def test_bad_requests_are_refused(proxy: ProxyTunedForCausalLM, request_: Request, word: str) -> None:
     with pytest.raises(UserError, match=f"number 1 .*{word}"):
         score(proxy, [Request((5,), (6,)), request_], MIXTURES)
+
+
+def test_long_texts_are_read_in_pieces_that_change_nothing(any_proxy: ProxyTunedForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    texts = [tuple(torch.randint(3, 50, (length,), generator=generator).tolist()) for length in (100, 90, 61)]
+    requests = [Request(text[:cut], text[cut:]) for text in texts for cut in (60, 20)]
+    right = score(any_proxy, requests, MIXTURES)
+    shapes: list[tuple[int, int]] = []
+    any_proxy.members["base"].register_forward_hook(
+        lambda module, args, kwargs, output: shapes.append((kwargs["input_ids"].numel(), output.logits.shape[1])), with_kwargs=True
+    )
+    monkeypatch.setattr(scoring, "LOGITS", 7 * 50)
+    found = score(any_proxy, requests, MIXTURES, batch_tokens=16)
+    assert max(fed for fed, _ in shapes) <= 16
+    assert max(kept for _, kept in shapes) <= 7
+    for name in MIXTURES:
+        torch.testing.assert_close(found[name], right[name], atol=1e-4, rtol=1e-5)
+
+
+def test_what_is_too_long_is_cut_on_the_left_and_counted(proxy: ProxyTunedForCausalLM) -> None:
+    requests = [Request((5,) * 3, (6, 7)), Request(tuple(range(3, 43)) * 4, (6, 7), {"expert": (9,) * 200}), Request((5,) * 127, (6, 7))]
+    fitting, cut = cut_to_window(requests, 128)
+    assert cut == 1
+    assert fitting[0] == requests[0]
+    assert fitting[2] == requests[2]
+    assert fitting[1].prefix == requests[1].prefix[-127:]
+    assert len(fitting[1].prompts["expert"]) == 127
+    score(proxy, fitting, MIXTURES)
+    with pytest.raises(UserError, match="continuation of number 0 has 129 tokens"):
+        cut_to_window([Request((5,), (6,) * 129)], 128)
