@@ -1,5 +1,6 @@
 """`proxytune generate`: a mixture's answer to a prompt, streamed, and on request explained token by token."""
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -122,7 +123,10 @@ def print_explanation(explanations: list[TokenExplanation], tokenizer: PreTraine
     for entry in explanations:
         instead = escape(repr(tokenizer.decode([entry.base_choice]))) if entry.changed else ""
         table.add_row(
-            escape(repr(tokenizer.decode([entry.token]))), *(f"{entry.members[name]:.3f}" for name in names), f"{entry.mixture:.3f}", instead
+            escape(repr(tokenizer.decode([entry.token]))),
+            *("none" if math.isnan(entry.members[name]) else f"{entry.members[name]:.3f}" for name in names),
+            f"{entry.mixture:.3f}",
+            instead,
         )
     changed = sum(entry.changed for entry in explanations)
     Console(highlight=False).print(table, f"{changed} of {len(explanations)} tokens are not the base's own choice.")

@@ -12,7 +12,10 @@ from proxytune.prompts import own_prompts
 
 
 class TokenExplanation(NamedTuple):
-    """One token: its probability under every active member and under the mixture, and the base's own first choice."""
+    """One token: its probability under every active member and under the mixture, and the base's own first choice.
+
+    NaN under a member of another vocabulary that has no such token.
+    """
 
     token: int
     members: dict[str, float]
@@ -51,7 +54,7 @@ def explain(
     logits = model.member_logits(names, read, torch.ones_like(read), logits_to_keep=kept, prompts=own)
     positions, lengths = torch.arange(read.shape[1], device=read.device)[None], torch.tensor([prompt_length], device=read.device)
     mixed = model.mixed({name: logits[name] for name in active(model.mixture)}, positions, lengths, kept)
-    laws = {name: law[0].float().softmax(-1) for name, law in logits.items()}
+    laws = {name: model.token_maps[name].law(law[0]) if name in model.token_maps else law[0].float().softmax(-1) for name, law in logits.items()}
     choices = laws[base].argmax(-1)
     return [
         TokenExplanation(

@@ -17,6 +17,8 @@ from proxytune.adapters import UNTOUCHED, AdapterSwitch, attach, mixes_in_batche
 from proxytune.errors import UserError
 from proxytune.packing import pack_linear_layers
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 class Adapter(NamedTuple):
     """The LoRA adapter that a member's rows pass through on weights it shares, or `adapters.UNTOUCHED`."""
@@ -189,6 +191,8 @@ def _gguf(path: str | Path) -> dict[str, str]:
 
 
 def _check_device(device: str, dtype: torch.dtype, field: str) -> None:
+    if dtype not in DTYPES:
+        raise UserError(f"{field}: weights are loaded in {', '.join(map(str, DTYPES))}, not {dtype}; quantise for less")
     if device in ("auto", "balanced", "balanced_low_0", "sequential"):
         return
     try:

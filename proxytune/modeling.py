@@ -5,12 +5,10 @@ that takes a causal language model takes it: `generate` with beams, sampling, st
 harnesses, trainers that only read the loss.
 """
 
-import contextlib
 import copy
 import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -20,12 +18,13 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTra
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from proxytune.cache import MixtureCache, can_stack, stacked
+from proxytune.cache import MixtureCache
 from proxytune.errors import UserError
 from proxytune.member import Member
 from proxytune.mixture import Mixture, Place, active, check_mixture, combine, depends_on_place
 from proxytune.padding import positions_of
-from proxytune.prompts import OwnPrompts, Reading, own_prompts, reading
+from proxytune.passes import Reader, at_once, grouped, run, run_mapped
+from proxytune.prompts import OwnPrompts, own_prompts, reading
 from proxytune.token_map import TokenMap, check_pairs
 from proxytune.vocabulary import check_rows, check_same_vocabulary
 
@@ -78,8 +77,10 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             if not {"past_key_values", "logits_to_keep"} <= parameters.keys():
                 kind = type(members[name].model).__name__
                 raise UserError(f"{name}: {kind} keeps no keys and values that another model's cache could stand beside; choose a model that does")
-        self._takes_positions = {name: "position_ids" in parameters for name, parameters in accepted.items()}
-        self._adapters = {name: member.adapter for name, member in members.items()}
+        self._readers = {
+            name: Reader(name, member.model, member.adapter, self.token_maps.get(name), "position_ids" in accepted[name])
+            for name, member in members.items()
+        }
         self.mixture = mixture
         self.post_init()
         self.eval()
@@ -107,8 +108,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
     def extra_repr(self) -> str:
         """Which members are read in one pass, on which device."""
         passes = [
-            f"{' + '.join(names)}{' on one set of weights' if len(names) > 1 else ''} ({self._device(names[0])})"
-            for names in self._passes(list(self.members), {}, None)
+            f"{' + '.join(reader.name for reader in group)}{' on one set of weights' if len(group) > 1 else ''} ({group[0].device})"
+            for group in grouped(list(self._readers.values()), (), None)
         ]
         return f"(passes): {', '.join(passes)}"
 
@@ -223,33 +224,35 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         if past_key_values is not None and (missing := set(names) - past_key_values.members.keys()):
             raise UserError(f"past_key_values: it was made for another mixture and lacks {', '.join(sorted(missing))}; start a new cache")
         own = {} if prompts is None else prompts.ids
-        if prompts is not None and own:
-            if attention_mask is None:
-                attention_mask = self._all_read(input_ids, past_key_values, prompts)
+        if attention_mask is None and (own or self.token_maps):
+            attention_mask = self._all_read(input_ids, past_key_values, prompts)
+        if prompts is not None and attention_mask is not None and own:
             if not isinstance(logits_to_keep, int):
                 raise UserError("logits_to_keep: with prompts of a member's own it must be a number; columns differ among members")
             begins = attention_mask.shape[1] == input_ids.shape[1]
             most = input_ids.shape[1] - prompts.columns + 1 if begins else input_ids.shape[1]
             logits_to_keep = min(logits_to_keep, most) if logits_to_keep else most
-        if any(name in self.token_maps for name in names) and attention_mask is None:
-            attention_mask = self._all_read(input_ids, past_key_values, prompts)
-        alike = [name for name in names if name not in self.token_maps]
-        readings = {name: reading(name, input_ids, attention_mask, position_ids, prompts) for name in alike}
-        passes = self._passes(names, own, past_key_values)
-        runs: list[Callable[[], dict[str, Tensor]]] = [
-            functools.partial(self._run_mapped, together[0], input_ids, attention_mask, past_key_values, logits_to_keep, prompts)
-            if together[0] in self.token_maps
-            else functools.partial(self._run, together, readings[together[0]], past_key_values, logits_to_keep)
-            for together in passes
-        ]
-        found = dict(pair for pairs in _at_once(runs, [self._device(together[0]) for together in passes]) for pair in pairs.items())
-        logits = {name: found[name] for name in names}
+        groups = grouped([self._readers[name] for name in names], own, past_key_values)
+
+        def start(group: list[Reader]) -> Callable[[], dict[str, Tensor]]:
+            first = group[0]
+            if first.token_map is not None:
+                assert attention_mask is not None
+                pad = self.config.pad_token_id or 0
+                return functools.partial(run_mapped, first, input_ids, attention_mask, past_key_values, logits_to_keep, prompts, pad)
+            fed = reading(first.name, input_ids, attention_mask, position_ids, prompts)
+            return functools.partial(run, group, fed, past_key_values, logits_to_keep)
+
+        found = at_once([start(group) for group in groups], [group[0].device for group in groups])
+        every = dict(pair for pairs in found for pair in pairs.items())
+        logits = {name: every[name][..., : self.config.vocab_size].to(self.device) for name in names}
         self._note_coverage(logits)
         return logits
 
     def sharing(self, name: str, names: Collection[str], prompts: OwnPrompts | None = None) -> tuple[str, ...]:
         """Those of the names, itself among them, that are read in one pass with `name`."""
-        return next(group for group in self._passes(names, {} if prompts is None else prompts.ids, None) if name in group)
+        groups = grouped([self._readers[name] for name in names], () if prompts is None else prompts.ids, None)
+        return next(found for group in groups if name in (found := tuple(reader.name for reader in group)))
 
     def _all_read(
         self, ids: Int[Tensor, "batch time"], cache: MixtureCache | None, prompts: OwnPrompts | None = None, already: int = 0
@@ -266,88 +269,10 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             read += prompts.columns - prompts.ids[name].shape[1]
         return ids.new_ones(len(ids), read + ids.shape[1])
 
-    def _passes(self, names: Collection[str], own: Mapping[str, Any], cache: MixtureCache | None) -> list[tuple[str, ...]]:
-        """The names, those together that are rows of one pass: they share weights and read the same prompt."""
-        groups: dict[Any, list[str]] = {}
-        for name in names:
-            adapter = self._adapters[name]
-            shares = adapter is not None and name not in own and name not in self.token_maps and (cache is None or can_stack(cache.members[name]))
-            groups.setdefault(id(adapter.switch) if shares and adapter is not None else name, []).append(name)
-        return [tuple(group) for group in groups.values()]
-
-    def _run(
-        self,
-        together: tuple[str, ...],
-        fed: Reading,
-        cache: MixtureCache | None,
-        logits_to_keep: int | Int[Tensor, " kept"],
-    ) -> dict[str, Float[Tensor, "batch kept_time rows"]]:
-        """One forward pass of members that share weights, or of one."""
-        first, device, count = together[0], self._device(together[0]), len(together)
-        own = None if cache is None else [cache.members[name] for name in together]
-        options: dict[str, Any] = {"position_ids": fed.positions} if self._takes_positions[first] else {}
-        options |= {"input_ids": fed.ids, "attention_mask": fed.mask}
-        options = {key: value if value is None else value.to(device).repeat(count, 1) for key, value in options.items()}
-        adapter = self._adapters[first]
-        rows = [name for member in together if (own_adapter := self._adapters[member]) for name in [own_adapter.name] * len(fed.ids)]
-        with contextlib.nullcontext() if adapter is None else adapter.switch.rows(rows):
-            output = self.members[first](
-                **options,
-                past_key_values=None if own is None else own[0] if count == 1 else stacked(own),
-                use_cache=own is not None,
-                logits_to_keep=logits_to_keep,
-            )
-        logits = output.logits[..., : self.config.vocab_size].to(self.device)
-        return dict(zip(together, logits.chunk(count), strict=True))
-
-    def _run_mapped(
-        self,
-        name: str,
-        input_ids: Int[Tensor, "batch time"],
-        attention_mask: Int[Tensor, "batch all_time"] | None,
-        cache: MixtureCache | None,
-        logits_to_keep: int | Int[Tensor, " kept"],
-        prompts: OwnPrompts | None,
-    ) -> dict[str, Float[Tensor, "batch kept_time rows"]]:
-        """One forward pass of a member with a vocabulary of its own, on its own ids; its law in the mixture's."""
-        assert attention_mask is not None
-        token_map, adapter, pad = self.token_maps[name], self._adapters[name], self.config.pad_token_id or 0
-        begins = attention_mask.shape[1] == input_ids.shape[1]
-        own = prompts is not None and name in prompts.ids and begins
-        skipped = prompts.columns if own and prompts is not None else 0
-        given = attention_mask[:, -input_ids.shape[1] :][:, skipped:]
-        ids, held, ends = token_map.read(input_ids[:, skipped:], given, pad)
-        if own and prompts is not None:
-            repeats = len(ids) // len(prompts.ids[name])
-            width = prompts.ids[name].shape[1]
-            ids = torch.cat([prompts.ids[name].repeat_interleave(repeats, 0), ids], dim=1)
-            held = torch.cat([prompts.masks[name].repeat_interleave(repeats, 0), held], dim=1)
-            ends = torch.cat([torch.full_like(ids[:, :1], width - 1), ends + width], dim=1)
-        read = ids.shape[1]
-        if cache is not None:
-            held = cache.own_masks[name] = torch.cat([cache.own_masks[name], held], dim=1) if name in cache.own_masks else held
-        options = {"input_ids": ids, "attention_mask": held}
-        if self._takes_positions[name]:
-            options["position_ids"] = positions_of(held)[:, -read:]
-        device = self._device(name)
-        with contextlib.nullcontext() if adapter is None else adapter.switch.rows([adapter.name] * len(ids)):
-            output = self.members[name](
-                **{key: value.to(device) for key, value in options.items()},
-                past_key_values=None if cache is None else cache.members[name],
-                use_cache=cache is not None,
-            )
-        logits = output.logits.to(self.device)
-        ends = ends[:, logits_to_keep] if isinstance(logits_to_keep, Tensor) else ends[:, -logits_to_keep:]
-        return {name: token_map.translate(logits.gather(1, ends[..., None].expand(-1, -1, logits.shape[-1])))}
-
     def _note_coverage(self, logits: Mapping[str, Tensor]) -> None:
         alike = [name for name in logits if name not in self.token_maps]
         for name in [name for name in logits if name in self.token_maps][:1] if alike else []:
             self._covered.append(float(self.token_maps[name].mass_covered(logits[alike[0]]).mean()))
-
-    def _device(self, name: str) -> torch.device:
-        """Where the member takes its tokens: the device of its embeddings, of several if it is spread over some."""
-        return self.members[name].get_input_embeddings().weight.device  # type: ignore[operator]
 
     def _check_windows(self, longest: int, own: Mapping[str, int]) -> None:
         for name in active(self.mixture):
@@ -379,19 +304,3 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         model_kwargs["past_key_values"] = self.new_cache(active(self.mixture), static_length)
         if generation_config.is_assistant:
             model_kwargs["past_key_values"].activate_past_recording()
-
-
-def _at_once(runs: Sequence[Callable[[], dict[str, Tensor]]], devices: Sequence[torch.device]) -> list[dict[str, Tensor]]:
-    """The results of the runs, those on different devices at the same time and those on one device in their order."""
-    if len(set(devices)) == 1:
-        return [run() for run in runs]
-    inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
-
-    def on(device: torch.device) -> list[tuple[int, dict[str, Tensor]]]:
-        # Both modes belong to a thread and have to be handed on.
-        with torch.inference_mode(inference), torch.set_grad_enabled(grad):
-            return [(number, run()) for number, run in enumerate(runs) if devices[number] == device]
-
-    with ThreadPoolExecutor(len(set(devices))) as pool:
-        found = dict(pair for pairs in pool.map(on, dict.fromkeys(devices)) for pair in pairs)
-    return [found[number] for number in range(len(runs))]

@@ -54,6 +54,10 @@ class TokenMap:
         law = logits.float().log_softmax(-1)
         return torch.where(self.exact.to(law.device), law[..., self.single.to(law.device)], 0.0)
 
+    def law(self, translated: Float[Tensor, "*batch ids"]) -> Float[Tensor, "*batch ids"]:
+        """Probabilities from what `translate` gave; NaN where no single token stands for one."""
+        return torch.where(self.exact.to(translated.device), translated.exp(), torch.nan)
+
     def mass_covered(self, logits: Float[Tensor, "*batch ids"]) -> Float[Tensor, "*batch"]:
         """The share of a member's probability that stands on mapped tokens; the member has the mixture's own vocabulary."""
         return (logits.float().softmax(-1) * self.exact.to(logits.device)).sum(-1)

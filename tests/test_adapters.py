@@ -71,7 +71,7 @@ def test_logits_are_those_of_members_loaded_apart(together: ProxyTunedForCausalL
 def test_rows_that_get_the_wrong_adapter_are_noticed(
     together: ProxyTunedForCausalLM, apart: ProxyTunedForCausalLM, random_ids: Ids, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    switch = together._adapters["small"].switch
+    switch = together._readers["small"].adapter.switch
     rows = switch.rows
     monkeypatch.setattr(switch, "rows", lambda names: rows(names[::-1]))
     with torch.no_grad():

@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, StoppingCriteria,
 
 from proxytune import Member, ProxyTunedForCausalLM, UserError, proxy_tuning
 from proxytune.cache import MixtureCache
-from proxytune.modeling import _at_once
+from proxytune.passes import at_once
 
 Ids = Callable[..., torch.Tensor]
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": 2}
@@ -196,7 +196,7 @@ def test_devices_run_at_the_same_time_and_each_in_its_order() -> None:
 
     devices = [torch.device("cpu"), torch.device("meta"), torch.device("cpu")]
     with torch.inference_mode():
-        found = _at_once([run("base", True), run("expert", True), run("antiexpert", False)], devices)
+        found = at_once([run("base", True), run("expert", True), run("antiexpert", False)], devices)
     assert [list(part) for part in found] == [["base"], ["expert"], ["antiexpert"]]
     assert order.index("base") < order.index("antiexpert")
 

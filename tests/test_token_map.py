@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from proxytune import Member, ProxyTunedForCausalLM, Request, UserError, map_tokens, proxy_tuning, score
+from proxytune.explanation import explain
 from proxytune.token_map import token_bytes
 
 Ids = Callable[..., torch.Tensor]
@@ -139,3 +140,16 @@ def test_what_a_map_cannot_do_is_one_line(mapped: ProxyTunedForCausalLM) -> None
     for options, words in (({"speculate": True}, "decode plainly"), ({"cache_implementation": "static"}, "leave it out")):
         with pytest.raises(UserError, match=words):
             mapped.generate(**batch, **GREEDY, **options)
+
+
+def test_an_explanation_shows_the_members_own_probabilities(mapped: ProxyTunedForCausalLM) -> None:
+    mapped.mixture, token_map = proxy_tuning(0.8), mapped.token_maps["expert"]
+    row = prompts(mapped)[1]
+    several = next(token for token in range(400) if not token_map.exact[token])
+    ids = [*row, several, *row[:2]]
+    for place, entry in enumerate(explain(mapped, ids, len(row))):
+        own = torch.tensor([[piece for token in ids[: len(row) + place] for piece in token_map.pieces[token]]])
+        with torch.no_grad():
+            law = mapped.members["expert"](own).logits[0, -1].softmax(-1)
+        right = float(law[token_map.pieces[entry.token][0]]) if token_map.exact[entry.token] else float("nan")
+        assert entry.members["expert"] == pytest.approx(right, abs=1e-6, nan_ok=True)
