@@ -1,4 +1,4 @@
-"""The command line: `proxytune compare`, `generate`, `bench` and `world build`. Thin; heavy imports wait until a command runs."""
+"""The command line: `proxytune compare`, `tune`, `generate`, `bench` and `world build`. Thin; heavy imports wait until a command runs."""
 
 import os
 import shutil
@@ -24,6 +24,14 @@ class Format(StrEnum):
 class Size(StrEnum):
     default = "default"
     tiny = "tiny"
+
+
+PROMPT = "Question: {question}\nAnswer:"
+
+
+class Method(StrEnum):
+    lora = "lora"
+    full = "full"
 
 
 class DType(StrEnum):
@@ -117,6 +125,35 @@ def generate(
     if speculate:
         report = model.speculation
         print(f"{report.acceptance:.0%} of drafted tokens accepted, {report.tokens_per_pass:.2f} tokens a pass of the base", file=sys.stderr)
+
+
+@app.command()
+def tune(
+    model: Annotated[str, typer.Argument(help="A local folder or a hub name.")],
+    data: Annotated[Path, typer.Argument(help='JSON lines: {"question": "...", "answer": "..."}.')],
+    out: Annotated[Path, typer.Option(help="Folder for the result; it must not be there yet.")],
+    method: Annotated[Method, typer.Option(help="A LoRA adapter, or all weights.")] = Method.lora,
+    learning_rate: Annotated[float | None, typer.Option(help="Default: 2e-4 for LoRA, 2e-5 for all weights.", show_default=False)] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 3.0,
+    batch_size: Annotated[int, typer.Option(help="Examples a step.")] = 16,
+    rank: Annotated[int, typer.Option(help="Of the LoRA adapter.")] = 16,
+    prompt: Annotated[str, typer.Option(help="How a question is asked; compare and generate must ask it so too.")] = PROMPT,
+    seed: Annotated[int, typer.Option(help="Of the order of examples and of the adapter's first weights.")] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="Of the CPU.")] = 2,
+) -> None:
+    """Tunes one model on questions and answers, and says how to use it.
+
+    `proxytune tune small train.jsonl --out small-lora` makes the expert of a mixture; the small model is its anti-expert.
+    """
+    import torch
+
+    from evals.progress import Display
+    from evals.tune import tune_one
+
+    torch.set_num_threads(threads)
+    with Display() as display:
+        settings = {"method": method.value, "learning_rate": learning_rate, "epochs": epochs, "batch_size": batch_size, "rank": rank}
+        print(tune_one(model, data, out, settings, prompt, seed, display))
 
 
 @app.command()

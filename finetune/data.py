@@ -4,7 +4,8 @@ One file format for tuning, testing and knowledge: JSON lines. Tuning and measur
 function, so what a model was tuned on is what it is asked.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from string import Formatter
 
@@ -105,6 +106,15 @@ def continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]
     if not ids:
         raise UserError(f"answer: {text!r} has no tokens; give some text")
     return ids
+
+
+def preview(row: Mapping[str, Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> str:
+    """A training row as text, special tokens and all, with what is trained on between ⟦ and ⟧."""
+    parts = []
+    for trained, places in groupby(zip(row["input_ids"], row["completion_mask"], strict=True), key=lambda place: place[1]):
+        text = tokenizer.decode([token for token, _ in places])
+        parts.append(f"⟦{text}⟧" if trained else text)
+    return "".join(parts)
 
 
 def encode_examples(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, prompt: str, ending: str) -> list[dict[str, list[int]]]:
