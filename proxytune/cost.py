@@ -4,10 +4,8 @@ One token at a time, time is bytes over bandwidth until layers are so small that
 are round numbers; they steer how much is drafted and need only be right in proportion.
 """
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 
@@ -22,20 +20,11 @@ class Pace(NamedTuple):
 PACE = {"cpu": Pace(3e10, 3e-4, 0.05), "cuda": Pace(2e12, 2e-4, 0.003)}
 
 
-def bytes_read(model: nn.Module, adapters: Iterable[str] | None = None) -> int:
-    """Bytes of weights that one token's pass reads: all but the embeddings' other rows, and of LoRA adapters the named ones."""
-    found = 0
-    wanted = None if adapters is None else set(adapters)
-    inside: set[int] = set()
-    for module in model.modules():
-        if isinstance(module, LoraLayer) and wanted is not None:
-            for part in (module.lora_A, module.lora_B):
-                inside |= {id(child) for name, child in part.items() if name not in wanted}
-        if id(module) in inside or isinstance(module, nn.Embedding):
-            continue
-        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        found += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    return found
+def bytes_read(model: nn.Module) -> int:
+    """Bytes of weights that one token's pass reads: all but the embeddings' other rows (a head tied to them reads them all)."""
+    modules = [module for module in model.modules() if not isinstance(module, nn.Embedding)]
+    tensors = [tensor for module in modules for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def step_seconds(model: Any, pace: Pace) -> float:
