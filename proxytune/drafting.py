@@ -47,10 +47,13 @@ def rounded_draft(member: Member) -> Member:
     adapter = None if member.adapter is None else member.adapter.name
     # What stands in the memo is taken for its own copy.
     memo: dict[int, object] = {id(tensor): tensor for tensor in itertools.chain(member.model.parameters(), member.model.buffers())}
+    merged: set[int] = set()
     for module in member.model.modules():
-        weight = _effective_weight(module, adapter)
+        # What a LoRA layer holds is in its rounded one already.
+        weight = None if id(module) in merged else _effective_weight(module, adapter)
         if weight is not None and fits(weight):
             memo[id(module)] = RoundedLinear(weight, _plain(module).bias)  # type: ignore[arg-type]
+            merged |= {id(part) for part in module.modules()}
     return Member(copy.deepcopy(member.model, memo), member.tokenizer)
 
 

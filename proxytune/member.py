@@ -151,18 +151,18 @@ def load_members(weights: Mapping[str, Weights], *, dtype: torch.dtype = torch.f
 
     Options and errors are those of `load_member`.
     """
+    places: dict[tuple[str, str], list[Weights]] = {}
+    for wanted in dict.fromkeys(weights.values()):
+        places.setdefault((wanted.path, wanted.device), []).append(wanted)
     loaded: dict[Weights, Member] = {}
-    for wanted in weights.values():
-        if wanted in loaded:
-            continue
-        beside = list(dict.fromkeys(other for other in weights.values() if (other.path, other.device) == (wanted.path, wanted.device)))
-        adapted = [other for other in beside if other.adapter is not None and mixes_in_batches(other.adapter)]
-        together = [other for other in beside if other.adapter is None or other in adapted]
-        if wanted in together and len(together) > 1:
-            shared = _load_shared(together, adapted, dtype, packed)
-            loaded |= shared
-        if wanted not in loaded:
-            loaded[wanted] = load_member(wanted.path, wanted.adapter, field=wanted.field, dtype=dtype, device=wanted.device, packed=packed)
+    for beside in places.values():
+        adapted = [wanted for wanted in beside if wanted.adapter is not None and mixes_in_batches(wanted.adapter)]
+        together = [wanted for wanted in beside if wanted.adapter is None or wanted in adapted]
+        if len(together) > 1:
+            loaded |= _load_shared(together, adapted, dtype, packed)
+        for wanted in beside:
+            if wanted not in loaded:
+                loaded[wanted] = load_member(wanted.path, wanted.adapter, field=wanted.field, dtype=dtype, device=wanted.device, packed=packed)
     return {name: loaded[wanted] for name, wanted in weights.items()}
 
 

@@ -149,7 +149,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache and past_key_values is None:
             past_key_values = self.new_cache(active(self.mixture))
         logits = self.member_logits(active(self.mixture), input_ids, attention_mask, position_ids, past_key_values, logits_to_keep, prompts)
-        if position_ids is None:
+        if position_ids is None and depends_on_place(self.mixture):
             mask = self._all_read(input_ids, past_key_values, prompts, input_ids.shape[1]) if attention_mask is None else attention_mask
             position_ids = positions_of(mask)[:, -input_ids.shape[1] :]
         mixed: Float[Tensor, "batch kept rows"] = self.mixed(logits, position_ids, prompt_lengths, logits_to_keep)
@@ -197,13 +197,17 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
     def mixed(
         self,
         logits: Mapping[str, Float[Tensor, "batch kept rows"]],
-        positions: Int[Tensor, "batch time"],
+        positions: Int[Tensor, "batch time"] | None,
         prompt_lengths: Int[Tensor, " batch"] | None = None,
         logits_to_keep: int | Int[Tensor, " kept"] = 0,
     ) -> Float[Tensor, "batch kept rows"]:
-        """The mixture in force over the logits of its active members, which stand at the kept ones of `positions`."""
+        """The mixture in force over the logits of its active members, which stand at the kept ones of `positions`.
+
+        Positions are needed where a coefficient is a function.
+        """
         if not depends_on_place(self.mixture):
             return combine(logits, self.mixture)
+        assert positions is not None
         kept = next(iter(logits.values())).shape[1]
         positions = positions[:, logits_to_keep] if isinstance(logits_to_keep, Tensor) else positions[:, -kept:]
         coming = positions + 1 if prompt_lengths is None else positions + 1 - prompt_lengths[:, None]
