@@ -9,10 +9,11 @@ from transformers import TrainerCallback
 
 from evals.material import Material
 from evals.measures import Probe
-from evals.records import content_key
 from evals.study import Direct, Expert, Proxy, Study
-from finetune.tuning import Tuning, tune
+from finetune.recipe import Tuning
+from finetune.tuning import tune
 from proxytune.adapters import is_adapter
+from proxytune.content import content_key
 from proxytune.errors import UserError
 from proxytune.member import Weights, load_member, load_tokenizer
 from proxytune.mixture import Mixture, proxy_tuning

@@ -26,7 +26,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from evals.tables import Table
-from finetune.data import continuation_ids, prompt_ids, read_items
+from finetune.data import continuation_ids, prompt_ids
+from finetune.reading import read_items
 from proxytune.adapters import UNTOUCHED, attach, is_adapter
 from proxytune.cost import bytes_read
 from proxytune.drafting import rounded_draft
@@ -292,7 +293,7 @@ def _requests(tokenizer: PreTrainedTokenizerBase, real: bool) -> list[Request]:
         shots = draw(100)
         return [Request(shots + prefix, draw(3)) for prefix in (draw(20) for _ in range(ASKED)) for _ in range(4)]
     with resources.as_file(resources.files("evals") / "studies" / "capitals" / "knowledge.jsonl") as path:
-        items = [item for item in read_items(path, "items") if len(item.choices) == 4][: SHOTS + ASKED]
+        items = [item for item in read_items(path, "items").items if len(item.choices) == 4][: SHOTS + ASKED]
     shown = "".join(f"Question: {item.question}\nAnswer: {item.answer}\n\n" for item in items[:SHOTS])
     return [
         Request(tuple(prompt_ids(tokenizer, f"{shown}Question: {item.question}\nAnswer:")), tuple(continuation_ids(tokenizer, choice)))

@@ -15,9 +15,10 @@ from evals.arms import Ensemble, arm_names, check_vocabularies, ensembles, tunin
 from evals.material import material_for
 from evals.measures import Measurement, measure, measurements, workload
 from evals.progress import Display
-from evals.records import content_key, read_record, write_record
+from evals.records import read_record, write_record
 from evals.study import Study
 from finetune.data import prompt_ids
+from proxytune.content import content_key
 from proxytune.errors import UserError
 from proxytune.member import Member, load_members
 from proxytune.mixture import active

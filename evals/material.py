@@ -8,7 +8,8 @@ import pandas as pd
 from transformers import TrainerCallback
 
 from evals.study import Study
-from finetune.data import Item, read_items
+from finetune.data import Item
+from finetune.reading import read_items
 from probes.forgetting import familiarity
 from probes.world.corpus import QUESTION
 from probes.world.family import build_family, find_family
@@ -46,11 +47,11 @@ def material_for(study: Study, folder: Path, seed: int, cache: Path, watcher: Tr
         return Material(str(family / "base"), str(family / "small"), items_of(ledger, "tune"), test, test, QUESTION, " .", 3, choose=False)
     assert study.models is not None and study.data is not None
     data = study.data
-    train, test = read_items(folder / data.train, "data.train"), read_items(folder / data.test, "data.test")
+    train, test = read_items(folder / data.train, "data.train").items, read_items(folder / data.test, "data.test").items
     overlap = {item.question for item in train} & {item.question for item in test}
     if overlap:
         raise UserError(f"data.test: {len(overlap)} questions are also in data.train, the first {min(overlap)!r}; take them out of one")
-    knowledge = read_items(folder / data.knowledge, "data.knowledge") if data.knowledge else []
+    knowledge = read_items(folder / data.knowledge, "data.knowledge").items if data.knowledge else []
     for field, items, attribute in (("data.knowledge", knowledge, "statement"), ("data.test", test if data.answer == "choose" else [], "choices")):
         for item in items:
             if not getattr(item, attribute):

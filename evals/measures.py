@@ -13,11 +13,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
 
 from evals.material import Material
-from evals.records import content_key
 from evals.study import MeasureName, Study
 from finetune.data import Item, prompt_ids
 from probes.density import density, gaussian_null
 from probes.readouts import Answer, Progress, answer_greedily, choose
+from proxytune.content import content_key
 from proxytune.mixture import Mixture, active
 from proxytune.modeling import ProxyTunedForCausalLM
 

@@ -3,7 +3,6 @@
 A record is one Parquet file named by a hash of its content's causes, written atomically: it is there whole or not at all.
 """
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -16,11 +15,6 @@ import pyarrow.parquet as pq
 from proxytune.errors import UserError
 
 PROVENANCE = b"proxytune"
-
-
-def content_key(**causes: Any) -> str:
-    """A hash of everything that decides a result; of weights by their fingerprint, never of a path or a name."""
-    return hashlib.sha256(json.dumps(causes, sort_keys=True, allow_nan=False).encode()).hexdigest()[:32]
 
 
 def write_record(folder: Path, key: str, items: pd.DataFrame, provenance: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
 
 from finetune.data import check_prompt
-from finetune.tuning import EarlyStopping, Tuning
+from finetune.recipe import EarlyStopping, Tuning
 from proxytune.errors import UserError
 
 STUDIES = Path(__file__).parent / "studies"

@@ -7,8 +7,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from evals.progress import Display
-from finetune.data import check_prompt, encode_examples, preview, read_items
-from finetune.tuning import Tuning, tune
+from finetune.data import check_prompt, encode_examples, preview
+from finetune.reading import read_items
+from finetune.recipe import Tuning
+from finetune.tuning import tune
 from proxytune.errors import UserError
 from proxytune.member import load_tokenizer
 
@@ -32,7 +34,7 @@ def tune_one(model: str, data: Path, out: Path, settings: dict[str, Any], prompt
         raise UserError(f"--{str(first['loc'][-1]).replace('_', '-')}: {first['msg']}, not {first['input']!r}") from error
     except ValueError as error:
         raise UserError(f"--prompt: {error}") from error
-    items = read_items(data, "data")
+    items = read_items(data, "data").items
     tokenizer = load_tokenizer(model, "model")
     display.say(f"{len(items)} examples; the first, with what is trained on between brackets:")
     display.say(preview(encode_examples(items[:1], tokenizer, prompt, "")[0], tokenizer))

@@ -1,11 +1,11 @@
 """LoRA and full fine-tuning, and pretraining of small models. Changes weights; never scores."""
 
 from finetune.data import Item as Item
-from finetune.data import read_items as read_items
 from finetune.pretraining import Pretraining as Pretraining
 from finetune.pretraining import pretrain as pretrain
 from finetune.pretraining import untrained as untrained
-from finetune.tuning import EarlyStopping as EarlyStopping
-from finetune.tuning import Tuning as Tuning
+from finetune.reading import read_items as read_items
+from finetune.recipe import EarlyStopping as EarlyStopping
+from finetune.recipe import Tuning as Tuning
 from finetune.tuning import TuningReport as TuningReport
 from finetune.tuning import tune as tune

@@ -6,13 +6,27 @@ function, so what a model was tuned on is what it is asked.
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from pathlib import Path
 from string import Formatter
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import torch
+from jinja2 import TemplateError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from proxytune.errors import UserError
+
+Row = dict[str, list[int]]
+CHAT = "chat"  # in the place of a prompt's template: the tokenizer's own chat template
+
+
+class Turn(BaseModel):
+    """One message of a conversation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    role: Literal["system", "user", "assistant"]
+    content: str
 
 
 class Item(BaseModel):
@@ -26,44 +40,20 @@ class Item(BaseModel):
     statement: str | None = None
     popularity: float | None = Field(default=None, ge=0, allow_inf_nan=False, description="stands in for exposure on real models")
     unit: str | None = Field(default=None, description="items of one unit are resampled together; default: each item by itself")
+    turns: tuple[Turn, ...] = Field(default=(), description="of the conversation before the question")
+    rejected: str | None = Field(default=None, min_length=1, description="the worse answer of a preference pair")
 
-
-def read_items(path: Path, field: str) -> list[Item]:
-    """Reads a JSONL file of items.
-
-    Raises `UserError` naming `field`, the line and the rule for a file that is missing, empty, not UTF-8 or not JSON,
-    for an unknown or missing key, an answer that is not among its choices, and two equal choices.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError as error:
-        raise UserError(f"{field}: there is no file '{path}'; paths count from the study file's folder") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{field}: '{path}' cannot be read as UTF-8 text ({error}); save it as UTF-8 JSON lines") from error
-    items = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            item = Item.model_validate_json(line)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"])) or "line"
-            raise UserError(
-                f"{field}: '{path}' line {number}, {place}: {first['msg']}; a line is one JSON object with question and answer"
-            ) from error
-        if item.choices and item.answer not in item.choices:
-            raise UserError(f"{field}: '{path}' line {number}, answer: {item.answer!r} is not among the choices; add it")
-        if len(set(item.choices)) < len(item.choices):
-            raise UserError(f"{field}: '{path}' line {number}, choices: two are equal; make them differ")
-        items.append(item)
-    if not items:
-        raise UserError(f"{field}: '{path}' holds no items; it needs one JSON object a line")
-    return items
+    @model_validator(mode="after")
+    def _two_answers(self) -> "Item":
+        if self.rejected == self.answer:
+            raise ValueError("rejected must differ from the answer")
+        return self
 
 
 def check_prompt(template: str) -> str:
-    """Returns the template; raises ValueError unless its only placeholder is {question}."""
+    """Returns the template; raises ValueError unless its only placeholder is {question} or it is the word `chat`."""
+    if template == CHAT:
+        return template
     names = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
     if names != ["question"]:
         raise ValueError(f"the only placeholder must be {{question}}, once, not {names}")
@@ -85,27 +75,73 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return ids
 
 
+def chat_text(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> str:
+    """The turns in the tokenizer's own chat template, up to where the next answer begins; without the BOS that encoding adds.
+
+    Raises `UserError` where the tokenizer has no chat template or the template refuses the turns.
+    """
+    text = _templated(tokenizer, turns, add_generation_prompt=True)
+    adds_bos = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(str(tokenizer.bos_token)) if adds_bos else text
+
+
 def chat_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None = None, response_prefix: str = "") -> list[int]:
     """The prompt as a user's turn in the tokenizer's own chat template, up to where the answer begins.
 
     A `response_prefix` is the answer's given beginning. Raises `UserError` where the tokenizer has no chat template.
     """
-    if tokenizer.chat_template is None:
-        raise UserError("chat: the tokenizer has no chat template; give the prompt as plain text")
-    turns = [] if system is None else [{"role": "system", "content": system}]
-    text = tokenizer.apply_chat_template([*turns, {"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
-    return list(tokenizer(str(text) + response_prefix, add_special_tokens=False)["input_ids"])
+    turns = [] if system is None else [Turn(role="system", content=system)]
+    return prompt_ids(tokenizer, chat_text(tokenizer, [*turns, Turn(role="user", content=prompt)]) + response_prefix)
 
 
-def continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def prompt_text(item: Item, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """How an item is asked: its question in the template, or, where the template is the word `chat`, as a user's turn.
+
+    Raises `UserError` for an item with earlier turns and a template that has no place for them.
+    """
+    if prompt == CHAT:
+        return chat_text(tokenizer, [*item.turns, Turn(role="user", content=item.question)])
+    if item.turns:
+        raise UserError(f"prompt: {item.question!r} has earlier turns, which plain text has no place for; use prompt: {CHAT}")
+    return prompt.format(question=item.question)
+
+
+def answer_space(prompt: str) -> str:
+    """What stands between prompt and answer: nothing in a chat, one space in plain text."""
+    return "" if prompt == CHAT else " "
+
+
+def continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str, space: str = " ") -> list[int]:
     """The ids of an answer after its prompt: the text with one space before it, encoded by itself.
 
     Raises `UserError` where the text has no tokens.
     """
-    ids = list(tokenizer(f" {text}", add_special_tokens=False)["input_ids"])
+    ids = list(tokenizer(f"{space}{text}", add_special_tokens=False)["input_ids"])
     if not ids:
         raise UserError(f"answer: {text!r} has no tokens; give some text")
     return ids
+
+
+def _templated(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], **options: bool) -> str:
+    if tokenizer.chat_template is None:
+        raise UserError("chat: the tokenizer has no chat template; give the prompt as plain text")
+    try:
+        return str(tokenizer.apply_chat_template([turn.model_dump() for turn in turns], tokenize=False, **options))
+    except TemplateError as error:
+        raise UserError(f"chat: the template refuses these turns ({error}); change the data or use a plain prompt") from error
+
+
+def _answer_ids(item: Item, answer: str, tokenizer: PreTrainedTokenizerBase, prompt: str, ending: str) -> list[int]:
+    """The answer with what ends it: in a chat what the template writes after it, in plain text `ending` and the end token."""
+    if prompt != CHAT:
+        ids = continuation_ids(tokenizer, answer + ending)
+        return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
+    turns = [*item.turns, Turn(role="user", content=item.question)]
+    before = _templated(tokenizer, turns, add_generation_prompt=True)
+    whole = _templated(tokenizer, [*turns, Turn(role="assistant", content=answer)])
+    after = whole.removeprefix(before).rstrip() if whole.startswith(before) else answer
+    ids = continuation_ids(tokenizer, after, answer_space(prompt))
+    return ids if ids[-1] in tokenizer.all_special_ids or tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
 
 
 def preview(row: Mapping[str, Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -117,13 +153,67 @@ def preview(row: Mapping[str, Sequence[int]], tokenizer: PreTrainedTokenizerBase
     return "".join(parts)
 
 
-def encode_examples(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, prompt: str, ending: str) -> list[dict[str, list[int]]]:
-    """Training rows: `input_ids` = prompt, answer with `ending`, end token; `completion_mask` = 1 where it is trained on."""
+def encode_examples(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, prompt: str, ending: str) -> list[Row]:
+    """Training rows: `input_ids` = prompt, answer and what ends it; `completion_mask` = 1 where it is trained on."""
     rows = []
     for item in items:
-        before = prompt_ids(tokenizer, prompt.format(question=item.question))
-        after = continuation_ids(tokenizer, item.answer + ending)
-        if tokenizer.eos_token_id is not None:
-            after = [*after, tokenizer.eos_token_id]
+        before = prompt_ids(tokenizer, prompt_text(item, tokenizer, prompt))
+        after = _answer_ids(item, item.answer, tokenizer, prompt, ending)
         rows.append({"input_ids": before + after, "completion_mask": [0] * len(before) + [1] * len(after)})
     return rows
+
+
+def encode_pairs(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, prompt: str, ending: str) -> list[Row]:
+    """Preference rows: `prompt_ids`, `chosen_ids`, `rejected_ids`. Raises `UserError` for an item without a rejected answer."""
+    rows = []
+    for item in items:
+        if item.rejected is None:
+            raise UserError(f"train: the item {item.question!r} has no rejected answer; preference tuning needs one in every item")
+        chosen, rejected = (_answer_ids(item, answer, tokenizer, prompt, ending) for answer in (item.answer, item.rejected))
+        rows.append({"prompt_ids": prompt_ids(tokenizer, prompt_text(item, tokenizer, prompt)), "chosen_ids": chosen, "rejected_ids": rejected})
+    return rows
+
+
+def row_length(row: Row) -> int:
+    """Tokens that a step reads of the row; of a preference pair its prompt twice."""
+    return len(row["input_ids"]) if "input_ids" in row else 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
+
+
+def trained_share(rows: Sequence[Row]) -> float:
+    """The share of tokens that the loss is taken on. Raises `UserError` where it is zero."""
+    total = sum(map(row_length, rows))
+    trained = sum(sum(row["completion_mask"]) if "completion_mask" in row else len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
+    if not trained:
+        raise UserError(f"train: none of the {total} tokens would be trained on; give items with answers")
+    return trained / total
+
+
+def check_rows(rows: Sequence[Row], window: int | None, vocabulary: int) -> None:
+    """Raises `UserError` for an example that is longer than the window, has an id outside the vocabulary or trains nothing."""
+    trained_share(rows)
+    for number, row in enumerate(rows, start=1):
+        longest = len(row["input_ids"]) if "input_ids" in row else len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+        if window is not None and longest > window:
+            raise UserError(f"train: example {number} has {longest} tokens, but the window of the model is {window}; shorten it or leave it out")
+        highest = max(max(ids) for name, ids in row.items() if name.endswith("ids"))
+        if highest >= vocabulary:
+            raise UserError(
+                f"train: example {number} has the token id {highest} outside the vocabulary of {vocabulary}; use the model's own tokenizer"
+            )
+        if not any(row.get("completion_mask", [1])):
+            raise UserError(f"train: nothing of example {number} would be trained on; give it an answer")
+
+
+def hold_out(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:
+    """Items to tune on and items held out: whole units, so that no fact stands on both sides.
+
+    Raises `UserError` where there are too few units.
+    """
+    units = sorted({item.unit or item.question for item in items})
+    count = max(1, round(len(units) * share))
+    if count >= len(units):
+        raise UserError(f"train: {len(units)} units are too few to hold any out for validation; give more items")
+    order = torch.randperm(len(units), generator=torch.Generator().manual_seed(seed))
+    held_out = {units[position] for position in order[:count].tolist()}
+    validation = [item for item in items if (item.unit or item.question) in held_out]
+    return [item for item in items if (item.unit or item.question) not in held_out], validation

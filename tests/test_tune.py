@@ -11,7 +11,8 @@ import pytest
 from evals.progress import Display
 from evals.tune import tune_one
 from finetune.data import Item, encode_examples, preview
-from finetune.tuning import Tuning, tune
+from finetune.recipe import Tuning
+from finetune.tuning import tune
 from proxytune import UserError, load_member, load_tokenizer
 
 SETTINGS = {"method": "lora", "learning_rate": 0.01, "epochs": 1.0, "batch_size": 4, "rank": 2}

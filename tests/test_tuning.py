@@ -4,9 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune import EarlyStopping, Item, Tuning, read_items, tune
-from finetune.data import check_prompt, encode_examples, prompt_ids
-from finetune.tuning import trained_share
+from finetune import EarlyStopping, Item, Tuning, tune
+from finetune.data import check_prompt, encode_examples, prompt_ids, trained_share
 from probes.world import items_of, make_ledger
 from probes.world.corpus import QUESTION
 from probes.world.family import build_tokenizer, world_of
@@ -100,7 +99,7 @@ def test_nothing_to_train_on_is_an_error() -> None:
 
 
 def test_a_loss_that_is_not_finite_is_an_error(tiny_family: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="learning_rate: the loss is not finite"):
+    with pytest.raises(UserError, match=r"learning_rate: the (loss|gradient) is not finite"):
         run(tiny_family, tmp_path / "out", Tuning(method="full", learning_rate=1e30, epochs=3, batch_size=8))
     assert not (tmp_path / "out").exists()
 
@@ -114,28 +113,3 @@ def test_two_bos_are_refused() -> None:
 def test_prompts_need_one_placeholder(template: str) -> None:
     with pytest.raises(ValueError, match="only placeholder"):
         check_prompt(template)
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"", "holds no items"),
-        (b"{", "line 1, line"),
-        (b'{"question": "a", "answer": "b"}\n{"question": "a"}', "line 2, answer: Field required"),
-        (b'{"question": "a", "answer": ""}', "line 1, answer"),
-        (b'{"question": "a", "answer": "b", "option": 1}', "line 1, option"),
-        (b'{"question": "a", "answer": "b", "choices": ["c", "d"]}', "not among the choices"),
-        (b'{"question": "a", "answer": "b", "choices": ["b", "b"]}', "two are equal"),
-        (b'{"question": "a", "answer": "b", "popularity": -1}', "popularity"),
-        (b"\xff\xfe", "UTF-8"),
-    ],
-)
-def test_bad_item_files_are_named_with_their_line(tmp_path: Path, content: bytes, words: str) -> None:
-    (tmp_path / "items.jsonl").write_bytes(content)
-    with pytest.raises(UserError, match=f"data.train: .*{words}"):
-        read_items(tmp_path / "items.jsonl", "data.train")
-
-
-def test_a_byte_order_mark_and_crlf_are_read(tmp_path: Path) -> None:
-    (tmp_path / "items.jsonl").write_bytes(b'\xef\xbb\xbf{"question": "a", "answer": "b"}\r\n\r\n')
-    assert read_items(tmp_path / "items.jsonl", "data.train") == [Item(question="a", answer="b")]

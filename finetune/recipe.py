@@ -1,0 +1,63 @@
+"""The recipe of a tuning: which weights may move, towards what, and how fast. Validated before anything is loaded."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class EarlyStopping(BaseModel):
+    """Keep the weights of the lowest validation loss; stop when it has not fallen for `patience` evaluations."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    validation_share: float = Field(default=0.1, gt=0, lt=1, description="share of the units held out from tuning")
+    every_steps: int = Field(default=10, ge=1)
+    patience: int = Field(default=3, ge=1)
+
+
+class Tuning(BaseModel):
+    """How a model is tuned. The learning rate falls linearly to zero.
+
+    The loss is the mean cross-entropy of the answers' tokens, unless one of three says otherwise: `kl` adds its weight
+    times KL(start || tuned) at the same places; `consistent` tunes an expert inside the mixture that it will serve in,
+    base + consistent (expert - start), consistent proxy-tuning (He et al. 2024, arXiv 2410.03111); `preference` is the
+    beta of DPO (Rafailov et al. 2023, eq. 7), which needs a rejected answer in every item.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: Literal["full", "lora"]
+    learning_rate: float = Field(gt=0, allow_inf_nan=False)
+    epochs: float = Field(default=3, gt=0, allow_inf_nan=False)
+    batch_size: int = Field(default=16, ge=1, description="examples a step, over all processes")
+    micro_batch_size: int | None = Field(default=None, ge=1, description="examples in memory at a time; default: all of a step")
+    packing: bool = Field(default=False, description="examples of a batch end to end in one row, without padding; the same loss")
+    rank: int | None = Field(default=None, ge=1, description="LoRA only")
+    targets: tuple[str, ...] | None = Field(
+        default=None, min_length=1, description="LoRA only: names of layers; default: all linear ones but the head"
+    )
+    dora: bool = Field(default=False, description="LoRA only: with a learned magnitude")
+    rslora: bool = Field(default=False, description="LoRA only: scaled by the root of the rank")
+    frozen: Literal["lower", "upper"] | None = Field(
+        default=None, description="full only: this half of the layers stays as it is, embeddings and head too"
+    )
+    kl: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    consistent: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    preference: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    early_stopping: EarlyStopping | None = None
+
+    @model_validator(mode="after")
+    def _coherent(self) -> "Tuning":
+        if (self.method == "lora") != (self.rank is not None):
+            raise ValueError("rank must be given with method lora, and only then")
+        if self.method == "full" and (self.targets or self.dora or self.rslora):
+            raise ValueError("targets, dora and rslora belong to method lora")
+        if self.method == "lora" and self.frozen:
+            raise ValueError("frozen belongs to method full; name LoRA's layers with targets")
+        if sum(option is not None for option in (self.kl, self.consistent, self.preference)) > 1:
+            raise ValueError("kl, consistent and preference are three losses; give one of them")
+        if self.preference is not None and self.packing:
+            raise ValueError("packing is not for preference pairs; leave one out")
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(f"batch_size {self.batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}")
+        return self

@@ -1,0 +1,239 @@
+"""The trainer of a recipe: TRL's, with a loss that may also see models that do not change, on rows of token ids."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from jaxtyping import Float, Int
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from finetune.costs import forward_flops
+from finetune.data import Row, row_length
+from finetune.frozen import Frozen, only_at, read_frozen
+from finetune.recipe import Tuning
+from proxytune.errors import UserError
+from proxytune.member import Member, load_member
+from proxytune.mixture import combine, proxy_tuning
+
+FSDP = Path(__file__).parent / "fsdp.json"
+
+Loss = Callable[[Float[Tensor, "places vocabulary"], Int[Tensor, " places"], Mapping[str, Tensor]], Float[Tensor, " places"]]
+
+
+def near_start(weight: float) -> Loss:
+    """Cross-entropy plus `weight` times KL(start || tuned) in nats, at each trained place."""
+
+    def loss(logits: Float[Tensor, "places vocabulary"], targets: Int[Tensor, " places"], frozen: Mapping[str, Tensor]) -> Float[Tensor, " places"]:
+        law, start = logits.log_softmax(-1), frozen["start"].log_softmax(-1)
+        return cross_entropy(logits, targets, reduction="none") + weight * (start.exp() * (start - law)).sum(-1)
+
+    return loss
+
+
+def inside_the_mixture(strength: float) -> Loss:
+    """Cross-entropy of base + `strength` (tuned - start): the law that the expert will be served in."""
+
+    def loss(logits: Float[Tensor, "places vocabulary"], targets: Int[Tensor, " places"], frozen: Mapping[str, Tensor]) -> Float[Tensor, " places"]:
+        rows = min(logits.shape[-1], *(member.shape[-1] for member in frozen.values()))
+        members = {"base": frozen["base"], "expert": logits, "antiexpert": frozen["start"]}
+        mixed = combine({name: member[..., :rows] for name, member in members.items()}, proxy_tuning(strength))
+        return cross_entropy(mixed, targets, reduction="none")
+
+    return loss
+
+
+class FrozenTrainer(SFTTrainer):
+    """Supervised tuning whose loss at each trained place also sees what frozen models say there."""
+
+    def __init__(self, *arguments: Any, place_loss: Loss, frozen: Mapping[str, Frozen], **options: Any):
+        super().__init__(*arguments, **options)
+        self._place_loss, self._frozen = place_loss, frozen
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        labels = inputs["labels"]
+        places = torch.zeros_like(labels, dtype=torch.bool)
+        places[:, :-1] = labels[:, 1:] != -100
+        targets = labels[:, 1:][places[:, :-1]]
+        rows = _rows_of(inputs)
+        frozen = {name: member.logits(rows, labels.device) for name, member in self._frozen.items()}
+        with only_at(self.accelerator.unwrap_model(model), places):
+            logits = model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False).logits
+        total = self._place_loss(logits.float(), targets, frozen).sum()
+        if num_items_in_batch is None:
+            return total / len(targets)
+        # The count is that of all processes and micro-batches; distributed training takes the mean over processes.
+        return total / num_items_in_batch * self.accelerator.num_processes
+
+
+class PairsTrainer(DPOTrainer):
+    """Preference tuning on rows that are token ids already."""
+
+    def _prepare_dataset(self, dataset: Dataset, *_: object, **__: object) -> Dataset:
+        return dataset
+
+
+def _rows_of(inputs: Mapping[str, Tensor]) -> Sequence[Sequence[int]]:
+    """The token ids of each example of a batch, padded on the right or packed into one row."""
+    if "attention_mask" in inputs:
+        lengths = inputs["attention_mask"].sum(1).tolist()
+        return [ids[:length] for ids, length in zip(inputs["input_ids"].tolist(), lengths, strict=True)]
+    (ids,), (positions,) = inputs["input_ids"].tolist(), inputs["position_ids"].tolist()
+    starts = [place for place, position in enumerate(positions) if position == 0]
+    return [ids[start:end] for start, end in zip(starts, [*starts[1:], len(ids)], strict=True)]
+
+
+def started_processes() -> int:
+    """How many processes a launcher started to train together.
+
+    Raises `UserError` under `accelerate launch` on a CPU, which starts one process whatever it was asked for.
+    """
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise UserError("launcher: accelerate launch started a single process by itself; use torchrun --nproc_per_node N, or no launcher")
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def make_trainer(
+    member: Member,
+    rows: list[Row],
+    held_out: list[Row],
+    tuning: Tuning,
+    seed: int,
+    folder: Path,
+    base: str | Path | None,
+    states: Path,
+    field: str,
+    processes: int,
+    fsdp: bool,
+) -> tuple[Trainer, float]:
+    """The trainer that follows the recipe, and the FLOPs that frozen models take before its first step.
+
+    Raises `UserError` where the examples of a step cannot be shared out, where fewer processes train than were started,
+    and where a consistent expert has no base.
+    """
+    if fsdp and processes == 1:
+        raise UserError("fsdp: one process has nobody to share a model with; start several with torchrun --nproc_per_node N")
+    options = _options(tuning, seed, folder, processes, fsdp)
+    if tuning.preference is None:
+        arguments = SFTConfig(**options, completion_only_loss=True, padding_free=tuning.packing)
+    else:
+        arguments = DPOConfig(**options, beta=tuning.preference, precompute_ref_log_probs=True)
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # more than one GPU is for torchrun; DataParallel would change the batch
+    if arguments.world_size != processes:
+        raise UserError(f"launcher: {processes} processes were started, but {arguments.world_size} would train; use torchrun --nproc_per_node N")
+    if tuning.frozen is not None:
+        _freeze(member.model, tuning.frozen)
+    common: dict[str, Any] = {
+        "model": member.model,
+        "args": arguments,
+        "train_dataset": Dataset.from_list(rows),
+        "eval_dataset": Dataset.from_list(held_out) if held_out else None,
+        "processing_class": member.tokenizer,
+        "callbacks": [] if tuning.early_stopping is None else [EarlyStoppingCallback(tuning.early_stopping.patience)],
+    }
+    everything = rows + held_out
+    tokens = sum(map(row_length, everything))
+    mean = tokens / len(everything)
+    trainer: Trainer
+    if tuning.preference is not None:
+        before = forward_flops(member.model, tokens, mean / 2)  # the start's own law of both answers
+        trainer = PairsTrainer(**common, peft_config=_lora(tuning))
+    elif tuning.kl is None and tuning.consistent is None:
+        before = 0.0
+        trainer = SFTTrainer(**common, peft_config=_lora(tuning))
+    else:
+        if tuning.consistent is not None and base is None:
+            raise UserError("consistent: the base that the expert will serve is missing; give it")
+        with arguments.main_process_first(local=False):
+            models = {"start": member} | ({} if tuning.consistent is None else {"base": load_member(str(base), field="base")})
+            before = sum(forward_flops(model.model, tokens, mean) for model in models.values())
+            frozen = {name: read_frozen(model, everything, states, field) for name, model in models.items()}
+            del models
+        loss = inside_the_mixture(tuning.consistent) if tuning.consistent is not None else near_start(float(tuning.kl or 0))
+        trainer = FrozenTrainer(**common, peft_config=_lora(tuning), place_loss=loss, frozen=frozen)
+    trainer.add_callback(_Wrapped(trainer, fsdp, processes))
+    return trainer, before
+
+
+class _Wrapped(TrainerCallback):
+    """Stops a run whose model is not wrapped as was asked for, before its first step."""
+
+    def __init__(self, trainer: Trainer, fsdp: bool, processes: int):
+        self._trainer, self._fsdp, self._processes = trainer, fsdp, processes
+
+    def on_train_begin(self, *_: object, **__: object) -> None:
+        model = self._trainer.model_wrapped
+        sharded = isinstance(model, FSDPModule) or type(model).__name__ == "FullyShardedDataParallel"
+        if self._fsdp and not sharded:
+            raise UserError(f"fsdp: the model is wrapped as {type(model).__name__}, not sharded; FSDP needs GPUs and torchrun")
+        if self._processes > 1 and not sharded and not isinstance(model, DistributedDataParallel):
+            raise UserError(f"launcher: {self._processes} processes were started, but the model is a plain {type(model).__name__}")
+
+
+def _freeze(model: PreTrainedModel, half: str) -> None:
+    """Leaves the layers of the other half to be trained, and nothing else."""
+    count = model.config.get_text_config().num_hidden_layers
+    layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
+    model.requires_grad_(False)
+    for layer in layers[count // 2 :] if half == "lower" else layers[: count // 2]:
+        layer.requires_grad_(True)
+
+
+def _options(tuning: Tuning, seed: int, folder: Path, processes: int, fsdp: bool) -> dict[str, Any]:
+    """What TRL's configurations have in common."""
+    at_once = min(tuning.micro_batch_size or tuning.batch_size, max(1, tuning.batch_size // processes))
+    if tuning.batch_size % (at_once * processes):
+        raise UserError(f"batch_size: {tuning.batch_size} examples a step cannot be shared out among {processes} processes; make it a multiple")
+    saving: dict[str, Any] = {"save_strategy": "no"}
+    if tuning.early_stopping is not None:
+        every = tuning.early_stopping.every_steps
+        saving = {"eval_strategy": "steps", "eval_steps": every, "save_strategy": "steps", "save_steps": every}
+        saving |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
+    return saving | {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": at_once,
+        "per_device_eval_batch_size": at_once,
+        "gradient_accumulation_steps": tuning.batch_size // (at_once * processes),
+        "learning_rate": tuning.learning_rate,
+        "num_train_epochs": tuning.epochs,
+        "lr_scheduler_type": "linear",
+        "max_length": None,
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "use_cpu": not torch.cuda.is_available(),  # without it gloo processes train apart, each its own model
+        "seed": seed,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_total_limit": 2,
+        "restore_callback_states_from_checkpoint": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "ddp_backend": "gloo" if processes > 1 and not torch.cuda.is_available() else None,
+        "ddp_find_unused_parameters": False if processes > 1 else None,
+        "fsdp": True if fsdp else None,
+        "fsdp_config": str(FSDP) if fsdp else None,
+    }
+
+
+def _lora(tuning: Tuning) -> LoraConfig | None:
+    if tuning.rank is None:
+        return None
+    return LoraConfig(
+        r=tuning.rank,
+        lora_alpha=2 * tuning.rank,
+        target_modules=list(tuning.targets) if tuning.targets else "all-linear",
+        use_dora=tuning.dora,
+        use_rslora=tuning.rslora,
+        task_type="CAUSAL_LM",
+    )
