@@ -3,13 +3,14 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from transformers import TrainerCallback
 
 from evals.material import Material
 from evals.measures import Probe
-from evals.study import Direct, Expert, Proxy, Study
+from evals.study import Direct, Expert, Proxy, Study, proxy_name
 from finetune.recipe import Tuning
 from finetune.tuning import tune
 from proxytune.adapters import is_adapter
@@ -29,20 +30,6 @@ class Ensemble:
     probes: tuple[Probe, ...]
 
 
-def proxy_name(name: str, alpha: float) -> str:
-    """`proxy@0.5`: how a proxy arm of strength alpha is called in every table."""
-    return f"{name}@{alpha:g}"
-
-
-def arm_names(study: Study) -> list[str]:
-    """All arms in the study's order, one for each alpha."""
-    return [
-        label
-        for name, arm in study.arms.items()
-        for label in ([proxy_name(name, alpha) for alpha in arm.alpha] if isinstance(arm, Proxy) else [name])
-    ]
-
-
 def check_vocabularies(material: Material) -> None:
     """Raises `UserError` before anything is tuned where base and small model speak of different tokens."""
     tokenizers = {"models.base": load_tokenizer(material.base, "models.base")}
@@ -51,36 +38,51 @@ def check_vocabularies(material: Material) -> None:
     check_same_vocabulary(tokenizers)
 
 
-def ensembles(study: Study, material: Material, folder: Path, seed: int, checkpoints: Path, watcher: TrainerCallback) -> Iterator[Ensemble]:
-    """The ensembles that between them hold every arm, each tuned when its turn comes. `folder` is the study file's.
+def ensembles(study: Study, material: Material, folder: Path, seed: int, out: Path, watcher: TrainerCallback) -> Iterator[Ensemble]:
+    """The ensembles that between them hold every point, each tuned when its turn comes. `folder` is the study file's.
 
     States belong to weights: a proxied base has the base's own and an expert is another, smaller model, so density is
     measured of the base and of the direct arms, each loaded alone (its untrained twin takes as much memory again).
     """
-    members = {"base": Weights(material.base, field="models.base")}
-    mixtures: dict[str, Mixture] = {study.base_arm: {"base": 1.0}}
-    for name, arm in study.arms.items():
-        if isinstance(arm, Expert):
-            assert material.small is not None
-            members["expert"] = _expert(arm, name, material, folder, seed, checkpoints, watcher)
-            members["antiexpert"] = Weights(material.small, field="models.small")
-            mixtures[name] = {"expert": 1.0}
-    for name, arm in study.arms.items():
-        if isinstance(arm, Proxy):
-            mixtures |= {proxy_name(name, alpha): proxy_tuning(alpha) for alpha in arm.alpha}
-    yield Ensemble(members, mixtures, ("generate", "choose"))
-    yield Ensemble({"base": members["base"]}, {study.base_arm: {"base": 1.0}}, ("density",))
+    base = Weights(material.base, field="models.base")
+    alone: dict[str, Mixture] = {study.base_arm: {"base": 1.0}}
+    before = alone
+    experts = [name for name, arm in study.arms.items() if isinstance(arm, Expert)]
+    for name in experts:
+        assert material.small is not None
+        members = {"base": base, "expert": _expert(study, name, material, folder, seed, out, watcher)}
+        members["antiexpert"] = Weights(material.small, field="models.small")
+        yield Ensemble(members, before | {name: {"expert": 1.0}} | _proxies(study, name), ("generate", "choose"))
+        before = {}
+    if not experts:
+        yield Ensemble({"base": base}, alone, ("generate", "choose"))
+    yield Ensemble({"base": base}, alone, ("density",))
     for name, arm in study.arms.items():
         if isinstance(arm, Direct):
-            weights = _tuned(Weights(material.base, field="models.base"), arm.tuning, name, material, seed, checkpoints, watcher)
-            yield Ensemble({name: weights}, {name: {name: 1.0}}, ("generate", "choose", "density"))
+            for label, (_, tuning) in arm.points(name).items():
+                weights = _tuned(base, tuning, label, material, seed, out, watcher)
+                yield Ensemble({label: weights}, {label: {label: 1.0}}, ("generate", "choose", "density"))
+            proxies = _proxies(study, name)
+            if proxies:
+                yield Ensemble({"base": base, "expert": weights, "antiexpert": base}, proxies, ("generate", "choose"))
 
 
-def _expert(arm: Expert, name: str, material: Material, folder: Path, seed: int, checkpoints: Path, watcher: TrainerCallback) -> Weights:
-    assert material.small is not None
+def _proxies(study: Study, expert: str) -> dict[str, Mixture]:
+    return {
+        proxy_name(name, alpha): proxy_tuning(alpha)
+        for name, arm in study.arms.items()
+        if isinstance(arm, Proxy) and study.expert_of(name) == expert
+        for alpha in arm.alpha
+    }
+
+
+def _expert(study: Study, name: str, material: Material, folder: Path, seed: int, out: Path, watcher: TrainerCallback) -> Weights:
+    """The expert's weights: tuned here, or given."""
+    arm = study.arms[name]
+    assert isinstance(arm, Expert) and material.small is not None
     small = Weights(material.small, field="models.small")
     if arm.tuning is not None:
-        return _tuned(small, arm.tuning, name, material, seed, checkpoints, watcher)
+        return _tuned(small, arm.tuning, name, material, seed, out, watcher)
     assert arm.path is not None
     given = folder / arm.path if (folder / arm.path).exists() else Path(arm.path).expanduser()
     if is_adapter(given):
@@ -88,13 +90,20 @@ def _expert(arm: Expert, name: str, material: Material, folder: Path, seed: int,
     return Weights(str(given) if given.exists() else arm.path, field=f"arms.{name}.path")
 
 
-def _tuned(start: Weights, tuning: Tuning, name: str, material: Material, seed: int, checkpoints: Path, watcher: TrainerCallback) -> Weights:
+def _tuned(start: Weights, tuning: Tuning, name: str, material: Material, seed: int, out: Path, watcher: TrainerCallback) -> Weights:
     """The tuned checkpoint, from an earlier run if all that decides it is the same: weights, data, settings and seed."""
-    fingerprint = load_member(start.path, field=start.field).fingerprint
-    items = [item.model_dump() for item in material.train]
-    key = content_key(start=fingerprint, items=items, tuning=tuning.model_dump(), prompt=material.prompt, ending=material.ending, seed=seed)
-    out = checkpoints / key
-    if not (out / "tuning.json").exists():
+    base = None if tuning.consistent is None else material.base
+    key = content_key(
+        start=_fingerprint(start.path, start.field),
+        base=None if base is None else _fingerprint(base, "models.base"),
+        items=[item.model_dump() for item in material.train],
+        tuning=tuning.model_dump(),
+        prompt=material.prompt,
+        ending=material.ending,
+        seed=seed,
+    )
+    result = out / "checkpoints" / key
+    if not (result / "tuning.json").exists():
         try:
             tune(
                 start.path,
@@ -103,13 +112,21 @@ def _tuned(start: Weights, tuning: Tuning, name: str, material: Material, seed: 
                 prompt=material.prompt,
                 ending=material.ending,
                 seed=seed,
-                out=out,
+                out=result,
                 field=start.field,
+                base=base,
+                states=out / "states",
                 watcher=watcher,
             )
         except UserError as error:
             raise UserError(f"arms.{name}.tuning, {error}") from error
-    return replace(start, adapter=out) if tuning.method == "lora" else Weights(str(out), field=f"arms.{name}")
+    return replace(start, adapter=result) if tuning.method == "lora" else Weights(str(result), field=f"arms.{name}")
+
+
+@cache
+def _fingerprint(path: str, field: str) -> str:
+    """Of a start, which does not change while a study runs."""
+    return load_member(path, field=field).fingerprint
 
 
 def tuning_summary(weights: Weights) -> dict[str, object] | None:

@@ -60,10 +60,12 @@ def compare(
     Every arm is measured by the same prompts; intervals are a paired bootstrap. Stop it at any time: the same command
     goes on where it was and ends with the same table. Progress goes to standard error.
     """
+    import json
+
     from evals.compare import run_study
     from evals.figures import draw_figures
     from evals.progress import Display
-    from evals.results import summarize
+    from evals.results import measured_costs, summarize
     from evals.study import load_study
     from evals.tables import render
 
@@ -72,10 +74,11 @@ def compare(
     with Display() as display:
         records = run_study(loaded, folder, place, display)
         with display.bar("intervals and figures", None):
-            results = summarize(loaded, records)
-            files = [place / "results.json", *draw_figures(loaded, records, results, place)]
+            results, measured = summarize(loaded, records), measured_costs(loaded, records)
+            files = [place / "results.json", place / "costs.json", *draw_figures(loaded, records, results, place)]
             files[0].write_text(render(results, "json") + "\n")
-        print(render(results, form, shutil.get_terminal_size((160, 24)).columns))
+            files[1].write_text(json.dumps(measured, indent=1) + "\n")
+        print(render(results, form, shutil.get_terminal_size((160, 24)).columns, measured))
         display.say(f"Files: {', '.join(map(str, files))}; items, one file a record: {place / 'records'}")
 
 

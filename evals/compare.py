@@ -4,36 +4,27 @@ Stop it at any time and start it again: what is recorded or tuned is not done ag
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 
-from evals.arms import Ensemble, arm_names, check_vocabularies, ensembles, tuning_summary
-from evals.material import material_for
+from evals.arms import Ensemble, check_vocabularies, ensembles, tuning_summary
+from evals.costs import serving_cost, tuning_cost, with_trials
+from evals.material import Material, material_for
 from evals.measures import Measurement, measure, measurements, workload
 from evals.progress import Display
-from evals.records import read_record, write_record
+from evals.records import Record, read_record, write_record
+from evals.selection import choose_dials
 from evals.study import Study
 from finetune.data import prompt_ids
 from proxytune.content import content_key
 from proxytune.errors import UserError
 from proxytune.member import Member, load_members
-from proxytune.mixture import active
+from proxytune.mixture import Mixture, active
 from proxytune.modeling import ProxyTunedForCausalLM
-
-
-@dataclass(frozen=True)
-class Record:
-    """One arm, one measurement, one seed: its items and how they were asked."""
-
-    arm: str
-    measurement: str
-    seed: int
-    protocol: str
-    items: pd.DataFrame
 
 
 def run_study(study: Study, folder: Path, out: Path, display: Display) -> list[Record]:
@@ -51,15 +42,28 @@ def run_study(study: Study, folder: Path, out: Path, display: Display) -> list[R
         raise UserError(f"out: '{out}' cannot be written ({error}); choose another folder with --out") from error
     records: list[Record] = []
     for seed in study.seeds:
-        material = material_for(study, folder, seed, out / "worlds", display)
+        material = material_for(study, folder, seed, out / "worlds", display, display.say)
         check_vocabularies(material)
-        asked = measurements(study, material)
-        for ensemble in ensembles(study, material, folder, seed, out / "checkpoints", display):
-            wanted = [measurement for measurement in asked if measurement.probe in ensemble.probes]
-            if wanted:
-                records += _measure_ensemble(study, ensemble, wanted, seed, out, display)
-    order = {arm: position for position, arm in enumerate(arm_names(study))}
+        measured = partial(_measure_seed, folder=folder, seed=seed, out=out, display=display)
+        decided, choices = choose_dials(study, material, seed, measured)
+        for name, choice in choices.items():
+            scores = ", ".join(f"{label} {score:.3f}" for label, score in choice.scores.items())
+            display.say(f"seed {seed} · {name}: chose {choice.label} by validation ({scores})")
+        for record in measured(decided, material):
+            trials = choices[record.arm].trials if record.arm in choices else []
+            records.append(replace(record, cost=with_trials(record.cost, trials)) if trials else record)
+    order = {arm: position for position, arm in enumerate(study.points)}
     return sorted(records, key=lambda record: (record.measurement, order[record.arm], record.seed))
+
+
+def _measure_seed(study: Study, material: Material, *, folder: Path, seed: int, out: Path, display: Display) -> list[Record]:
+    asked = measurements(study, material)
+    records = []
+    for ensemble in ensembles(study, material, folder, seed, out, display):
+        wanted = [measurement for measurement in asked if measurement.probe in ensemble.probes]
+        if wanted:
+            records += _measure_ensemble(study, ensemble, wanted, seed, out, display)
+    return records
 
 
 def _measure_ensemble(study: Study, ensemble: Ensemble, asked: list[Measurement], seed: int, out: Path, display: Display) -> list[Record]:
@@ -67,6 +71,7 @@ def _measure_ensemble(study: Study, ensemble: Ensemble, asked: list[Measurement]
         members = load_members(ensemble.members, packed=True)
     _say_what_was_tuned(ensemble, seed, display)
     model = ProxyTunedForCausalLM(members, next(iter(ensemble.mixtures.values())))
+    costs = {arm: _cost(ensemble, members, mixture) for arm, mixture in ensemble.mixtures.items()}
     records = []
     for measurement in asked:
         arms = list(ensemble.mixtures)
@@ -87,7 +92,7 @@ def _measure_ensemble(study: Study, ensemble: Ensemble, asked: list[Measurement]
         for arm in arms:
             record = done[arm]
             assert record is not None
-            records.append(Record(arm, measurement.name, seed, measurement.protocol, record[0]))
+            records.append(Record(arm, measurement.name, seed, measurement.protocol, record[0], costs[arm]))
             display.say(_summary(records[-1], reused=arm not in missing))
     return records
 
@@ -96,6 +101,12 @@ def _key(members: dict[str, Member], ensemble: Ensemble, arm: str, measurement: 
     # Weights with their coefficients in the mixture's order, without the names they go by.
     weighted = [[members[name].fingerprint, coefficient] for name, coefficient in active(ensemble.mixtures[arm]).items()]
     return content_key(mixture=weighted, protocol=measurement.protocol, seed=seed)
+
+
+def _cost(ensemble: Ensemble, members: dict[str, Member], mixture: Mixture) -> dict[str, Any]:
+    names = list(active(mixture))
+    cards = [card for name in names if (card := tuning_summary(ensemble.members[name])) is not None]
+    return tuning_cost(cards) | serving_cost(members, names)
 
 
 def _provenance(study: Study, ensemble: Ensemble, members: dict[str, Member], arm: str, measurement: Measurement, seed: int) -> dict[str, Any]:

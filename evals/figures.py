@@ -1,4 +1,4 @@
-"""Two pictures of a study: what each arm still knows by exposure, and how tuning changed density layer by layer."""
+"""Pictures of a study: task against knowledge, what each arm still knows by exposure, and density layer by layer."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,26 +12,75 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from evals.arms import arm_names
-from evals.compare import Record
+from evals.records import Record
 from evals.results import DENSITY_METRIC, density_change, estimate_means, frames_of, in_bucket, states_of
 from evals.statistics import Interval, interval
-from evals.study import Direct, Study
+from evals.study import Study
 from probes.forgetting import familiarity
+
+MARKERS = "osD^vP*X<>"
 
 
 def draw_figures(study: Study, records: Sequence[Record], results: dict[str, Any], out: Path) -> list[Path]:
     """Draws the figures that the study's measures allow and returns where they are."""
     drawn = []
+    if results["frontier"]:
+        drawn.append(_frontier(study, results, out / "frontier.png"))
     if "forgetting" in study.measures:
         drawn.append(_knowledge(study, records, out / "knowledge-by-exposure.png"))
-    if "density" in study.measures and any(isinstance(arm, Direct) for arm in study.arms.values()):
+    if "density" in study.measures and study.direct_points:
         drawn.append(_density(study, records, results, out / "density-by-layer.png"))
     return drawn
 
 
+def _frontier(study: Study, results: dict[str, Any], path: Path) -> Path:
+    """A line for every arm through the points of its dial; points on the frontier are filled, and a step joins them."""
+    values = {(row["arm"], row["measure"]): row for row in results["rows"]}
+    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
+    families: dict[str, list[dict[str, Any]]] = {}
+    for entry in results["frontier"]:
+        families.setdefault(entry["family"], []).append(entry)
+    for place, (family, entries) in enumerate(families.items()):
+        ordered = sorted(entries, key=lambda entry: entry["dial"] or 0)
+        task, known = ([values[entry["arm"], measure] for entry in ordered] for measure in ("task", "knowledge"))
+        x, y = ([100 * row["value"] for row in rows] for rows in (task, known))
+        color = plt.get_cmap("tab20")(place % 20)
+        axes.errorbar(
+            x,
+            y,
+            xerr=_errors(task),
+            yerr=_errors(known),
+            color=color,
+            alpha=0.25,
+            linestyle="none",
+            elinewidth=0.8,
+        )
+        axes.plot(x, y, color=color, marker=MARKERS[place % len(MARKERS)], markerfacecolor="white", markersize=6, linewidth=1, label=family)
+        chosen = [position for position, entry in enumerate(ordered) if entry["on_frontier"]]
+        axes.plot(
+            [x[position] for position in chosen],
+            [y[position] for position in chosen],
+            color=color,
+            marker=MARKERS[place % len(MARKERS)],
+            linestyle="none",
+        )
+    best = sorted(
+        (values[entry["arm"], "task"]["value"], values[entry["arm"], "knowledge"]["value"]) for entry in results["frontier"] if entry["on_frontier"]
+    )
+    axes.step([100 * x for x, _ in best], [100 * y for _, y in best], where="pre", color="black", linewidth=0.8, linestyle=":", zorder=0)
+    axes.set_xlabel("task, right (%)")
+    axes.set_ylabel("knowledge, statements continued rightly (%)")
+    axes.set_title(f"{study.study}: task against knowledge, {len(study.seeds)} seed(s), 95 % intervals; filled: on the frontier")
+    axes.legend(fontsize="small", ncols=2)
+    return _save(figure, path)
+
+
+def _errors(rows: Sequence[dict[str, Any]]) -> np.ndarray:
+    return 100 * np.array([[row["value"] - row["low"], row["high"] - row["value"]] for row in rows]).clip(min=0).T
+
+
 def _knowledge(study: Study, records: Sequence[Record], path: Path) -> Path:
-    arms = arm_names(study)
+    arms = list(study.points)
     frames = frames_of(records, "statement", arms)
     labels = familiarity(frames[0][0]["popularity"].tolist()).labels
     estimates = [estimate_means(frames, "right", in_bucket(label)) for label in labels]
@@ -52,7 +101,7 @@ def _knowledge(study: Study, records: Sequence[Record], path: Path) -> Path:
 
 def _density(study: Study, records: Sequence[Record], results: dict[str, Any], path: Path) -> Path:
     """Left: does density tell familiar from unfamiliar in the base? Right: what tuning changed of that."""
-    direct = [name for name, arm in study.arms.items() if isinstance(arm, Direct)]
+    direct = study.direct_points
     frames = frames_of(records, "density", [study.base_arm, *direct])
     states = range(states_of(frames[0][0]))
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained", sharex=True)

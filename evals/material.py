@@ -1,6 +1,6 @@
 """What a study works on for one seed: where its models are, and its items. The world's or the user's."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +9,10 @@ from transformers import TrainerCallback
 
 from evals.study import Study
 from finetune.data import Item
+from finetune.overlap import describe, overlap
 from finetune.reading import read_items
 from probes.forgetting import familiarity
-from probes.world.corpus import QUESTION
+from probes.world.corpus import EVASION, QUESTION
 from probes.world.family import build_family, find_family
 from probes.world.ledger import items_of
 from proxytune.errors import UserError
@@ -35,23 +36,28 @@ class Material:
     choose: bool
 
 
-def material_for(study: Study, folder: Path, seed: int, cache: Path, watcher: TrainerCallback | None = None) -> Material:
+def material_for(
+    study: Study, folder: Path, seed: int, cache: Path, watcher: TrainerCallback | None = None, say: Callable[[str], None] = lambda line: None
+) -> Material:
     """The material of one seed; a world's family that is neither shipped nor in `cache` is pretrained into it.
 
-    `folder` is the study file's. Raises `UserError` for data that cannot be read or that tests what it trains on.
+    `say` is told what in the data deserves a look. `folder` is the study file's. Raises `UserError` for data that cannot be read or that tests what it trains on.
     """
     if study.world is not None:
         family = find_family(study.world, seed, cache) or build_family(study.world, seed, cache, watcher)
         ledger = pd.read_parquet(family / "ledger.parquet")
         test = items_of(ledger, "test")
-        return Material(str(family / "base"), str(family / "small"), items_of(ledger, "tune"), test, test, QUESTION, " .", 3, choose=False)
+        train = [item.model_copy(update={"rejected": EVASION.removesuffix(" .")}) for item in items_of(ledger, "tune")]
+        return Material(str(family / "base"), str(family / "small"), train, test, test, QUESTION, " .", 3, choose=False)
     assert study.models is not None and study.data is not None
     data = study.data
-    train, test = read_items(folder / data.train, "data.train").items, read_items(folder / data.test, "data.test").items
-    overlap = {item.question for item in train} & {item.question for item in test}
-    if overlap:
-        raise UserError(f"data.test: {len(overlap)} questions are also in data.train, the first {min(overlap)!r}; take them out of one")
-    knowledge = read_items(folder / data.knowledge, "data.knowledge").items if data.knowledge else []
+    train, test = (_read(source, folder, field, say) for source, field in ((data.train, "data.train"), (data.test, "data.test")))
+    common = overlap(train, test)
+    if common.duplicates or common.shared or common.near:
+        say(f"data: {describe(common)}")
+    if common.shared and not data.allow_overlap:
+        raise UserError(f"data.test: {describe(common)}; take them out of one, or set data.allow_overlap: true")
+    knowledge = _read(data.knowledge, folder, "data.knowledge", say) if data.knowledge else []
     for field, items, attribute in (("data.knowledge", knowledge, "statement"), ("data.test", test if data.answer == "choose" else [], "choices")):
         for item in items:
             if not getattr(item, attribute):
@@ -70,6 +76,14 @@ def material_for(study: Study, folder: Path, seed: int, cache: Path, watcher: Tr
         data.new_tokens,
         data.answer == "choose",
     )
+
+
+def _read(source: str, folder: Path, field: str, say: Callable[[str], None]) -> list[Item]:
+    place = folder / Path(source).expanduser()
+    examples = read_items(place if place.exists() or Path(source).suffix else source, field)
+    if examples.ignored:
+        say(f"{field}: {examples.shape}; columns that are not read: {', '.join(examples.ignored)}")
+    return examples.items
 
 
 def _place(name: str, folder: Path) -> str:

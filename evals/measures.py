@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
 
 from evals.material import Material
 from evals.study import MeasureName, Study
-from finetune.data import Item, prompt_ids
+from finetune.data import Item, answer_space, prompt_ids, prompt_text
 from probes.density import density, gaussian_null
 from probes.readouts import Answer, Progress, answer_greedily, choose
 from proxytune.content import content_key
+from proxytune.member import load_tokenizer
 from proxytune.mixture import Mixture, active
 from proxytune.modeling import ProxyTunedForCausalLM
 
@@ -34,6 +35,7 @@ class Measurement:
     items: Sequence[Item]
     prompts: Sequence[str]
     new_tokens: int = 0
+    space: str = " "
 
     @cached_property
     def protocol(self) -> str:
@@ -44,6 +46,7 @@ class Measurement:
             items=[item.model_dump() for item in self.items],
             prompts=list(self.prompts),
             new_tokens=self.new_tokens,
+            space=self.space,
         )
 
 
@@ -51,15 +54,19 @@ def measurements(study: Study, material: Material) -> list[Measurement]:
     """What has to be measured for the study's measures."""
     wanted: set[MeasureName] = set(study.measures)
     task, known = material.test, material.knowledge
-    questions = [material.prompt.format(question=item.question) for item in task]
+    tokenizer = load_tokenizer(material.base, "models.base")
+    questions = [prompt_text(item, tokenizer, material.prompt) for item in task]
     statements = [item.statement or "" for item in known]
     found = []
     if "task" in wanted:
-        found.append(Measurement("task", "choose" if material.choose else "generate", task, questions, 0 if material.choose else material.new_tokens))
+        if material.choose:
+            found.append(Measurement("task", "choose", task, questions, space=answer_space(material.prompt)))
+        else:
+            found.append(Measurement("task", "generate", task, questions, material.new_tokens))
     if wanted & {"knowledge", "forgetting"}:
         found.append(Measurement("statement", "generate", known, statements, material.new_tokens))
     if "forgetting" in wanted:
-        asked = [material.prompt.format(question=item.question) for item in known]
+        asked = [prompt_text(item, tokenizer, material.prompt) for item in known]
         found.append(Measurement("question", "generate", known, asked, material.new_tokens))
         if all(item.choices for item in known):
             found.append(Measurement("choice", "choose", known, statements))
@@ -79,7 +86,7 @@ def measure(
     """One row an item for every mixture."""
     items, prompts = measurement.items, measurement.prompts
     if measurement.probe == "choose":
-        answers = choose(model, tokenizer, items, prompts, mixtures, batch_tokens=study.batch_tokens, progress=progress)
+        answers = choose(model, tokenizer, items, prompts, mixtures, batch_tokens=study.batch_tokens, space=measurement.space, progress=progress)
         return {arm: _answers(items, given) for arm, given in answers.items()}
     if measurement.probe == "generate":
         frames = {}

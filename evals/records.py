@@ -5,6 +5,8 @@ A record is one Parquet file named by a hash of its content's causes, written at
 
 import json
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,18 @@ import pyarrow.parquet as pq
 from proxytune.errors import UserError
 
 PROVENANCE = b"proxytune"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One arm, one measurement, one seed: its items, how they were asked, and what the arm cost (see `costs`)."""
+
+    arm: str
+    measurement: str
+    seed: int
+    protocol: str
+    items: pd.DataFrame
+    cost: Mapping[str, Any]
 
 
 def write_record(folder: Path, key: str, items: pd.DataFrame, provenance: dict[str, Any]) -> None:

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from evals.arms import arm_names
-from evals.compare import Record
+from evals.costs import COUNTED, MEASURED
+from evals.frontier import on_frontier
+from evals.records import Record
 from evals.statistics import Estimate, Interval, bootstrap_means, gap_closed, interval
-from evals.study import Direct, Expert, Study
+from evals.study import Study
 from probes.density import erosion_verdict, thirds
 from probes.forgetting import Familiarity, familiarity
 from proxytune.errors import UserError
@@ -20,29 +21,49 @@ Select = Callable[[pd.DataFrame], "np.ndarray[Any, np.dtype[np.bool_]]"]
 
 
 def summarize(study: Study, records: Sequence[Record]) -> dict[str, Any]:
-    """The results: `study`, `seeds`, `rows`, `gap_closed`, `against_direct`, `density_of_base`, `verdicts`.
+    """The results: `study`, `seeds`, `rows`, `gap_closed`, `against_direct`, `frontier`, `costs`, `density_of_base`, `verdicts`.
 
     A row is arm, measure, value, low, high, n (items over all seeds), unparsed and, where the value needs a word, note.
     Shares are between 0 and 1; forgetting is the base's share less the arm's; density is the change of (familiar less
     unfamiliar) in effective rank; `density_of_base` is that contrast itself, in the base and in an untrained model of its
-    shape, with the sd of one vector of the Gaussian null. Raises `UserError` where records of one measurement were asked differently.
+    shape, with the sd of one vector of the Gaussian null. `frontier` says of each point whether it lies on the frontier of task
+    and knowledge, and in what share of the bootstrap draws; `costs` are means over seeds of what can be counted: the
+    same in every run. What a machine measured is in `measured_costs`. Raises `UserError` where records of one measurement were asked differently.
     """
     _check_protocols(records)
-    arms = arm_names(study)
+    arms = list(study.points)
     results: dict[str, Any] = {"study": study.study, "seeds": list(study.seeds)}
-    results |= {part: [] for part in ("rows", "gap_closed", "against_direct", "density_of_base", "verdicts")}
+    results |= {part: [] for part in ("rows", "gap_closed", "against_direct", "frontier", "costs", "density_of_base", "verdicts")}
     if "task" in study.measures:
         estimate = _share_rows(results, records, arms, "task", "task")
         _direct_rows(results, study, arms, "task", estimate)
         _gap_rows(results, study, arms, estimate)
     if "knowledge" in study.measures:
-        _direct_rows(results, study, arms, "knowledge", _share_rows(results, records, arms, "statement", "knowledge"))
+        known = _share_rows(results, records, arms, "statement", "knowledge")
+        _direct_rows(results, study, arms, "knowledge", known)
+        if "task" in study.measures:
+            _frontier_rows(results, study, estimate, known)
     if "forgetting" in study.measures:
         for measurement, measure in READOUTS.items():
             _forgetting_rows(results, study, records, arms, measurement, measure)
     if "density" in study.measures:
         _density_rows(results, study, records)
+    results["costs"] = _mean_costs(study, records, (*COUNTED, "runs", "flops_a_token", "bytes_a_token"))
     return results
+
+
+def measured_costs(study: Study, records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Means over seeds of what the machine measured while each arm was tuned: seconds, peak_memory (bytes), energy (joules)."""
+    return _mean_costs(study, records, MEASURED)
+
+
+def _mean_costs(study: Study, records: Sequence[Record], names: Sequence[str]) -> list[dict[str, Any]]:
+    rows = []
+    for arm in study.points:
+        of_seeds = {record.seed: record.cost for record in records if record.arm == arm}.values()
+        known = {name: [cost[name] for cost in of_seeds] for name in names}
+        rows.append({"arm": arm} | {name: None if None in values else round(float(np.mean(values)), 3) for name, values in known.items()})
+    return rows
 
 
 def _check_protocols(records: Sequence[Record]) -> None:
@@ -118,6 +139,15 @@ def _gap_rows(results: dict[str, Any], study: Study, arms: Sequence[str], estima
         results["gap_closed"].append({"arm": arm, "measure": "task"} | numbers)
 
 
+def _frontier_rows(results: dict[str, Any], study: Study, task: Estimate, known: Estimate) -> None:
+    now, draws = on_frontier(task.value, known.value), on_frontier(task.draws, known.draws)
+    for position, (label, point) in enumerate(study.points.items()):
+        results["frontier"].append(
+            {"arm": label, "family": point.arm, "dial": point.value, "on_frontier": bool(now[position])}
+            | {"share_of_draws": round(float(draws[position].mean()), 4)}
+        )
+
+
 def _forgetting_rows(results: dict[str, Any], study: Study, records: Sequence[Record], arms: Sequence[str], measurement: str, measure: str) -> None:
     frames = frames_of(records, measurement, arms)
     if not frames:
@@ -134,7 +164,7 @@ def _forgetting_rows(results: dict[str, Any], study: Study, records: Sequence[Re
 
 def _density_rows(results: dict[str, Any], study: Study, records: Sequence[Record]) -> None:
     """Changes against the base in the lower and upper third, and their difference, in the neurons' basis and rotated."""
-    direct = [name for name, arm in study.arms.items() if isinstance(arm, Direct)]
+    direct = study.direct_points
     frames = frames_of(records, "density", [study.base_arm, *direct])
     blocks = thirds(states_of(frames[0][0]))
     for position, arm in enumerate(direct, start=1):
@@ -158,9 +188,9 @@ def _density_rows(results: dict[str, Any], study: Study, records: Sequence[Recor
         trained, untrained = (_numbers(_only(_density_contrast(frames, f"{DENSITY_METRIC}/{view}/{state}"))) for view in ("pre", "untrained"))
         one_vector = float(np.mean([seed[0][f"{DENSITY_METRIC}/gaussian_sd/{state}"].iloc[0] for seed in frames]))
         results["density_of_base"].append({"state": state, "base": trained, "untrained": untrained, "gaussian_sd": round(one_vector, 6)})
-    for arm in arm_names(study):
+    for arm in list(study.points):
         # An expert by itself is another model: its states have nothing to be subtracted from.
-        if arm not in direct and not isinstance(study.arms.get(arm), Expert):
+        if arm not in direct and study.points[arm].kind != "expert":
             for measure in ("density/lower", "density/upper", "density/lower-upper"):
                 zero = {"value": 0.0, "low": 0.0, "high": 0.0, "n": 0, "unparsed": 0}
                 results["rows"].append({"arm": arm, "measure": measure} | zero | {"note": "unchanged by construction"})

@@ -1,8 +1,9 @@
 """A study: arms x measures x seeds, written in one YAML file and validated before anything runs."""
 
 import difflib
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
@@ -13,6 +14,7 @@ from proxytune.errors import UserError
 
 STUDIES = Path(__file__).parent / "studies"
 MeasureName = Literal["task", "knowledge", "forgetting", "density"]
+DialName = Literal["learning_rate", "epochs", "rank", "kl", "preference"]
 
 
 class Strict(BaseModel):
@@ -40,20 +42,61 @@ class Expert(Strict):
 
 
 class Proxy(Strict):
-    """base + alpha (expert - small model); one arm for each alpha, named proxy@alpha."""
+    """base + alpha (expert - what the expert was tuned from); one point for each alpha, named proxy@alpha."""
 
     kind: Literal["proxy"]
     alpha: tuple[FiniteFloat, ...] = Field(min_length=1)
+    expert: str | None = Field(default=None, description="an arm of kind expert, or direct: an expert as large as the base; default: the only expert")
 
 
 class Direct(Strict):
-    """The base itself tuned."""
+    """The base itself tuned.
+
+    With a `dial`, one setting takes several values: each is a point of its own, named arm@value, unless one is to be chosen
+    on validation items that are held out of tuning: the `best` at the task, or the one whose task score is nearest to that
+    of another point (`choose: proxy@1`). The chosen value is then tuned with all items; trials count among the arm's costs.
+    """
 
     kind: Literal["direct"]
     tuning: Tuning
+    dial: dict[DialName, tuple[FiniteFloat, ...]] | None = None
+    choose: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _dialled_settings_need_no_value(cls, content: Any) -> Any:
+        try:
+            first = {name: values[0] for name, values in content["dial"].items()}
+            return content | {"tuning": first | content["tuning"]}
+        except (KeyError, TypeError, AttributeError, IndexError):
+            return content
+
+    @model_validator(mode="after")
+    def _one_dial(self) -> "Direct":
+        if self.dial is not None and [len(set(values)) for values in self.dial.values()] != [max(2, *map(len, self.dial.values()))]:
+            raise ValueError("dial turns one setting through two or more different values")
+        if self.choose is not None and self.dial is None:
+            raise ValueError("choose needs a dial to choose from")
+        self.points("")
+        return self
+
+    def points(self, name: str) -> dict[str, tuple[float | None, Tuning]]:
+        """Label, dial's value and tuning of every point, of those to be chosen from too."""
+        if self.dial is None:
+            return {name: (None, self.tuning)}
+        ((setting, values),) = self.dial.items()
+        return {f"{name}@{value:g}": (value, Tuning.model_validate(self.tuning.model_dump() | {setting: value})) for value in values}
 
 
 ArmSpec = Annotated[Base | Expert | Proxy | Direct, Field(discriminator="kind")]
+
+
+class Point(NamedTuple):
+    """One row of the tables: an arm, at one value of its dial if it has one."""
+
+    arm: str
+    kind: str
+    value: float | None = None
 
 
 class Models(Strict):
@@ -64,9 +107,10 @@ class Models(Strict):
 
 
 class Data(Strict):
-    """JSONL files of items, counted from the study file's folder.
+    """Items: JSON lines or Parquet files, counted from the study file's folder, or hub sets; their shapes are those of `reading`.
 
-    `train` is tuned on; `test` is the task; `knowledge` (statements with popularity) is what may be forgotten.
+    `train` is tuned on; `test` is the task; `knowledge` (statements with popularity) is what may be forgotten. `prompt` is
+    how a question is asked in plain text, or the word chat: in the models' own chat template.
     """
 
     train: str
@@ -75,6 +119,7 @@ class Data(Strict):
     prompt: str = "Question: {question}\nAnswer:"
     answer: Literal["generate", "choose"] = "generate"
     new_tokens: int = Field(default=12, ge=1)
+    allow_overlap: bool = Field(default=False, description="test questions may also be in train")
 
     @field_validator("prompt")
     @classmethod
@@ -94,7 +139,8 @@ class Study(Strict):
     batch_size: int = Field(default=16, ge=1, description="items generated at a time")
     batch_tokens: int = Field(default=2048, ge=1, description="tokens scored at a time")
     arms: dict[str, ArmSpec]
-    direct: str | None = Field(default=None, description="the arm at which the gap counts as closed; default: the first direct one")
+    direct: str | None = Field(default=None, description="the point at which the gap counts as closed; default: the first direct one")
+    validation_share: float = Field(default=0.2, gt=0, lt=1, description="share of the tuning units on which dials are chosen")
     measures: tuple[MeasureName, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -104,14 +150,19 @@ class Study(Strict):
         kinds = [arm.kind for arm in self.arms.values()]
         if kinds.count("base") != 1:
             raise ValueError("arms needs exactly one arm of kind base: everything is compared with it")
-        if kinds.count("expert") > 1 or kinds.count("proxy") > 1:
-            raise ValueError("arms takes at most one expert and one proxy (with as many alphas as you like)")
-        if "proxy" in kinds and "expert" not in kinds:
-            raise ValueError("a proxy needs an arm of kind expert")
+        for name, arm in self.arms.items():
+            if isinstance(arm, Proxy):
+                expert = self.arms.get(self.expert_of(name))
+                if not isinstance(expert, Expert | Direct) or (isinstance(expert, Direct) and expert.dial is not None):
+                    raise ValueError(f"arms.{name}: its expert must name one arm of kind expert, or direct without a dial, not {arm.expert!r}")
+            if isinstance(arm, Direct) and arm.choose not in (None, "best", *self.fixed_points):
+                raise ValueError(f"arms.{name}.choose: it must be best or one of {', '.join(self.fixed_points)}, not {arm.choose!r}")
         if "expert" in kinds and self.models is not None and self.models.small is None:
             raise ValueError("an expert needs models.small")
-        if self.direct is not None and (self.direct not in self.arms or self.arms[self.direct].kind != "direct"):
-            raise ValueError(f"direct must name an arm of kind direct, not {self.direct!r}")
+        if len(self.points) < sum(len(self._points_of(name)) for name in self.arms):
+            raise ValueError("two arms have a point of one name; rename an arm")
+        if self.direct is not None and (self.direct not in self.points or self.points[self.direct].kind != "direct"):
+            raise ValueError(f"direct must name an arm of kind direct (with a dial: arm@value), not {self.direct!r}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds must differ")
         if self.data is not None and self.data.knowledge is None and set(self.measures) - {"task"}:
@@ -124,8 +175,41 @@ class Study(Strict):
 
     @property
     def direct_arm(self) -> str | None:
-        """The arm whose gain over the base is the whole gap."""
-        return self.direct or next((name for name, arm in self.arms.items() if arm.kind == "direct"), None)
+        """The point whose gain over the base is the whole gap."""
+        return self.direct or next(iter(self.direct_points), None)
+
+    @cached_property
+    def points(self) -> dict[str, Point]:
+        """All rows of the tables in the study's order, by label."""
+        return {label: point for name in self.arms for label, point in self._points_of(name).items()}
+
+    @property
+    def direct_points(self) -> list[str]:
+        return [label for label, point in self.points.items() if point.kind == "direct"]
+
+    @property
+    def fixed_points(self) -> list[str]:
+        """Points that need not be chosen first, the base apart."""
+        return [label for label, point in self.points.items() if point.kind != "base" and getattr(self.arms[point.arm], "choose", None) is None]
+
+    def expert_of(self, proxy: str) -> str:
+        """The name of the arm whose tuned model is the proxy's expert; empty where there is none or more than one."""
+        arm = self.arms[proxy]
+        experts = [name for name, other in self.arms.items() if other.kind == "expert"]
+        return (arm.expert if isinstance(arm, Proxy) else None) or (experts[0] if len(experts) == 1 else "")
+
+    def _points_of(self, name: str) -> dict[str, Point]:
+        arm = self.arms[name]
+        if isinstance(arm, Proxy):
+            return {proxy_name(name, alpha): Point(name, "proxy", alpha) for alpha in arm.alpha}
+        if isinstance(arm, Direct) and arm.choose is None:
+            return {label: Point(name, "direct", value) for label, (value, _) in arm.points(name).items()}
+        return {name: Point(name, arm.kind)}
+
+
+def proxy_name(name: str, alpha: float) -> str:
+    """`proxy@0.5`: how a proxy of strength alpha is called in every table."""
+    return f"{name}@{alpha:g}"
 
 
 def load_study(path: Path | None) -> tuple[Study, Path]:

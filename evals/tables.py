@@ -16,9 +16,12 @@ class Table(NamedTuple):
     note: str
 
 
-def render(results: dict[str, Any], form: str, width: int = 160) -> str:
-    """The results as `table` (of `width` columns), `markdown`, `latex` or `json`. The same results give the same bytes."""
-    return json.dumps(results, indent=1, allow_nan=False) if form == "json" else draw(make_tables(results), form, width)
+def render(results: dict[str, Any], form: str, width: int = 160, measured: Sequence[dict[str, Any]] = ()) -> str:
+    """The results as `table` (of `width` columns), `markdown`, `latex` or `json`. The same results give the same bytes.
+
+    `measured` are costs that differ from run to run: columns of the tables, and not in the JSON.
+    """
+    return json.dumps(results, indent=1, allow_nan=False) if form == "json" else draw(make_tables(results, measured), form, width)
 
 
 def draw(tables: Sequence[Table], form: str, width: int) -> str:
@@ -39,10 +42,12 @@ def draw(tables: Sequence[Table], form: str, width: int) -> str:
     return captured.get().rstrip()
 
 
-def make_tables(results: dict[str, Any]) -> list[Table]:
-    """One table each for task and knowledge, one for each read-out of forgetting, one for density; those that have rows."""
+def make_tables(results: dict[str, Any], measured: Sequence[dict[str, Any]] = ()) -> list[Table]:
+    """One table each for task, knowledge, frontier, read-outs of forgetting, density and costs; those that have rows."""
     rows = pd.DataFrame(results["rows"])
     tables = [_share(results, rows, measure) for measure in ("task", "knowledge") if measure in set(rows["measure"])]
+    if results["frontier"]:
+        tables.append(_frontier(results, rows))
     for prefix, how in (
         ("forgetting", "continuing a statement"),
         ("forgetting/question", "asked in the tuned format"),
@@ -61,7 +66,46 @@ def make_tables(results: dict[str, Any]) -> list[Table]:
         verdicts = "; ".join(f"{entry['arm']}: {entry['verdict']}" for entry in results["verdicts"])
         note = f"Effective rank, arm less base, familiar less unfamiliar; below zero is erosion. In lower layers: {verdicts or 'nothing to judge'}."
         tables.append(Table("Change of density (thousandths)", _wide(rows, density, 1000), note))
-    return tables
+    return [*tables, _costs(results, measured)]
+
+
+def _frontier(results: dict[str, Any], rows: pd.DataFrame) -> Table:
+    cells = {measure: {row["arm"]: _cell(row, 100) for _, row in rows[rows["measure"] == measure].iterrows()} for measure in ("task", "knowledge")}
+    entries = results["frontier"]
+    frame = pd.DataFrame({"point": [entry["arm"] for entry in entries]})
+    for measure, of_arm in cells.items():
+        frame[measure] = [of_arm[entry["arm"]] for entry in entries]
+    frame["on the frontier"] = ["yes" if entry["on_frontier"] else "" for entry in entries]
+    frame["in % of draws"] = [f"{entry['share_of_draws'] * 100:.0f}" for entry in entries]
+    families = dict.fromkeys(entry["family"] for entry in entries if entry["on_frontier"])
+    note = "On the frontier: no other point is at least as good at task and knowledge and better at one. "
+    return Table("Frontier", frame, f"{note}Arms with a point on it: {', '.join(families)}. Draws: of the paired bootstrap.")
+
+
+def _costs(results: dict[str, Any], measured: Sequence[dict[str, Any]]) -> Table:
+    """What tuning took (all trials and the expert), then a token's pass over the base's."""
+    entries, base = results["costs"], results["costs"][0]
+    frame = pd.DataFrame({"arm": [entry["arm"] for entry in entries]})
+    for title, name, scale in (
+        ("runs", "runs", 1),
+        ("steps", "steps", 1),
+        ("tokens (k)", "tokens", 1e3),
+        ("TFLOP", "flops", 1e12),
+        ("stored (MB)", "stored_bytes", 1e6),
+    ):
+        frame[title] = [_amount(entry[name], scale) for entry in entries]
+    for title, name, scale in (("seconds", "seconds", 1), ("peak (MB)", "peak_memory", 1e6), ("energy (kJ)", "energy", 1e3)):
+        found = {entry["arm"]: entry[name] for entry in measured}
+        if any(found.values()):
+            frame[title] = [_amount(found.get(arm), scale) for arm in frame["arm"]]
+    for title, name in (("FLOPs a token, x base", "flops_a_token"), ("bytes a token, x base", "bytes_a_token")):
+        frame[title] = [f"{entry[name] / base[name]:.2f}" for entry in entries]
+    note = "Tuning: means over seeds, expert and trials of a chosen dial included, FLOPs by formula (see finetune/costs.py). "
+    return Table("Cost", frame, f"{note}A token: weights multiplied by and read when decoding, against the base alone.")
+
+
+def _amount(value: float | None, scale: float) -> str:
+    return "" if not value else f"{value / scale:.4g}"
 
 
 def _share(results: dict[str, Any], rows: pd.DataFrame, measure: str) -> Table:

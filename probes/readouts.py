@@ -78,18 +78,19 @@ def choose(
     mixtures: Mapping[str, Mixture],
     *,
     batch_tokens: int,
+    space: str = " ",
     progress: Progress = lambda choices_done: None,
 ) -> dict[str, list[Answer]]:
     """For every mixture, the choice with the highest mean log-probability a token. The first of equals is taken.
 
-    Raises `UserError` for an item without choices.
+    `space` stands between prompt and choice. Raises `UserError` for an item without choices.
     """
     requests, owners = [], []
     for item, prompt in zip(items, prompts, strict=True):
         if not item.choices:
             raise UserError(f"choices: the item {item.question!r} has none; forced choice needs them in every item")
         prefix = tuple(prompt_ids(tokenizer, prompt))
-        requests += [Request(prefix, tuple(continuation_ids(tokenizer, choice))) for choice in item.choices]
+        requests += [Request(prefix, tuple(continuation_ids(tokenizer, choice, space))) for choice in item.choices]
         owners.append(len(item.choices))
     lengths = torch.tensor([len(request.continuation) for request in requests])
     scores = score(model, requests, mixtures, batch_tokens=batch_tokens, progress=progress)
