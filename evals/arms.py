@@ -61,7 +61,7 @@ def ensembles(study: Study, material: Material, folder: Path, seed: int, out: Pa
         if isinstance(arm, Direct):
             for label, (_, tuning) in arm.points(name).items():
                 weights = _tuned(base, tuning, label, material, seed, out, watcher)
-                yield Ensemble({label: weights}, {label: {label: 1.0}}, ("generate", "choose", "density"))
+                yield Ensemble({"tuned": weights}, {label: {"tuned": 1.0}}, ("generate", "choose", "density"))
             proxies = _proxies(study, name)
             if proxies:
                 yield Ensemble({"base": base, "expert": weights, "antiexpert": base}, proxies, ("generate", "choose"))

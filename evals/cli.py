@@ -34,6 +34,11 @@ class Method(StrEnum):
     full = "full"
 
 
+class Half(StrEnum):
+    LOWER = "lower"
+    UPPER = "upper"
+
+
 class DType(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -133,30 +138,67 @@ def generate(
 @app.command()
 def tune(
     model: Annotated[str, typer.Argument(help="A local folder or a hub name.")],
-    data: Annotated[Path, typer.Argument(help='JSON lines: {"question": "...", "answer": "..."}.')],
+    data: Annotated[str, typer.Argument(help="JSON lines, Parquet or a hub set: questions, instructions, prompts, messages or preferences.")],
     out: Annotated[Path, typer.Option(help="Folder for the result; it must not be there yet.")],
     method: Annotated[Method, typer.Option(help="A LoRA adapter, or all weights.")] = Method.lora,
     learning_rate: Annotated[float | None, typer.Option(help="Default: 2e-4 for LoRA, 2e-5 for all weights.", show_default=False)] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 3.0,
-    batch_size: Annotated[int, typer.Option(help="Examples a step.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Examples a step, over all processes.")] = 16,
+    micro_batch_size: Annotated[int | None, typer.Option(help="Examples in memory at a time. Default: all of a step.", show_default=False)] = None,
+    packing: Annotated[bool, typer.Option(help="Examples end to end without padding: the same loss, less or more time.")] = False,
     rank: Annotated[int, typer.Option(help="Of the LoRA adapter.")] = 16,
-    prompt: Annotated[str, typer.Option(help="How a question is asked; compare and generate must ask it so too.")] = PROMPT,
+    target: Annotated[list[str], typer.Option(help="A layer's name that LoRA adapts; may be repeated. Default: all linear ones.")] = [],  # noqa: B006
+    dora: Annotated[bool, typer.Option(help="LoRA with a learned magnitude.")] = False,
+    rslora: Annotated[bool, typer.Option(help="LoRA scaled by the root of its rank.")] = False,
+    frozen: Annotated[
+        Half | None, typer.Option(help="All weights, but not this half of the layers, embeddings and head.", show_default=False)
+    ] = None,
+    kl: Annotated[float | None, typer.Option(help="Weight of the divergence from the model as it was.", show_default=False)] = None,
+    preference: Annotated[float | None, typer.Option(help="DPO with this beta; data with rejected answers.", show_default=False)] = None,
+    consistent: Annotated[float | None, typer.Option(help="Tune an expert inside --base + this (expert - MODEL).", show_default=False)] = None,
+    base: Annotated[str | None, typer.Option(help="The large model that an expert will serve.", show_default=False)] = None,
+    validation_share: Annotated[
+        float | None, typer.Option(help="Hold out this share, keep the best weights, stop early.", show_default=False)
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="How a question is asked, or chat: in the model's chat template.")] = PROMPT,
+    test: Annotated[str | None, typer.Option(help="Test data: is refused if it asks what is tuned on; the result can be compared on it.")] = None,
+    allow_overlap: Annotated[bool, typer.Option(help="Test questions may be tuned on.")] = False,
+    fsdp: Annotated[bool, typer.Option(help="Under torchrun on GPUs: share the model out as well.")] = False,
+    checkpoint_minutes: Annotated[float, typer.Option(min=0, help="What a stopped run loses at most; run the same command again.")] = 5.0,
     seed: Annotated[int, typer.Option(help="Of the order of examples and of the adapter's first weights.")] = 0,
-    threads: Annotated[int, typer.Option(min=1, help="Of the CPU.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="Of the CPU, for each process.")] = 2,
 ) -> None:
-    """Tunes one model on questions and answers, and says how to use it.
+    """Tunes one model and says how to use it.
 
     `proxytune tune small train.jsonl --out small-lora` makes the expert of a mixture; the small model is its anti-expert.
+    Stop it when you like: the same command goes on. Several processes: `torchrun --nproc_per_node 2 -m evals.cli tune …`.
     """
     import torch
 
     from evals.progress import Display
-    from evals.tune import tune_one
+    from evals.tune import Run, tune_one
 
     torch.set_num_threads(threads)
-    with Display() as display:
-        settings = {"method": method.value, "learning_rate": learning_rate, "epochs": epochs, "batch_size": batch_size, "rank": rank}
-        print(tune_one(model, data, out, settings, prompt, seed, display))
+    settings = {
+        "method": method.value,
+        "learning_rate": learning_rate,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "micro_batch_size": micro_batch_size,
+        "packing": packing,
+        "rank": rank,
+        "targets": tuple(target) or None,
+        "dora": dora,
+        "rslora": rslora,
+        "frozen": None if frozen is None else frozen.value,
+        "kl": kl,
+        "preference": preference,
+        "consistent": consistent,
+        "early_stopping": None if validation_share is None else {"validation_share": validation_share},
+    }
+    with Display(quiet=int(os.environ.get("RANK", 0)) > 0) as display:
+        run = Run(model, data, out, settings, prompt, seed, base, test, allow_overlap, fsdp, 60 * checkpoint_minutes)
+        print(tune_one(run, display), end="\n" if int(os.environ.get("RANK", 0)) == 0 else "")
 
 
 @app.command()

@@ -138,7 +138,8 @@ def _say_what_was_tuned(ensemble: Ensemble, seed: int, display: Display) -> None
         if card is not None:
             report = card["report"]
             display.say(
-                f"seed {seed} · {name} tuned: {report['examples']} examples, {report['steps']} steps, {report['parameters']:,} parameters, "
+                f"seed {seed} · {', '.join(ensemble.mixtures)} · {name}: {report['examples']} examples, {report['steps']} steps, "
+                f"{report['parameters']:,} parameters tuned, "
                 f"{report['trained_share']:.0%} of {report['tokens']:,} tokens trained on, {report['seconds']:.0f} s, "
                 f"loss {report['losses'][0]:.2f} to {report['losses'][-1]:.2f}"
             )

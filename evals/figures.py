@@ -34,48 +34,40 @@ def draw_figures(study: Study, records: Sequence[Record], results: dict[str, Any
 
 
 def _frontier(study: Study, results: dict[str, Any], path: Path) -> Path:
-    """A line for every arm through the points of its dial; points on the frontier are filled, and a step joins them."""
-    values = {(row["arm"], row["measure"]): row for row in results["rows"]}
-    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
-    families: dict[str, list[dict[str, Any]]] = {}
-    for entry in results["frontier"]:
-        families.setdefault(entry["family"], []).append(entry)
-    for place, (family, entries) in enumerate(families.items()):
-        ordered = sorted(entries, key=lambda entry: entry["dial"] or 0)
-        task, known = ([values[entry["arm"], measure] for entry in ordered] for measure in ("task", "knowledge"))
-        x, y = ([100 * row["value"] for row in rows] for rows in (task, known))
-        color = plt.get_cmap("tab20")(place % 20)
-        axes.errorbar(
-            x,
-            y,
-            xerr=_errors(task),
-            yerr=_errors(known),
-            color=color,
-            alpha=0.25,
-            linestyle="none",
-            elinewidth=0.8,
-        )
-        axes.plot(x, y, color=color, marker=MARKERS[place % len(MARKERS)], markerfacecolor="white", markersize=6, linewidth=1, label=family)
-        chosen = [position for position, entry in enumerate(ordered) if entry["on_frontier"]]
-        axes.plot(
-            [x[position] for position in chosen],
-            [y[position] for position in chosen],
-            color=color,
-            marker=MARKERS[place % len(MARKERS)],
-            linestyle="none",
-        )
-    best = sorted(
-        (values[entry["arm"], "task"]["value"], values[entry["arm"], "knowledge"]["value"]) for entry in results["frontier"] if entry["on_frontier"]
-    )
-    axes.step([100 * x for x, _ in best], [100 * y for _, y in best], where="pre", color="black", linewidth=0.8, linestyle=":", zorder=0)
-    axes.set_xlabel("task, right (%)")
-    axes.set_ylabel("knowledge, statements continued rightly (%)")
-    axes.set_title(f"{study.study}: task against knowledge, {len(study.seeds)} seed(s), 95 % intervals; filled: on the frontier")
-    axes.legend(fontsize="small", ncols=2)
+    """A line for every arm through the points of its dial, whole and near the frontier's end; a dotted step joins the frontier."""
+    entries = results["frontier"]
+    best = sorted((100 * entry["gain"]["value"], 100 * entry["kept"]["value"]) for entry in entries if entry["on_frontier"])
+    figure, (whole, near) = plt.subplots(1, 2, figsize=(15, 6.5), layout="constrained")
+    for axes in (whole, near):
+        for place, family in enumerate(dict.fromkeys(entry["family"] for entry in entries)):
+            _dial(axes, place, [entry for entry in entries if entry["family"] == family], intervals=axes is near)
+        axes.step([x for x, _ in best], [y for _, y in best], where="pre", color="black", linewidth=0.8, linestyle=":", zorder=0)
+        axes.set_xlabel("task gain, arm less base (points)")
+        axes.axhline(0, color="black", linewidth=0.5)
+    whole.set_ylabel("knowledge, arm less base (points)")
+    whole.set_title(f"{study.study}: task against knowledge, {len(study.seeds)} seed(s); filled: on the frontier")
+    near.set_title("its right end, with paired 95 % intervals")
+    right, lowest = best[-1][0], min(y for x, y in best if x >= 0.75 * best[-1][0])
+    near.set_xlim(0.75 * right, right + 0.06 * abs(right) + 1)
+    near.set_ylim(lowest - 3, max(y for _, y in best) + 2)
+    whole.legend(fontsize="small", ncols=2)
     return _save(figure, path)
 
 
-def _errors(rows: Sequence[dict[str, Any]]) -> np.ndarray:
+def _dial(axes: Axes, place: int, entries: Sequence[dict[str, Any]], intervals: bool) -> None:
+    ordered = sorted(entries, key=lambda entry: entry["dial"] or 0)
+    x, y = ([100 * entry[name]["value"] for entry in ordered] for name in ("gain", "kept"))
+    style: dict[str, Any] = {"color": plt.get_cmap("tab20")(place % 20), "marker": MARKERS[place % len(MARKERS)]}
+    if intervals:
+        across, along = _errors(ordered, "gain"), _errors(ordered, "kept")
+        axes.errorbar(x, y, xerr=across, yerr=along, color=style["color"], alpha=0.3, linestyle="none", elinewidth=0.8)
+    axes.plot(x, y, **style, markerfacecolor="white", markersize=7, linewidth=1, label=ordered[0]["family"])
+    chosen = [position for position, entry in enumerate(ordered) if entry["on_frontier"]]
+    axes.plot([x[position] for position in chosen], [y[position] for position in chosen], **style, markersize=7, linestyle="none")
+
+
+def _errors(entries: Sequence[dict[str, Any]], name: str) -> np.ndarray:
+    rows = [entry[name] for entry in entries]
     return 100 * np.array([[row["value"] - row["low"], row["high"] - row["value"]] for row in rows]).clip(min=0).T
 
 

@@ -41,7 +41,8 @@ def material_for(
 ) -> Material:
     """The material of one seed; a world's family that is neither shipped nor in `cache` is pretrained into it.
 
-    `say` is told what in the data deserves a look. `folder` is the study file's. Raises `UserError` for data that cannot be read or that tests what it trains on.
+    `say` is told what in the data deserves a look. `folder` is the study file's. Raises `UserError` for data that cannot be
+    read or that tests what it trains on.
     """
     if study.world is not None:
         family = find_family(study.world, seed, cache) or build_family(study.world, seed, cache, watcher)

@@ -24,10 +24,11 @@ def quieten_libraries() -> None:
 
 
 class Display(TrainerCallback):
-    """Writes to standard error only, so that standard output holds the table and nothing else. Also watches trainers."""
+    """Writes to standard error only, so that standard output holds the table and nothing else. Also watches trainers. `quiet` is for the
+    processes beside the first."""
 
-    def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False)
+    def __init__(self, quiet: bool = False) -> None:
+        self._console = Console(stderr=True, highlight=False, quiet=quiet)
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=self._console, transient=True
         )

@@ -21,26 +21,29 @@ Select = Callable[[pd.DataFrame], "np.ndarray[Any, np.dtype[np.bool_]]"]
 
 
 def summarize(study: Study, records: Sequence[Record]) -> dict[str, Any]:
-    """The results: `study`, `seeds`, `rows`, `gap_closed`, `against_direct`, `frontier`, `costs`, `density_of_base`, `verdicts`.
+    """The results: `study`, `seeds`, `rows`, `gap_closed`, `against_direct`, `contrasts`, `frontier`,
+    `costs`, `density_of_base`, `verdicts`.
 
     A row is arm, measure, value, low, high, n (items over all seeds), unparsed and, where the value needs a word, note.
     Shares are between 0 and 1; forgetting is the base's share less the arm's; density is the change of (familiar less
     unfamiliar) in effective rank; `density_of_base` is that contrast itself, in the base and in an untrained model of its
-    shape, with the sd of one vector of the Gaussian null. `frontier` says of each point whether it lies on the frontier of task
-    and knowledge, and in what share of the bootstrap draws; `costs` are means over seeds of what can be counted: the
+    shape, with the sd of one vector of the Gaussian null. `frontier` has each point's task gain and knowledge kept (arm less base, paired),
+    whether it lies on their frontier, and in what share of the bootstrap draws; `costs` are means over seeds of what can be counted: the
     same in every run. What a machine measured is in `measured_costs`. Raises `UserError` where records of one measurement were asked differently.
     """
     _check_protocols(records)
     arms = list(study.points)
     results: dict[str, Any] = {"study": study.study, "seeds": list(study.seeds)}
-    results |= {part: [] for part in ("rows", "gap_closed", "against_direct", "frontier", "costs", "density_of_base", "verdicts")}
+    results |= {part: [] for part in ("rows", "gap_closed", "against_direct", "contrasts", "frontier", "costs", "density_of_base", "verdicts")}
     if "task" in study.measures:
         estimate = _share_rows(results, records, arms, "task", "task")
         _direct_rows(results, study, arms, "task", estimate)
+        _contrast_rows(results, study, arms, "task", estimate)
         _gap_rows(results, study, arms, estimate)
     if "knowledge" in study.measures:
         known = _share_rows(results, records, arms, "statement", "knowledge")
         _direct_rows(results, study, arms, "knowledge", known)
+        _contrast_rows(results, study, arms, "knowledge", known)
         if "task" in study.measures:
             _frontier_rows(results, study, estimate, known)
     if "forgetting" in study.measures:
@@ -114,14 +117,23 @@ def _share_rows(results: dict[str, Any], records: Sequence[Record], arms: Sequen
     return estimate
 
 
+def _less(estimate: Estimate, arm: int, other: int) -> dict[str, float]:
+    """The paired difference of two arms."""
+    return _numbers(interval(estimate.value[arm] - estimate.value[other], estimate.draws[arm] - estimate.draws[other]))
+
+
 def _direct_rows(results: dict[str, Any], study: Study, arms: Sequence[str], measure: str, estimate: Estimate) -> None:
     if study.direct_arm is None:
         return
     direct = arms.index(study.direct_arm)
     for position, arm in enumerate(arms):
         if position != direct:
-            value = interval(estimate.value[position] - estimate.value[direct], estimate.draws[position] - estimate.draws[direct])
-            results["against_direct"].append({"arm": arm, "direct": study.direct_arm, "measure": measure} | _numbers(value))
+            results["against_direct"].append({"arm": arm, "direct": study.direct_arm, "measure": measure} | _less(estimate, position, direct))
+
+
+def _contrast_rows(results: dict[str, Any], study: Study, arms: Sequence[str], measure: str, estimate: Estimate) -> None:
+    for arm, other in study.contrasts:
+        results["contrasts"].append({"arm": arm, "less": other, "measure": measure} | _less(estimate, arms.index(arm), arms.index(other)))
 
 
 def _gap_rows(results: dict[str, Any], study: Study, arms: Sequence[str], estimate: Estimate) -> None:
@@ -141,10 +153,12 @@ def _gap_rows(results: dict[str, Any], study: Study, arms: Sequence[str], estima
 
 def _frontier_rows(results: dict[str, Any], study: Study, task: Estimate, known: Estimate) -> None:
     now, draws = on_frontier(task.value, known.value), on_frontier(task.draws, known.draws)
+    base = list(study.points).index(study.base_arm)
     for position, (label, point) in enumerate(study.points.items()):
         results["frontier"].append(
             {"arm": label, "family": point.arm, "dial": point.value, "on_frontier": bool(now[position])}
             | {"share_of_draws": round(float(draws[position].mean()), 4)}
+            | {"gain": _less(task, position, base), "kept": _less(known, position, base)}
         )
 
 

@@ -14,7 +14,7 @@ Measured = Callable[[Study, Material], list[Record]]
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen for one arm: the label, the validation score of every candidate, and what the trials cost."""
+    """What was chosen for one arm, the validation scores of the candidates and of what was to be matched, the trials' costs."""
 
     label: str
     scores: Mapping[str, float]
@@ -41,7 +41,8 @@ def choose_dials(study: Study, material: Material, seed: int, measured: Measured
         candidates = arm.points(name)
         aim = 1.0 if arm.choose == "best" else scores[str(arm.choose)]
         label = min(candidates, key=lambda candidate: abs(scores[candidate] - aim))
-        choices[name] = Choice(label, {candidate: scores[candidate] for candidate in candidates}, [costs[candidate] for candidate in candidates])
+        shown = [*candidates, *([] if arm.choose == "best" else [str(arm.choose)])]
+        choices[name] = Choice(label, {point: scores[point] for point in shown}, [costs[candidate] for candidate in candidates])
         arms[name] = Direct(kind="direct", tuning=candidates[label][1])
     return study.model_copy(update={"arms": arms}), choices
 
@@ -56,4 +57,4 @@ def _trial_study(study: Study, undecided: Mapping[str, Direct]) -> Study:
             wanted[matched] = study.arms[matched]
             if isinstance(study.arms[matched], Proxy):
                 wanted[study.expert_of(matched)] = study.arms[study.expert_of(matched)]
-    return Study.model_validate(study.model_dump(exclude={"arms", "measures", "direct"}) | {"arms": wanted, "measures": ("task",)})
+    return Study.model_validate(study.model_dump(exclude={"arms", "measures", "direct", "contrasts"}) | {"arms": wanted, "measures": ("task",)})

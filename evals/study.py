@@ -140,6 +140,7 @@ class Study(Strict):
     batch_tokens: int = Field(default=2048, ge=1, description="tokens scored at a time")
     arms: dict[str, ArmSpec]
     direct: str | None = Field(default=None, description="the point at which the gap counts as closed; default: the first direct one")
+    contrasts: tuple[tuple[str, str], ...] = Field(default=(), description="pairs of points whose difference is wanted: the first less the second")
     validation_share: float = Field(default=0.2, gt=0, lt=1, description="share of the tuning units on which dials are chosen")
     measures: tuple[MeasureName, ...] = Field(min_length=1)
 
@@ -163,6 +164,9 @@ class Study(Strict):
             raise ValueError("two arms have a point of one name; rename an arm")
         if self.direct is not None and (self.direct not in self.points or self.points[self.direct].kind != "direct"):
             raise ValueError(f"direct must name an arm of kind direct (with a dial: arm@value), not {self.direct!r}")
+        for label in (label for pair in self.contrasts for label in pair):
+            if label not in self.points:
+                raise ValueError(f"contrasts: there is no point {label!r}; there are {', '.join(self.points)}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds must differ")
         if self.data is not None and self.data.knowledge is None and set(self.measures) - {"task"}:

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+MEASURES = ("task", "knowledge")
+
 
 class Table(NamedTuple):
     title: str
@@ -45,9 +47,11 @@ def draw(tables: Sequence[Table], form: str, width: int) -> str:
 def make_tables(results: dict[str, Any], measured: Sequence[dict[str, Any]] = ()) -> list[Table]:
     """One table each for task, knowledge, frontier, read-outs of forgetting, density and costs; those that have rows."""
     rows = pd.DataFrame(results["rows"])
-    tables = [_share(results, rows, measure) for measure in ("task", "knowledge") if measure in set(rows["measure"])]
+    tables = [_share(results, rows, measure) for measure in MEASURES if measure in set(rows["measure"])]
     if results["frontier"]:
-        tables.append(_frontier(results, rows))
+        tables.append(_frontier(results))
+    if results["contrasts"]:
+        tables.append(_contrasts(results))
     for prefix, how in (
         ("forgetting", "continuing a statement"),
         ("forgetting/question", "asked in the tuned format"),
@@ -69,17 +73,29 @@ def make_tables(results: dict[str, Any], measured: Sequence[dict[str, Any]] = ()
     return [*tables, _costs(results, measured)]
 
 
-def _frontier(results: dict[str, Any], rows: pd.DataFrame) -> Table:
-    cells = {measure: {row["arm"]: _cell(row, 100) for _, row in rows[rows["measure"] == measure].iterrows()} for measure in ("task", "knowledge")}
+def _frontier(results: dict[str, Any]) -> Table:
     entries = results["frontier"]
     frame = pd.DataFrame({"point": [entry["arm"] for entry in entries]})
-    for measure, of_arm in cells.items():
-        frame[measure] = [of_arm[entry["arm"]] for entry in entries]
+    frame["task gain"] = [_cell(entry["gain"], 100) for entry in entries]
+    frame["knowledge, arm less base"] = [_cell(entry["kept"], 100) for entry in entries]
     frame["on the frontier"] = ["yes" if entry["on_frontier"] else "" for entry in entries]
     frame["in % of draws"] = [f"{entry['share_of_draws'] * 100:.0f}" for entry in entries]
     families = dict.fromkeys(entry["family"] for entry in entries if entry["on_frontier"])
-    note = "On the frontier: no other point is at least as good at task and knowledge and better at one. "
+    note = "Points; on the frontier: no other is at least as good at task and knowledge and better at one. "
     return Table("Frontier", frame, f"{note}Arms with a point on it: {', '.join(families)}. Draws: of the paired bootstrap.")
+
+
+def _contrasts(results: dict[str, Any]) -> Table:
+    entries = results["contrasts"]
+    names = [f"{entry['arm']} less {entry['less']}" for entry in entries]
+    cells = {
+        measure: {name: _cell(entry, 100) for name, entry in zip(names, entries, strict=True) if entry["measure"] == measure} for measure in MEASURES
+    }
+    frame = pd.DataFrame({"points": list(dict.fromkeys(names))})
+    for measure, of_name in cells.items():
+        if of_name:
+            frame[measure] = [of_name[name] for name in frame["points"]]
+    return Table("Contrasts", frame, "Paired differences in points of per cent, 95 % intervals.")
 
 
 def _costs(results: dict[str, Any], measured: Sequence[dict[str, Any]]) -> Table:
@@ -87,14 +103,14 @@ def _costs(results: dict[str, Any], measured: Sequence[dict[str, Any]]) -> Table
     entries, base = results["costs"], results["costs"][0]
     frame = pd.DataFrame({"arm": [entry["arm"] for entry in entries]})
     for title, name, scale in (
-        ("runs", "runs", 1),
-        ("steps", "steps", 1),
+        ("runs", "runs", 1.0),
+        ("steps", "steps", 1.0),
         ("tokens (k)", "tokens", 1e3),
         ("TFLOP", "flops", 1e12),
         ("stored (MB)", "stored_bytes", 1e6),
     ):
         frame[title] = [_amount(entry[name], scale) for entry in entries]
-    for title, name, scale in (("seconds", "seconds", 1), ("peak (MB)", "peak_memory", 1e6), ("energy (kJ)", "energy", 1e3)):
+    for title, name, scale in (("seconds", "seconds", 1.0), ("peak (MB)", "peak_memory", 1e6), ("energy (kJ)", "energy", 1e3)):
         found = {entry["arm"]: entry[name] for entry in measured}
         if any(found.values()):
             frame[title] = [_amount(found.get(arm), scale) for arm in frame["arm"]]

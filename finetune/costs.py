@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from proxytune.packing import return_memory
+
 POWER_CAPPING = Path("/sys/class/powercap")  # where Linux shows the processor's energy counters
 
 
@@ -57,9 +59,10 @@ def _numel(layer: Any) -> int:
 class Meter:
     """Counts from when it is made, on top of what an interrupted run counted before.
 
-    `seconds`; `peak_memory`, the most bytes held above what was held at the start (of the GPU where there is one, else of
-    the process; None where the system cannot tell); `energy` in joules of all processors and GPUs of the machine, whoever used
-    them (None where it shows no counter that may be read). Call `tick` at least every few minutes: counters wrap.
+    `seconds`; `peak_memory`, the most bytes held (of the GPU where there is one, else by the process, its libraries included;
+    None where the system cannot tell for a part of a process's life); `energy` in joules of all processors and GPUs of the
+    machine, whoever used them (None where it shows no counter that may be read). Call `tick` at least every few minutes:
+    counters wrap.
     """
 
     seconds: float = 0.0
@@ -69,14 +72,14 @@ class Meter:
     def __post_init__(self) -> None:
         self._time = time.perf_counter()
         self._joules = _energy_counters()
-        self._held = _reset_peak()
+        self._knows_peak = _reset_peak()
 
     def tick(self) -> None:
         now = time.perf_counter()
         self.seconds += now - self._time
         self._time = now
-        if self._held is not None:
-            self.peak_memory = max(self.peak_memory or 0, _peak() - self._held)
+        if self._knows_peak:
+            self.peak_memory = max(self.peak_memory or 0, _peak())
         counters = _energy_counters()
         if counters:
             used = sum((value - self._joules[name][0]) % wrap for name, (value, wrap) in counters.items() if name in self._joules)
@@ -84,16 +87,17 @@ class Meter:
             self._joules = counters
 
 
-def _reset_peak() -> int | None:
-    """Forgets the peak so far; returns what is held now."""
+def _reset_peak() -> bool:
+    """Forgets the peak so far; returns whether the system can."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
+        return True
+    return_memory()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        return None
-    return _peak()
+        return False
+    return True
 
 
 def _peak() -> int:

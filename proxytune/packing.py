@@ -55,7 +55,7 @@ def pack_linear_layers(*models: nn.Module) -> int:
             packed[id(child.weight)] = PackedLinear(child)
         setattr(parent, name, packed[id(child.weight)])
         del child
-        _return_memory()
+        return_memory()  # or the model would take twice its memory while its layers are replaced
     return count
 
 
@@ -73,11 +73,11 @@ def unpack_linear_layers(*models: nn.Module) -> None:
             layer.weight = nn.Parameter(packed.weight.to_dense(), requires_grad=False)
         setattr(parent, name, plain[id(packed)])
         del packed
-        _return_memory()
+        return_memory()
 
 
-def _return_memory() -> None:
-    """glibc keeps what was freed: without this a model takes twice its memory while its layers are replaced."""
+def return_memory() -> None:
+    """Gives what was freed back to the system, which glibc does not do by itself."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

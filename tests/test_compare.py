@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ import torch
 import yaml
 from conftest import make_model, make_tokenizer
 
-from evals.compare import Record, run_study
+from evals.compare import run_study
 from evals.figures import draw_figures
 from evals.progress import Display
-from evals.records import read_record, write_record
+from evals.records import Record, read_record, write_record
 from evals.results import summarize
 from evals.study import Study, load_study
 from evals.tables import render
@@ -124,13 +125,13 @@ def test_identical_states_change_by_exactly_zero(unbroken: tuple[Path, list[Reco
     _, records, _ = unbroken
     study = Study.model_validate(STUDY)
     base = next(record for record in records if (record.arm, record.measurement) == ("base", "density"))
-    same = [Record(r.arm, r.measurement, r.seed, r.protocol, base.items if r.measurement == "density" else r.items) for r in records]
+    same = [replace(r, items=base.items) if r.measurement == "density" else r for r in records]
     for row in rows(summarize(study, same), "density/lower").values():
         assert (row["value"], row["low"], row["high"]) == (0.0, 0.0, 0.0)
     familiar = base.items["popularity"] == base.items["popularity"].max()
     planted = base.items.copy()
     planted.loc[familiar, "effective_rank/pre/1"] -= 0.01
-    harmed = [Record(r.arm, r.measurement, r.seed, r.protocol, planted if (r.arm, r.measurement) == ("full", "density") else r.items) for r in same]
+    harmed = [replace(r, items=planted) if (r.arm, r.measurement) == ("full", "density") else r for r in same]
     results = summarize(study, harmed)
     assert rows(results, "density/lower")["full"]["value"] == pytest.approx(-0.01, abs=1e-6)
     assert {entry["arm"]: entry["verdict"] for entry in results["verdicts"]} == {"full": "supported", "lora": "not supported"}
@@ -138,7 +139,7 @@ def test_identical_states_change_by_exactly_zero(unbroken: tuple[Path, list[Reco
 
 def test_rows_of_different_protocols_cannot_stand_together(unbroken: tuple[Path, list[Record], dict[str, Any]]) -> None:
     _, records, _ = unbroken
-    spoiled = [Record(r.arm, r.measurement, r.seed, "other" if (r.arm, r.measurement) == ("full", "task") else r.protocol, r.items) for r in records]
+    spoiled = [replace(r, protocol="other") if (r.arm, r.measurement) == ("full", "task") else r for r in records]
     with pytest.raises(UserError, match=r"task: arms base and full were asked differently"):
         summarize(Study.model_validate(STUDY), spoiled)
 
@@ -283,7 +284,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "empty data": (spoil_file("test.jsonl", ""), "data.test: .* holds no items"),
     "test items in the training data": (
         lambda folder: shutil.copy(folder / "train.jsonl", folder / "test.jsonl"),
-        "data.test: 20 questions are also in data.train",
+        "data.test: 20 test questions are also in train",
     ),
     "vocabularies that differ": (lambda folder: save_model(folder / "small", swapped=True), "models.small: its vocabulary differs .* id 7"),
     "a base without a tokenizer": (

@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import yaml
 
-from evals.arms import arm_names
 from evals.study import STUDIES, load_study
 from proxytune import UserError
 
@@ -37,7 +36,7 @@ def test_shipped_studies_are_valid(path: Path) -> None:
 
 
 def test_arms_are_named_by_their_alpha(tmp_path: Path) -> None:
-    assert arm_names(load(tmp_path, GOOD)) == ["base", "expert", "proxy@0.5", "proxy@1", "full"]
+    assert list(load(tmp_path, GOOD).points) == ["base", "expert", "proxy@0.5", "proxy@1", "full"]
 
 
 def changed(*path: str, value: Any) -> dict[str, Any]:
@@ -65,7 +64,7 @@ def changed(*path: str, value: Any) -> dict[str, Any]:
         (changed("arms", "full", "kind", value="direkt"), "arms.full: .*direkt"),
         (changed("arms", "second", value={"kind": "base"}), "exactly one arm of kind base"),
         (changed("arms", "expert", value={"kind": "expert"}), "either tuning or path"),
-        (changed("direct", value="lora"), "direct must name an arm of kind direct, not 'lora'"),
+        (changed("direct", value="lora"), "direct must name an arm of kind direct .*, not 'lora'"),
         (changed("models", value={"base": "x"}), "either world, or models and data"),
         (changed("seeds", value=[1, 1]), "seeds must differ"),
         (changed("study", value="../x"), "study: .*, not '../x'"),

@@ -2,15 +2,18 @@
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from evals.progress import Display
-from evals.tune import tune_one
+from evals.tune import Run, tune_one
 from finetune.data import Item, encode_examples, preview
+from finetune.reading import read_items
 from finetune.recipe import Tuning
 from finetune.tuning import tune
 from proxytune import UserError, load_member, load_tokenizer
@@ -51,16 +54,90 @@ def test_what_is_trained_on_is_marked(lora_family: Path) -> None:
     assert shown.index("w6") < shown.index("⟦") < shown.index("w7") < shown.index("<eos>") < shown.index("⟧")
 
 
+def of(lora_family: Path, train: Path, out: Path, **changes: Any) -> Run:
+    settings = SETTINGS | changes.pop("settings", {})
+    return Run(**({"model": str(lora_family / "small"), "data": str(train), "out": out, "settings": settings, "prompt": PROMPT, "seed": 0} | changes))
+
+
 @pytest.mark.parametrize(
-    ("settings", "prompt", "words"),
+    ("changes", "words"),
     [
-        ({"rank": 0}, PROMPT, "--rank: .*not 0"),
-        ({"learning_rate": -1.0}, PROMPT, "--learning-rate: .*not -1.0"),
-        ({}, "{answer}", "--prompt: the only placeholder"),
+        ({"settings": {"rank": 0}}, "--rank: .*not 0"),
+        ({"settings": {"learning_rate": -1.0}}, "--learning-rate: .*not -1.0"),
+        ({"settings": {"kl": 1.0, "preference": 0.1}}, "kl, consistent and preference are three losses"),
+        ({"settings": {"consistent": 1.0}}, "--consistent: an expert is tuned for a base .* give --base"),
+        ({"prompt": "{answer}"}, "--prompt: the only placeholder"),
+        ({"prompt": "chat"}, "the tokenizer has no chat template"),
+        ({"data": "nothing.jsonl"}, "data: there is no file 'nothing.jsonl'"),
     ],
 )
-def test_mistakes_name_their_option(lora_family: Path, data: Path, tmp_path: Path, settings: dict, prompt: str, words: str) -> None:
+def test_mistakes_name_their_option(lora_family: Path, data: Path, tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        tune_one(str(lora_family / "small"), data, tmp_path / "out", SETTINGS | settings, prompt, 0, Display())
+        tune_one(of(lora_family, data, tmp_path / "out", **changes), Display())
     with pytest.raises(UserError, match="is there already"):
-        tune_one(str(lora_family / "small"), data, tmp_path, SETTINGS, PROMPT, 0, Display())
+        tune_one(of(lora_family, data, tmp_path), Display())
+
+
+def test_a_result_with_a_test_can_be_compared_by_the_command_that_is_printed(lora_family: Path, data: Path, tmp_path: Path) -> None:
+    test = tmp_path / "test.jsonl"
+    test.write_text('{"question": "w30 w5", "answer": "w31"}\n{"question": "w10 w6", "answer": "w31"}\n')
+    said = tune_one(of(lora_family, data, tmp_path / "out", test=str(test), base=str(lora_family / "base")), Display())
+    comparing = shlex.split(said.splitlines()[1])
+    assert comparing[:2] == ["proxytune", "compare"]
+    done = run(*comparing[1:], "--out", tmp_path / "runs", "--format", "json")
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    assert [entry["arm"] for entry in results["costs"]] == ["base", "expert", "proxy@0.5", "proxy@1"]
+    assert results["costs"][1]["runs"] == 1
+
+
+def test_test_questions_that_are_tuned_on_are_refused_unless_allowed(lora_family: Path, data: Path, tmp_path: Path) -> None:
+    test = tmp_path / "test.jsonl"
+    test.write_text('{"question": "W10  w5!", "answer": "w31"}\n')
+    with pytest.raises(UserError, match=r"--test: .*1 test question is also in train"):
+        tune_one(of(lora_family, data, tmp_path / "out", test=str(test)), Display())
+    tune_one(of(lora_family, data, tmp_path / "out", test=str(test), allow_overlap=True), Display())
+
+
+TEMPLATE = "{% for message in messages %}{{ message['role'] == 'user' and 'w40 ' or 'w41 ' }}{{ message['content'] }}{{ ' <eos> ' }}{% endfor %}"
+TEMPLATE += "{% if add_generation_prompt %}w41 {% endif %}"
+
+
+def test_a_chat_is_tuned_and_measured_in_the_models_own_template(lora_family: Path, tmp_path: Path) -> None:
+    for name in ("base", "small"):
+        shutil.copytree(lora_family / name, tmp_path / name)
+        tokenizer = load_tokenizer(tmp_path / name)
+        tokenizer.chat_template = TEMPLATE
+        tokenizer.save_pretrained(tmp_path / name)
+    turns = [("user", "w5 w6"), ("assistant", "w7"), ("user", "w8"), ("assistant", "w9 w10")]
+    chat = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    (tmp_path / "chats.jsonl").write_text((json.dumps(chat) + "\n") * 4)
+    tokenizer = load_tokenizer(tmp_path / "small")
+    items = read_items(tmp_path / "chats.jsonl", "data").items
+    shown = [preview(row, tokenizer) for row in encode_examples(items[:2], tokenizer, "chat", "")]
+    assert shown == ["w40 w5 w6 <eos> w41⟦ w7 <eos>⟧".replace("⟦ ", "⟦"), "w40 w5 w6 <eos> w41 w7 <eos> w40 w8 <eos> w41⟦w9 w10 <eos>⟧"]
+    test = tmp_path / "test.jsonl"
+    test.write_text('{"question": "w30 w5", "answer": "w31"}\n{"question": "w10 w6", "answer": "w31"}\n')
+    one = of(
+        lora_family,
+        tmp_path / "chats.jsonl",
+        tmp_path / "out",
+        model=str(tmp_path / "small"),
+        base=str(tmp_path / "base"),
+        prompt="chat",
+        test=str(test),
+    )
+    said = tune_one(one, Display())
+    asked = shlex.split(said.splitlines()[0])
+    assert run(*asked[1:], "--chat", "base", "--new-tokens", 3).returncode == 0
+    done = run(*shlex.split(said.splitlines()[1])[1:], "--out", tmp_path / "runs", "--format", "json")
+    assert done.returncode == 0, done.stderr
+    assert 'first prompt "w40 w30 w5 <eos> w41 " = [40, 30, 5, 2, 41]' in done.stderr
+    with pytest.raises(UserError, match="has earlier turns"):
+        encode_examples(items[1:2], tokenizer, PROMPT, "")
+
+
+def test_preferences_show_both_answers(lora_family: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "w5 w6", "chosen": "w7", "rejected": "w8"}\n' * 4)
+    tune_one(of(lora_family, tmp_path / "pairs.jsonl", tmp_path / "out", settings={"preference": 0.1}), Display())
+    assert "w5 w6⟦w7 <eos>⟧ over ⟦w8 <eos>⟧" in capsys.readouterr().err
