@@ -50,7 +50,7 @@ def overlap(train: Sequence[Item], test: Sequence[Item]) -> Overlap:
 
 
 def describe(overlap: Overlap) -> str:
-    """The overlap in one line for people, with the beginning of the first shared question."""
+    """What was found in one line for people, with the beginning of the first shared question."""
     duplicates, shared, near = overlap.duplicates, len(overlap.shared), len(overlap.near)
     parts = [
         f"{duplicates} {'duplicate' if duplicates == 1 else 'duplicates'} in train",
@@ -60,7 +60,8 @@ def describe(overlap: Overlap) -> str:
     if overlap.shared:
         question = " ".join(overlap.shared[0].split())
         parts[1] += f" ('{question if len(question) <= 60 else question[:59] + '…'}')"
-    return "; ".join(parts)
+    found = [part for part, count in zip(parts, (duplicates, shared, near), strict=True) if count]
+    return "; ".join(found) or "nothing in common"
 
 
 def _asked(item: Item) -> tuple[str, ...]:
