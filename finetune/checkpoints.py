@@ -66,7 +66,7 @@ def last_whole(folder: Path) -> tuple[Path | None, Meter]:
     found = sorted(folder.glob("checkpoint-*"), key=lambda place: int(place.name.removeprefix("checkpoint-")))
     whole = [place for place in found if (place / WHOLE).exists()]
     for place in set(found) - set(whole):
-        shutil.rmtree(place)
+        shutil.rmtree(place, ignore_errors=True)  # another process of the run may be at it too
     if not whole:
         return None, Meter()
     return whole[-1], Meter(**json.loads((whole[-1] / WHOLE).read_text()))

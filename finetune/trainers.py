@@ -108,6 +108,7 @@ def make_trainer(
     rows: list[Row],
     held_out: list[Row],
     tuning: Tuning,
+    *,
     seed: int,
     folder: Path,
     base: str | Path | None,

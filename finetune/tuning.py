@@ -89,7 +89,19 @@ def tune(
     with workplace(out, started) as folder:
         checkpoint, meter = last_whole(folder)
         try:
-            trainer, flops = make_trainer(member, rows, held_out, tuning, seed, folder, base, states or folder, field, processes, fsdp)
+            trainer, flops = make_trainer(
+                member,
+                rows,
+                held_out,
+                tuning,
+                seed=seed,
+                folder=folder,
+                base=base,
+                states=states or folder,
+                field=field,
+                processes=processes,
+                fsdp=fsdp,
+            )
             trainer.remove_callback(PrinterCallback)
             for callback in (Checkpoints(checkpoint_seconds, meter), watcher):
                 if callback is not None:
