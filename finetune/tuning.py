@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
@@ -128,6 +129,8 @@ def tune(
             )
             if trainer.is_world_process_zero():
                 _finish(folder / "result", member, report, tuning, seed, out)
+        except UnpicklingError as error:
+            raise UserError(f"out: the checkpoint '{checkpoint}' cannot be read as plain tensors; remove it") from error
         except (OSError, RuntimeError, SafetensorError) as error:
             if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
                 raise

@@ -276,3 +276,30 @@ def test_launchers_that_fall_back_are_errors(folder: Path, monkeypatch: pytest.M
     with pytest.raises(UserError, match="one process has nobody to share"):
         run(folder, "out", fsdp=True)
     assert "fsdp: the model is wrapped as DistributedDataParallel, not sharded" in torchrun(folder, fsdp=True).stderr
+
+
+class Trap:
+    """A pickle that would run code when it is read."""
+
+    def __init__(self, place: Path):
+        self.place = place
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.place),)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
+def test_a_checkpoint_cannot_run_code(folder: Path, name: str) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, "out", Stop(3))
+    checkpoint, _ = last_whole(folder / ".out.partial")
+    assert checkpoint is not None
+    torch.save(Trap(folder / "sprung"), checkpoint / name)
+    if name == "training_args.bin":
+        run(folder, "out")  # nothing reads it
+    else:
+        with pytest.raises(UserError, match=r"out: the checkpoint '.*' cannot be read as plain tensors; remove it"):
+            run(folder, "out")
+    assert not (folder / "sprung").exists()
+    torch.load(checkpoint / name, weights_only=False) if name != "training_args.bin" else None
+    assert (folder / "sprung").exists() == (name != "training_args.bin")  # the trap itself works
