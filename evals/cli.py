@@ -201,6 +201,39 @@ def tune(
         print(tune_one(run, display), end="\n" if int(os.environ.get("RANK", 0)) == 0 else "")
 
 
+@app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def lm_eval(context: typer.Context) -> None:
+    """lm-eval's own command line, which knows `--model proxytune` and our tasks.
+
+    `proxytune lm-eval run --model proxytune --model_args base=large,expert=small-lora,antiexpert=small,alpha=0.5
+    --tasks proxytune_capitals`; `cache=answers.db` among the arguments keeps answers, by the models' own weights.
+    """
+    from evals.harness import run_harness
+
+    run_harness(context.args)
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="Where the mixture's folder goes; it must not be there yet.")],
+    base: Annotated[str, typer.Option(help="The large model: a local folder or a hub name.")],
+    expert: Annotated[str, typer.Option(help="The small tuned model, or a LoRA adapter on the anti-expert.")],
+    antiexpert: Annotated[str, typer.Option(help="The same small model untuned.")],
+    alpha: Annotated[float, typer.Option(help="Strength: base + alpha (expert - antiexpert).")] = 1.0,
+) -> None:
+    """Writes a folder that transformers loads as one model (with trust_remote_code, and this package installed).
+
+    `lm-eval run --model hf --model_args pretrained=FOLDER,trust_remote_code=True --device cpu --tasks …` takes it, as does any other
+    tool that takes a causal language model. The members stay where they are.
+    """
+    from evals.generate import Sources, weights_of
+    from proxytune.exported import export as write
+    from proxytune.mixture import proxy_tuning
+
+    write(weights_of(Sources(base, expert, antiexpert)), proxy_tuning(alpha), folder)
+    print(f"lm-eval run --model hf --model_args pretrained={folder},trust_remote_code=True,dtype=float32 --device cpu --tasks TASK")
+
+
 @app.command()
 def bench(
     models: Annotated[

@@ -45,12 +45,8 @@ class Chat:
     response_prefix: str = ""
 
 
-def load_mixture(sources: Sources, alpha: float, drafting: bool = False) -> tuple[ProxyTunedForCausalLM, dict[str, Member]]:
-    """Loads base + alpha (expert - antiexpert); an expert that is a LoRA adapter goes on the anti-expert.
-
-    For `drafting` on the CPU the expert has a copy in 8 bits beside it, 'draft'. Raises `UserError` where only one of
-    expert and anti-expert is given.
-    """
+def weights_of(sources: Sources) -> dict[str, Weights]:
+    """Where the members' weights are. Raises `UserError` where only one of expert and anti-expert is given."""
     expert, antiexpert, proxy_device = sources.expert, sources.antiexpert, sources.proxy_device or sources.device
     if (expert is None) != (antiexpert is None):
         raise UserError("--expert and --antiexpert: give both or neither; the anti-expert is the expert before it was tuned")
@@ -59,14 +55,22 @@ def load_mixture(sources: Sources, alpha: float, drafting: bool = False) -> tupl
         adapted = is_adapter(expert)
         weights["expert"] = Weights(antiexpert if adapted else expert, Path(expert) if adapted else None, proxy_device, "--expert")
         weights["antiexpert"] = Weights(antiexpert, device=proxy_device, field="--antiexpert")
-    members = load_members(weights, dtype=sources.dtype, packed=True)
-    if drafting and "expert" in members and proxy_device == "cpu" and not sources.map_tokens:
+    return weights
+
+
+def load_mixture(sources: Sources, alpha: float, drafting: bool = False) -> tuple[ProxyTunedForCausalLM, dict[str, Member]]:
+    """Loads base + alpha (expert - antiexpert); an expert that is a LoRA adapter goes on the anti-expert.
+
+    For `drafting` on the CPU the expert has a copy in 8 bits beside it, 'draft'. Raises what `weights_of` and loading raise.
+    """
+    members = load_members(weights_of(sources), dtype=sources.dtype, packed=True)
+    if drafting and "expert" in members and (sources.proxy_device or sources.device) == "cpu" and not sources.map_tokens:
         members["draft"] = rounded_draft(members["expert"])
     maps = {}
     if sources.map_tokens and "expert" in members:
         base = members["base"]
         maps = {name: map_tokens(base.tokenizer, members[name].tokenizer, base.rows) for name in ("expert", "antiexpert")}
-    return ProxyTunedForCausalLM(members, proxy_tuning(alpha) if expert else {"base": 1.0}, maps), members
+    return ProxyTunedForCausalLM(members, proxy_tuning(alpha) if sources.expert else {"base": 1.0}, maps), members
 
 
 def read_prompts(members: Mapping[str, Member], prompt: str, chat: Chat) -> dict[str, list[int]]:

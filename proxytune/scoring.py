@@ -8,10 +8,10 @@ only, a bounded number at a time: beside weights and caches, memory holds one pi
 
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from proxytune.cache import MixtureCache
@@ -51,8 +51,22 @@ class _Read(NamedTuple):
     mask: Int[Tensor, "rows time"]
 
 
-@torch.inference_mode()
+class Scores(NamedTuple):
+    """Of every request: its continuation's summed log-probability (nats, fp64), and whether greedy decoding would give it."""
+
+    total: Float[Tensor, " requests"]
+    greedy: Bool[Tensor, " requests"]
+
+
 def score(
+    model: ProxyTunedForCausalLM, requests: Sequence[Request], mixtures: Mapping[str, Mixture], **options: Any
+) -> dict[str, Float[Tensor, " requests"]]:
+    """For each mixture, the summed log-probability (nats, fp64) of every request's continuation; see `score_greedily`."""
+    return {name: scores.total for name, scores in score_greedily(model, requests, mixtures, **options).items()}
+
+
+@torch.inference_mode()
+def score_greedily(
     model: ProxyTunedForCausalLM,
     requests: Sequence[Request],
     mixtures: Mapping[str, Mixture],
@@ -60,8 +74,8 @@ def score(
     batch_tokens: int = 2048,
     share_prefixes: bool = True,
     progress: Callable[[int], None] = lambda requests_done: None,
-) -> dict[str, Float[Tensor, " requests"]]:
-    """For each mixture, the summed log-probability (nats, fp64) of every request's continuation.
+) -> dict[str, Scores]:
+    """For each mixture, every request's log-probability and whether each of its tokens is the likeliest at its place.
 
     A batch feeds at most `batch_tokens` tokens at a time, padding counted. The result does not depend on it, nor on the
     order of the requests or on `share_prefixes`, beyond rounding. Coefficients that are functions count positions from the
@@ -72,7 +86,7 @@ def score(
     for mixture in mixtures.values():
         check_mixture(mixture, model.members)
     _check(requests, model.config.max_position_embeddings)
-    totals = {name: torch.zeros(len(requests), dtype=torch.float64) for name in mixtures}
+    totals = {name: Scores(torch.zeros(len(requests), dtype=torch.float64), torch.ones(len(requests), dtype=torch.bool)) for name in mixtures}
     if not requests:
         return totals
     names = list(dict.fromkeys(name for mixture in mixtures.values() for name in active(mixture)))
@@ -117,8 +131,8 @@ class _Target(NamedTuple):
 Scored = tuple[dict[str, Float[Tensor, "rows kept vocabulary"]], list[_Target]]
 
 
-def _add_up(totals: dict[str, Tensor], logits: dict[str, Tensor], scored: list[_Target], mixtures: Mapping[str, Mixture]) -> None:
-    """Adds the log-probabilities of the scored tokens to their requests', for every mixture."""
+def _add_up(totals: dict[str, Scores], logits: dict[str, Tensor], scored: list[_Target], mixtures: Mapping[str, Mixture]) -> None:
+    """Adds the log-probabilities of the scored tokens to their requests', for every mixture, and strikes out what is not greedy."""
     if not scored:
         return
     device = next(iter(logits.values())).device
@@ -133,12 +147,13 @@ def _add_up(totals: dict[str, Tensor], logits: dict[str, Tensor], scored: list[_
         members = {member: needed[member] for member in active(mixture)}
         if depends_on_place(mixture):
             members = {member: law[where] for member, law in members.items()}
-            mixed = combine(members, mixture, Place(members, position, owners, len(totals[name])))
-            chosen, normaliser = mixed.gather(1, tokens[:, None])[:, 0], mixed.logsumexp(-1)
+            mixed = combine(members, mixture, Place(members, position, owners, len(totals[name].total)))
+            chosen, normaliser, likeliest = mixed.gather(1, tokens[:, None])[:, 0], mixed.logsumexp(-1), mixed.argmax(-1)
         else:
             mixed = combine(members, mixture)
-            chosen, normaliser = mixed[where, tokens], mixed.logsumexp(-1)[where]
-        totals[name].index_add_(0, owners.cpu(), (chosen - normaliser).double().cpu())
+            chosen, normaliser, likeliest = mixed[where, tokens], mixed.logsumexp(-1)[where], mixed.argmax(-1)[where]
+        totals[name].total.index_add_(0, owners.cpu(), (chosen - normaliser).double().cpu())
+        totals[name].greedy[owners[likeliest != tokens].cpu()] = False
 
 
 def _shared(model: ProxyTunedForCausalLM, voices: Sequence[_Voice], requests: Sequence[Request], batch_tokens: int) -> Iterator[Scored]:

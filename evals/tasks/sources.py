@@ -1,0 +1,129 @@
+"""Data and answer rules of the tasks beside this file.
+
+A task's data come from the folder of its name in the folder that the environment variable PROXYTUNE_DATA names (JSON lines or Parquet,
+one file a split, with the hub set's own columns), or from the hub where there is none. Nothing is downloaded for the
+world and the capitals.
+"""
+
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from datasets import Dataset, DatasetDict, load_dataset
+
+from evals.study import STUDIES
+from finetune.data import Item
+from finetune.reading import read_items
+from probes.readouts import judge
+from probes.world.corpus import QUESTION
+from probes.world.family import SHIPPED, find_family
+from probes.world.ledger import items_of
+from proxytune.errors import UserError
+
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+FAMILIAR = 0.5  # of the capitals by population: the upper half
+
+
+def world(seed: int = 0, **_: Any) -> DatasetDict:
+    """The embedded world's facts about people that no tuning asks about; `seed` is one of the shipped families'."""
+    family = find_family("default", seed, SHIPPED)
+    if family is None:
+        raise UserError(f"metadata: the world of seed {seed} is not shipped; take 0, 1 or 2")
+    items = [item for item in items_of(pd.read_parquet(family / "ledger.parquet"), "test") if item.popularity]
+    return DatasetDict(test=Dataset.from_list([_row(item, QUESTION.format(question=item.question)) for item in items]))
+
+
+def capitals(**_: Any) -> DatasetDict:
+    """Capitals of countries, with their populations; half are `familiar`."""
+    items = read_items(STUDIES / "capitals" / "knowledge.jsonl", "capitals").items
+    rows = [_row(item, f"Question: {item.question}\nAnswer:") for item in items]
+    middle = pd.Series([row["popularity"] for row in rows]).quantile(FAMILIAR)
+    return DatasetDict(test=Dataset.from_list([row | {"familiar": row["popularity"] > middle} for row in rows]))
+
+
+def stored(task: str, hub: str, splits: dict[str, str], configuration: str | None = None, **_: Any) -> DatasetDict:
+    """The splits of a set, from the folder of the task's name or from the hub."""
+    home = os.environ.get("PROXYTUNE_DATA")
+    folder = None if home is None else Path(home) / task
+    if folder is None or not folder.is_dir():
+        try:
+            return DatasetDict({name: load_dataset(hub, configuration, split=split) for name, split in splits.items()})
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{task}: '{hub}' cannot be had ({reason}); set PROXYTUNE_DATA to a folder that holds {task}/test.jsonl") from error
+    found = {}
+    for name in splits:
+        files = [folder / f"{name}.{kind}" for kind in ("jsonl", "parquet") if (folder / f"{name}.{kind}").exists()]
+        if files:
+            kind = "parquet" if files[0].suffix == ".parquet" else "json"
+            found[name] = load_dataset(kind, data_files=str(files[0]), split="train", cache_dir=str(folder / ".cache"))
+    if "test" not in found:
+        raise UserError(f"{task}: '{folder}' has neither test.jsonl nor test.parquet; put one there")
+    # The harness wants every split to be there that a task names, asked for or not.
+    return DatasetDict({name: found.get(name, found["test"].select([])) for name in splits})
+
+
+def read_rightly(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """A text is right if it begins with the answer; one that begins with no candidate is unparsed, and wrong."""
+    answer = judge(results[0], Item(question=doc["question"], answer=doc["answer"], choices=tuple(doc["choices"])))
+    return {"exact_match": float(answer.right), "unparsed": float(answer.unparsed)}
+
+
+def choose_by_familiarity(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
+    """Accuracy by the log-probability a character, as it is and for familiar and unfamiliar facts apart (the others give none)."""
+    scores = [score / max(1, len(choice)) for (score, _), choice in zip(results, doc["choices"], strict=True)]
+    right = float(scores.index(max(scores)) == doc["gold"])
+    return {"acc_norm": right, "acc_familiar" if doc["familiar"] else "acc_unfamiliar": right}
+
+
+def solve(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """GSM8K: the last number of the text against the number after ####; a text without a number is unparsed, and wrong."""
+    numbers = NUMBER.findall(results[0])
+    gold = doc["answer"].rpartition("####")[2]
+    right = bool(numbers) and _value(numbers[-1]) == _value(gold)
+    return {"exact_match": float(right), "unparsed": float(not numbers)}
+
+
+def name_one(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """TriviaQA: the text's first line is one of the aliases, whatever its case, articles and punctuation."""
+    said = _bare(results[0].split("\n")[0])
+    aliases = {_bare(alias) for alias in [doc["answer"]["value"], *doc["answer"]["aliases"]]}
+    return {"exact_match": float(said in aliases), "unparsed": float(not said)}
+
+
+def truth(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
+    """TruthfulQA: mc1, the one true choice is the likeliest; mc2, the true choices' share of the probability."""
+    scores = pd.Series([score for score, _ in results])
+    single = len(doc["mc1_targets"]["choices"])
+    first, second = scores[:single], scores[single:].reset_index(drop=True)
+    law = (second - second.max()).map(math.exp)
+    true = pd.Series(doc["mc2_targets"]["labels"]).astype(bool)
+    return {"mc1": float(doc["mc1_targets"]["labels"][int(first.argmax())] == 1), "mc2": float(law[true].sum() / law.sum())}
+
+
+def true_choices(doc: dict[str, Any]) -> list[str]:
+    return [*doc["mc1_targets"]["choices"], *doc["mc2_targets"]["choices"]]
+
+
+def _row(item: Item, prompt: str) -> dict[str, Any]:
+    return {
+        "question": item.question,
+        "prompt": prompt,
+        "statement": item.statement or "",
+        "answer": item.answer,
+        "choices": list(item.choices),
+        "gold": item.choices.index(item.answer),
+        "popularity": item.popularity or 0.0,
+    }
+
+
+def _value(number: str) -> float:
+    return float(number.replace(",", "").strip())
+
+
+def _bare(text: str) -> str:
+    words = re.sub(r"[^\w\s]", " ", text.casefold()).split()
+    return " ".join(word for word in words if word not in ("a", "an", "the"))
