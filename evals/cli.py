@@ -69,6 +69,7 @@ def compare(
 
     from evals.compare import run_study
     from evals.figures import draw_figures
+    from evals.items import write_items
     from evals.progress import Display
     from evals.results import measured_costs, summarize
     from evals.study import load_study
@@ -83,8 +84,26 @@ def compare(
             files = [place / "results.json", place / "costs.json", *draw_figures(loaded, records, results, place)]
             files[0].write_text(render(results, "json") + "\n")
             files[1].write_text(json.dumps(measured, indent=1) + "\n")
+            files.append(write_items(records, place))
         print(render(results, form, shutil.get_terminal_size((160, 24)).columns, measured))
-        display.say(f"Files: {', '.join(map(str, files))}; items, one file a record: {place / 'records'}")
+        display.say(f"Files: {', '.join(map(str, files))}; see what arms said with: proxytune items {place} --where 'ARM right, OTHER wrong'")
+
+
+@app.command()
+def items(
+    folder: Annotated[Path, typer.Argument(help="Where proxytune compare wrote its results.")],
+    measure: Annotated[str, typer.Option(help="task, statement, question or choice.")] = "task",
+    where: Annotated[str, typer.Option(help="Conditions: an arm and right, wrong or unparsed; 'full right, proxy@1 wrong'.")] = "",
+    limit: Annotated[int, typer.Option(min=1, help="At most so many items.")] = 20,
+    form: Annotated[Format, typer.Option("--format", help="How they go to standard output.")] = Format.table,
+) -> None:
+    """Prints what arms said to the same items, side by side: those one got right and another wrong, say."""
+    from evals.items import read_items_of, side_by_side
+    from evals.tables import draw
+
+    table = side_by_side(read_items_of(folder), measure, where, limit)
+    width = shutil.get_terminal_size((160, 24)).columns
+    print(table.frame.to_json(orient="records", force_ascii=False) if form is Format.json else draw([table], form, width))
 
 
 @app.command()

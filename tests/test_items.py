@@ -1,0 +1,75 @@
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from evals.items import FILE, all_items, read_items_of, side_by_side, write_items
+from evals.records import Record
+from evals.tables import draw
+from proxytune import UserError
+
+
+def record(arm: str, right: list[bool], unparsed: list[bool], seed: int = 0, measurement: str = "task") -> Record:
+    frame = pd.DataFrame({"unit": ["a", "b", "c", "c"], "question": ["a?", "b?", "c?", "c?"], "answer": ["1", "2", "3", "4"]})
+    texts = [f"{arm}-{seed}-{place}" for place in range(4)]
+    return Record(arm, measurement, seed, "", frame.assign(text=texts, right=right, unparsed=unparsed), {})
+
+
+T, F = True, False
+RECORDS = [
+    record("full", [T, T, F, F], [F, F, F, T]),
+    record("proxy@1", [T, F, T, F], [F, F, F, F]),
+    record("full", [F, T, F, F], [F, F, F, F], seed=1),
+    record("proxy@1", [T, F, T, F], [F, T, F, F], seed=1),
+    record("full", [T, T, T, T], [F, F, F, F], measurement="statement"),
+    Record("full", "density", 0, "", pd.DataFrame({"unit": ["a"], "effective_rank/pre/0": [1.0]}), {}),
+]
+
+
+def asked(where: str, limit: int = 9, measure: str = "task") -> list[tuple[str, ...]]:
+    table = side_by_side(all_items(RECORDS), measure, where, limit)
+    return [tuple(row) for row in table.frame.itertuples(index=False)]
+
+
+def test_items_on_which_arms_part_stand_side_by_side() -> None:
+    assert asked("full right, proxy@1 wrong") == [
+        ("0", "b?", "2", "✓ full-0-1", "✗ proxy@1-0-1"),
+        ("1", "b?", "2", "✓ full-1-1", "✗ proxy@1-1-1"),
+    ]
+    assert asked("proxy@1 right, full wrong") == [
+        ("0", "c?", "3", "✓ proxy@1-0-2", "✗ full-0-2"),
+        ("1", "a?", "1", "✓ proxy@1-1-0", "✗ full-1-0"),
+        ("1", "c?", "3", "✓ proxy@1-1-2", "✗ full-1-2"),
+    ]
+    assert asked("full unparsed") == [("0", "c?", "4", "✗ full-0-3")]
+    assert len(asked("")) == 8
+    assert asked("", measure="statement") == [
+        ("0", q, a, f"✓ full-0-{n}") for n, (q, a) in enumerate(zip(["a?", "b?", "c?", "c?"], "1234", strict=True))
+    ]
+
+
+def test_long_lists_are_cut_and_said() -> None:
+    table = side_by_side(all_items(RECORDS), "task", "full wrong", 2)
+    assert len(table.frame) == 2
+    assert table.note.startswith("5 of 8 items, the first 2 shown")
+    assert "✗ full-0-2" in draw([table], "table", 100)
+
+
+@pytest.mark.parametrize(
+    ("measure", "where", "words"),
+    [
+        ("tasks", "", "--measure: there is none called 'tasks'; there are task, statement"),
+        ("task", "lora right", "--where: there is no arm 'lora'; there are full, proxy@1"),
+        ("task", "full good", "--where: 'full good' does not end in right, wrong, unparsed"),
+    ],
+)
+def test_mistakes_are_named(measure: str, where: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        asked(where, measure=measure)
+
+
+def test_the_file_is_read_as_it_was_written_and_missed_in_one_line(tmp_path: Path) -> None:
+    pd.testing.assert_frame_equal(pd.read_parquet(write_items(RECORDS, tmp_path)), all_items(RECORDS))
+    pd.testing.assert_frame_equal(read_items_of(tmp_path), all_items(RECORDS))
+    with pytest.raises(UserError, match=f"holds no {FILE}"):
+        read_items_of(tmp_path / "none")
