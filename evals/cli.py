@@ -220,6 +220,38 @@ def tune(
         print(tune_one(run, display), end="\n" if int(os.environ.get("RANK", 0)) == 0 else "")
 
 
+@app.command()
+def rescore(
+    folder: Annotated[Path, typer.Argument(help="Released generations: BENCHMARK/SYSTEM/predictions.jsonl and metrics.json.")],
+    roles: Annotated[
+        list[str],
+        typer.Option(help="Whose gap is closed: 'base=NAME proxy=NAME direct=NAME expert=NAME' (* is anything, commas part names); may be repeated."),
+    ] = [],  # noqa: B006
+    execute: Annotated[
+        Path | None, typer.Option(help="Run code answers in a sandbox, with the tests of this HumanEval file.", show_default=False)
+    ] = None,
+    form: Annotated[Format, typer.Option("--format", help="How the results go to standard output; json is the list of rows.")] = Format.table,
+) -> None:
+    """Scores released generations again: our metric beside the published one, intervals, the gap closed, exact tests.
+
+    Nothing is executed unless --execute names the tests; it needs bubblewrap (bwrap) and refuses without it.
+    """
+    import json
+
+    from evals.progress import Display
+    from evals.rescore import execute_in_sandbox, read_roles, rescore_tables
+    from evals.rescore import rescore as score
+    from evals.tables import draw
+
+    with Display() as display:
+        code = None if execute is None else execute_in_sandbox(display)
+        results = score(folder, code, display.say, humaneval=execute, roles=[read_roles(text) for text in roles])
+    width = shutil.get_terminal_size((160, 24)).columns
+    print(json.dumps(results["rows"], indent=1) if form is Format.json else draw(rescore_tables(results), form, width))
+    for note in results["notes"]:
+        print(note, file=sys.stderr)
+
+
 @app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def lm_eval(context: typer.Context) -> None:
     """lm-eval's own command line, which knows `--model proxytune` and our tasks.

@@ -1,0 +1,397 @@
+"""Runs untrusted Python answers against their tests, each in sandboxes of its own made by bubblewrap. Nothing here runs unless called.
+
+The tests and the solution are two processes in two sandboxes. The first (the judge) runs the tests and calls the solution's functions through a
+pipe; the second (the solver) runs the solution and answers with plain data. A verdict is passed only where the judge reaches the end of the tests
+and writes a random token, made for this run, to a pipe that the solver has never had.
+
+Guaranteed: nothing that the solution does in its own process (exits, patches, prints, walks of the stack, hooks) can make up a verdict, since only
+the values it answers reach the tests, rebuilt there from exact built-in types; it sees no file but a Python without packages and an empty folder,
+no network, no environment variable, no process of the host; at the end of the time all it has started is killed.
+Not guaranteed: that a solution does not know the tests' answers, or that a kernel with a hole keeps it in. The tests are trusted. Memory is limited
+per process (System V shared memory beside it is not counted) and processes per sandbox from Linux 5.14 on (before: per user).
+Arguments are copies, so that a test of a change in place fails. A solution's own objects can be given attributes and handed back to it, no more.
+"""
+
+import builtins
+import inspect
+import json
+import os
+import re
+import resource
+import secrets
+import select
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from functools import cache, partial
+from pathlib import Path
+from subprocess import PIPE, STDOUT
+from typing import IO, Any, NamedTuple
+
+from proxytune.errors import UserError
+
+MEBIBYTE = 2**20
+OUTPUT = MEBIBYTE  # bytes that a solution may print
+ANSWER = 4 * MEBIBYTE  # characters that one answer may have once written as JSON
+DISK = 16 * MEBIBYTE  # bytes, of the empty folder and of every file
+NOBODY = 65534  # the user that sandboxes of root run as, for the kernel does not count the processes of root
+PYTHON = ("-I", "-S", "-E")
+REASONS = ("failed", "timed out", "out of memory", "too much output", "forged")
+NOT_STARTED = "the solver has not started"
+LEFT_OUT = shutil.ignore_patterns("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "tkinter", "config-*", "*.a")
+INSTALL = (
+    "install bubblewrap 0.8 or later (Debian, Ubuntu: apt install bubblewrap) where user namespaces are allowed, or leave out measures that run code"
+)
+
+
+class Program(NamedTuple):
+    """An answer and its tests. `setup` is trusted code that runs before the tests, on their side, and goes before what the solution defines
+    (HumanEval: the prompt, with its imports and helpers). `test` may call `entry_point`, which comes from the solution, and all else that the
+    solution defines and nobody else does (HumanEval: the tests and `check(entry_point)`)."""
+
+    solution: str
+    test: str
+    entry_point: str
+    setup: str = ""
+
+
+class Verdict(NamedTuple):
+    """Whether the tests ran to their end, and 'passed' or one of `REASONS`."""
+
+    passed: bool
+    reason: str
+
+
+def run_programs(
+    programs: Sequence[Program],
+    *,
+    seconds: float = 10.0,
+    memory: int = 512 * MEBIBYTE,
+    processes: int = 2,
+    progress: Callable[[int], None] = lambda steps: None,
+) -> list[Verdict]:
+    """The verdicts, in the order of `programs`; two run at once on each core.
+
+    A program has `seconds` of wall time, `memory` bytes for each process and `processes` processes or threads at once. Calls `progress(1)` after
+    each. Raises `UserError` where bubblewrap is missing or does not isolate; programs are never run without.
+    """
+    if missing := [name for name in ("bwrap", "ldd") if shutil.which(name) is None]:
+        raise UserError(f"sandbox: programs run only in bubblewrap's sandboxes, and '{missing[0]}' is not on the PATH; {INSTALL}")
+    _prove_isolation()
+    limits = {"memory": memory, "processes": processes, "seconds": int(seconds) + 1}
+    verdicts = []
+    with ThreadPoolExecutor(2 * len(os.sched_getaffinity(0))) as pool:  # half of them wait for the kernel to set up or take down a sandbox
+        for verdict in pool.map(lambda program: _run(program, seconds, limits), programs):
+            verdicts.append(verdict)
+            progress(1)
+    return verdicts
+
+
+def _run(program: Program, seconds: float, limits: dict[str, int]) -> Verdict:
+    token = secrets.token_hex(16)
+    deadline = time.monotonic() + seconds
+    request, ask = os.pipe()
+    reply, answer = os.pipe()
+    with ExitStack() as stack:
+        try:
+            solver = _start(f"import harness; harness.solve({request}, {answer})", [request, answer], {"solution": program.solution, **limits}, stack)
+            trusted = {"setup": program.setup, "test": program.test, "entry_point": program.entry_point, "token": token}
+            judge = _start(f"import harness; harness.judge({ask}, {reply})", [ask, reply], {**trusted, **limits}, stack)
+        finally:
+            for end in (request, ask, reply, answer):
+                os.close(end)
+        word = _watch(judge, solver, deadline)
+    if secrets.compare_digest(word, token.encode()):
+        return Verdict(True, "passed")
+    said = word.decode(errors="replace").strip()
+    if said == NOT_STARTED or said.startswith("bwrap:"):
+        raise UserError(f"sandbox: bubblewrap has failed to start a sandbox ({' '.join(said.split())}); see what limits this user's processes")
+    return Verdict(False, said if said in REASONS else "failed")
+
+
+def _start(code: str, ends: list[int], task: dict[str, Any], stack: ExitStack) -> IO[bytes]:
+    """Starts a sandbox that runs `code`, is told `task`, holds the pipes' `ends` and dies with `stack`; returns what it prints."""
+    user: dict[str, Any] = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
+    command = [*_sandbox(), "-c", code]
+    try:
+        process = subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=STDOUT, pass_fds=ends, cwd="/", env={}, **user)
+    except OSError as error:
+        raise UserError(f"sandbox: '{command[0]}' cannot be started ({error}); {INSTALL}") from error
+    stack.enter_context(process)
+    stack.callback(process.kill)  # and with it, by --die-with-parent, all that runs in its sandbox
+    assert process.stdin is not None and process.stdout is not None
+    with suppress(BrokenPipeError), process.stdin as stdin:
+        stdin.write(json.dumps(task).encode())
+    return process.stdout
+
+
+def _watch(judge: IO[bytes], solver: IO[bytes], deadline: float) -> bytes:
+    """What the judge says, or that there is no time left or that the solver prints too much (what it prints is thrown away)."""
+    printed = 0
+    poll = select.poll()
+    for stream in (judge, solver):
+        poll.register(stream, select.POLLIN)
+    while (left := deadline - time.monotonic()) > 0:
+        ready = [number for number, _ in poll.poll(1000 * left)]
+        if solver.fileno() in ready:
+            read = len(os.read(solver.fileno(), OUTPUT))
+            printed += read
+            if printed > OUTPUT:
+                return b"too much output"
+            if not read:
+                poll.unregister(solver)
+        elif judge.fileno() in ready:
+            return os.read(judge.fileno(), 256)
+    return b"timed out"
+
+
+@cache
+def _files() -> "tempfile.TemporaryDirectory[str]":
+    """A folder with this Python, its standard library and the libraries that they load, for the sandboxes to have as their only files."""
+    folder = tempfile.TemporaryDirectory(prefix="sandbox-")
+    root, base = Path(folder.name), Path(sys.base_prefix)
+    (root / "tmp").mkdir()
+    (root / "lib").mkdir()
+    standard = Path(sysconfig.get_path("stdlib", vars={"installed_base": str(base)}))
+    copied = root / "python" / standard.relative_to(base)
+    shutil.copytree(standard, copied, ignore=LEFT_OUT)
+    python = root / "python/bin/python"
+    python.parent.mkdir()
+    shutil.copy(os.path.realpath(sys.executable), python)
+    listed = subprocess.run(["ldd", python, *copied.glob("lib-dynload/*.so")], capture_output=True, text=True).stdout
+    for name, path in re.findall(r"^\s*(\S+)(?: => (\S+))? \(0x", listed, re.MULTILINE):
+        if path:
+            shutil.copy(path, root / "lib" / name)
+        elif name.startswith("/"):  # the loader, which programs name by its full path
+            (root / name[1:]).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(name, root / name[1:])
+    harness = copied / "harness.py"
+    parts = [inspect.getsource(part) for part in (_confine, encode, decode, Remote, solve, judge)]
+    imports = "from __future__ import annotations\nimport builtins, json, os, resource, sys\nfrom functools import partial"
+    constants = f"ANSWER, DISK, NOT_STARTED = {ANSWER}, {DISK}, {NOT_STARTED!r}"
+    harness.write_text("\n\n".join([imports, constants, *parts]))
+    for path in (root, *root.rglob("*")):
+        path.chmod(0o755)  # the sandboxes' user is another one
+    # A first run outside, of our own code only, leaves it and what it imports compiled.
+    subprocess.run([python, *PYTHON, "-c", "import harness"], env={"LD_LIBRARY_PATH": str(root / "lib")}, capture_output=True)
+    return folder
+
+
+def _sandbox() -> list[str]:
+    """The command that starts a Python in a sandbox, to which Python's arguments are to be added."""
+    isolation = f"--unshare-all --unshare-user --disable-userns --cap-drop ALL --uid {NOBODY} --gid {NOBODY} --hostname sandbox --new-session"
+    files = f"--ro-bind {_files().name} / --size {DISK} --tmpfs /tmp --chdir /tmp --clearenv --setenv LD_LIBRARY_PATH /lib"
+    return [str(shutil.which("bwrap")), *isolation.split(), "--die-with-parent", *files.split(), "/python/bin/python", *PYTHON]
+
+
+@cache
+def _prove_isolation() -> None:
+    """Raises `UserError` unless a sandbox starts, and the host's files, processes, network and variables are out of a program's reach in it."""
+    try:
+        _files()
+    except OSError as error:
+        raise UserError(
+            f"sandbox: this Python cannot be copied for the sandboxes ({error}); free some space or set TMPDIR to another folder"
+        ) from error
+    with ExitStack() as stack:
+        said = os.read(_start("print('ready', flush=True)", [], {}, stack).fileno(), 4096).decode(errors="replace").strip()
+    if said != "ready":
+        raise UserError(f"sandbox: bubblewrap starts no sandbox here ({' '.join(said.split()) or 'it says nothing'}); {INSTALL}")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        test = f"assert reached({server.getsockname()[1]}, {_files().name!r}) == []"
+        verdict = _run(Program(inspect.getsource(reached), test, "reached"), 20.0, {"memory": 512 * MEBIBYTE, "processes": 1, "seconds": 20})
+    if not verdict.passed:
+        raise UserError(f"sandbox: bubblewrap does not keep programs in here (the trial {verdict.reason}); {INSTALL}")
+
+
+# What follows runs in the sandboxes, from a file of its own: it may name nothing of the above.
+
+
+def reached(port: int, folder: str) -> list[str]:
+    """What of the host can be reached: the trial of the isolation."""
+    import os
+    import socket
+
+    def network() -> None:
+        socket.create_connection(("127.0.0.1", port), timeout=1)
+
+    def write() -> None:
+        open("/python/written", "w").close()
+
+    def fork() -> None:
+        if os.fork() == 0:
+            os._exit(0)
+
+    found = [path for path in (folder, "/proc", "/sys", "/home", "/etc/passwd") if os.path.exists(path)]
+    found += os.environ
+    found += ["processes"] if os.getpid() > 4 else []
+    for attempt in (network, write, fork):
+        try:
+            attempt()
+            found.append(attempt.__name__)
+        except OSError:
+            pass
+    return found
+
+
+def _confine(task: dict[str, Any]) -> None:
+    """Limits this process and all that it will start; the sandbox's own first process counts too. Forgets what variables bubblewrap has set."""
+    os.environ.clear()
+    limits = {"AS": task["memory"], "CPU": task["seconds"], "NPROC": task["processes"] + 1, "FSIZE": DISK, "NOFILE": 32, "CORE": 0, "MSGQUEUE": 0}
+    for name, most in limits.items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
+
+
+def encode(value: Any, objects: list[Any] | None) -> Any:
+    """`value` as JSON: None, truth values and text as they are, the rest with the name of its type. An iterator is used up, an object of any
+    other type is put into `objects` and told by its place."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int):
+        return ["int", hex(value)]
+    if isinstance(value, float):
+        return ["float", value.hex()]
+    if isinstance(value, complex):
+        return ["complex", value.real.hex(), value.imag.hex()]
+    if isinstance(value, bytes):
+        return ["bytes", value.hex()]
+    if isinstance(value, range):
+        return ["range", value.start, value.stop, value.step]
+    if isinstance(value, dict):
+        return ["dict", *([encode(key, objects), encode(held, objects)] for key, held in value.items())]
+    for kind in (list, tuple, set, frozenset):
+        if isinstance(value, kind):
+            return [kind.__name__, *(encode(held, objects) for held in value)]
+    if isinstance(value, Remote):
+        return ["object", value.place]
+    if hasattr(value, "__next__") or isinstance(value, type({}.keys()) | type({}.values()) | type({}.items())):
+        return ["iterator", *(encode(held, objects) for held in value)]
+    if objects is None:
+        raise TypeError("a test can hand plain data to a solution only")
+    objects.append(value)
+    return ["object", len(objects) - 1]
+
+
+def decode(data: Any, objects: list[Any] | None) -> Any:
+    """What `encode` was given. An object of the other side is a `Remote`, one of this side (`objects`) is itself. Raises many errors if forged."""
+    if data is None or isinstance(data, bool | str):
+        return data
+    kind, *parts = data
+    if kind in ("list", "tuple", "set", "frozenset", "iterator"):
+        held = [decode(part, objects) for part in parts]
+        return iter(held) if kind == "iterator" else getattr(builtins, kind)(held)
+    if kind == "dict":
+        return {decode(key, objects): decode(held, objects) for key, held in parts}
+    if kind == "object":
+        return Remote(int(parts[0])) if objects is None else objects[parts[0]]
+    plain: dict[str, Callable[..., Any]] = {
+        "int": lambda digits: int(digits, 16),
+        "float": float.fromhex,
+        "complex": lambda real, imaginary: complex(float.fromhex(real), float.fromhex(imaginary)),
+        "bytes": bytes.fromhex,
+        "range": range,
+    }
+    return plain[kind](*parts)
+
+
+class Remote:
+    """An object of the solution's own, as the tests see it: equal to itself only, so that it cannot agree with what they expect."""
+
+    def __init__(self, place: int) -> None:
+        self.__dict__["place"] = place
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        Remote.call("setattr", self, name, value)
+
+    place: int
+    call: Any = None
+
+
+def solve(request: int, answer: int) -> None:
+    """The untrusted side: runs the solution, then calls what it is asked to. Nothing here is relied on."""
+    task = json.load(sys.stdin)
+    _confine(task)
+    objects: list[Any] = []
+    module = sys.modules["solution"] = type(sys)("solution")
+    scope = module.__dict__
+
+    def load() -> Any:
+        exec(compile(task["solution"], "solution", "exec"), scope)
+        return [name for name, value in scope.items() if callable(value)]
+
+    with open(answer, "w") as answers, open(request) as requests:
+        print(file=answers, flush=True)  # the sandbox has started
+        work: Callable[[], Any] = load
+        while True:
+            try:
+                said = ["value", encode(work(), objects)]
+            except Exception as error:
+                said = ["error", type(error).__name__, str(error)[:1000]]
+            print(json.dumps(said), file=answers, flush=True)
+            asked = requests.readline()
+            if not asked:
+                return
+            name, arguments, named = decode(json.loads(asked), objects)
+            function: Any = scope.get(name, getattr(builtins, name, None))
+            work = partial(function, *arguments, **named)
+
+
+def judge(ask: int, reply: int) -> None:
+    """The trusted side: runs the tests on what the solution answers and says the token at their end, or else why not."""
+    task = json.load(sys.stdin)
+    _confine(task)
+    sys.stdout = sys.stderr = None  # what the tests print is no verdict
+    requests, replies = os.fdopen(ask, "w"), os.fdopen(reply)
+
+    def end(word: str) -> None:
+        os.write(1, word.encode())
+        os._exit(0)  # at once, for tests that catch every error would go on
+
+    def receive() -> Any:
+        line = replies.readline(ANSWER)
+        if not line.endswith("\n"):
+            end("too much output" if line else "failed")
+        try:
+            kind, *said = json.loads(line)
+            value = decode(said[0], None)
+        except Exception:
+            end("forged")
+        if kind == "value":
+            return value
+        error: Any = getattr(builtins, value, None)
+        known = isinstance(error, type) and issubclass(error, Exception)
+        # The end of an iteration, raised in a loop of the tests, would skip what is left of it.
+        raise error(*said[1:]) if known and not issubclass(error, StopIteration | StopAsyncIteration) else RuntimeError(value)
+
+    def call(name: str, *arguments: Any, **named: Any) -> Any:
+        try:
+            print(json.dumps(encode([name, arguments, named], None)), file=requests, flush=True)
+        except BrokenPipeError:
+            end("failed")
+        return receive()
+
+    def stub(name: str) -> Callable[..., Any]:
+        return lambda *arguments, **named: call(name, *arguments, **named)
+
+    Remote.call = call
+    scope: dict[str, Any] = {}
+    try:
+        if not replies.readline():
+            end(NOT_STARTED)
+        defined = receive()
+        exec(task["setup"], scope)
+        scope |= {name: stub(name) for name in defined if name not in scope and not hasattr(builtins, name)}
+        scope[task["entry_point"]] = stub(task["entry_point"])
+        exec(task["test"], scope)
+    except MemoryError:
+        end("out of memory")
+    except BaseException:
+        end("failed")
+    end(task["token"])

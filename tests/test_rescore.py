@@ -1,0 +1,462 @@
+import gzip
+import json
+import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from evals.released import chosen_option, last_number, pass_at, read_tree
+from evals.rescore import holm, mcnemar, read_roles, rescore, rescore_tables
+from evals.sandbox import Program
+from evals.statistics import bootstrap_means, gap_closed
+from evals.tables import draw
+from proxytune.errors import UserError
+
+PROMPT = "Which?\nA. This.\nB. That.\nC. Neither.\n\nThe answer is:"
+ROLES = {"base": "raw", "proxy": "steered*", "direct": "tuned"}
+FULL = {"base": "raw", "proxy": "steered*", "direct": "tuned", "expert": "small"}
+
+
+def write(folder: Path, name: str, rows: Sequence[Any] | Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = name.endswith(".jsonl")
+    (folder / name).write_text("\n".join(json.dumps(row) for row in rows) + "\n" if lines else json.dumps(rows))
+
+
+def math_items(outputs: Sequence[str], answers: Sequence[str]) -> list[dict[str, str]]:
+    return [
+        {"question": f"q{place}", "answer": answer, "model_output": output, "prediction": "not to be trusted"}
+        for place, (output, answer) in enumerate(zip(outputs, answers, strict=True))
+    ]
+
+
+def write_math(root: Path, system: str, right: Sequence[bool], published: float | None = None) -> None:
+    write(root / "sums" / system, "predictions.jsonl", math_items(["so 7." if value else "so 8." for value in right], ["7"] * len(right)))
+    if published is not None:
+        write(root / "sums" / system, "metrics.json", {"exact_match": published})
+
+
+def choice_items(outputs: Sequence[str], answers: str) -> list[dict[str, Any]]:
+    return [
+        {"Question": f"q{place}", "mc_prompt": PROMPT, "mc_answer_idx": answer, "mc_output": output, "parsed_output": "A", "correct": True}
+        for place, (output, answer) in enumerate(zip(outputs, answers, strict=True))
+    ]
+
+
+def row_of(results: Mapping[str, Any], metric: str, system: str = "raw") -> dict[str, Any]:
+    (row,) = [row for row in results["rows"] if (row["metric"], row["system"]) == (metric, system)]
+    return dict(row)
+
+
+# Reading of answers
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("so $1,250.50.", "1250.50"),
+        ("it is -6, then -3.", "-3"),
+        ("16-3", "3"),
+        ("(2)-3", "3"),
+        ("a loss of -$12", "-12"),
+        ("#### 72\n", "72"),
+        ("a half is .5", ".5"),
+        ("first 3, then none", "3"),
+        ("nothing", None),
+        ("", None),
+    ],
+)
+def test_last_number(text: str, number: str | None) -> None:
+    assert last_number(text) == number
+
+
+@pytest.mark.parametrize(
+    ("output", "loose", "alone"),
+    [
+        (" B", "B", "B"),
+        ("\n\n\\begin{blockquote}\n\n C", "C", "C"),
+        (" (A)", "A", "A"),
+        ("America", "A", None),
+        ("B.", "B", "B"),
+        ("D", None, None),
+        ("I cannot say", None, None),
+        ("**A", None, None),
+        ("the answer is A", None, None),
+        ("", None, None),
+    ],
+)
+def test_chosen_option(output: str, loose: str | None, alone: str | None) -> None:
+    assert chosen_option(output, PROMPT, alone=False) == loose
+    assert chosen_option(output, PROMPT, alone=True) == alone
+
+
+# Metrics known by hand
+
+
+def test_math_reads_the_text_in_both_ways(tmp_path: Path) -> None:
+    outputs = ["12.00", "so 7.5", "-3 degrees", "1,000", "no idea", "4 or 5"]
+    write(tmp_path / "sums" / "raw", "predictions.jsonl", math_items(outputs, ["12", "75", "-3", "1000", "1", "4"]))
+    write(tmp_path / "sums" / "raw", "metrics.json", {"exact_match": 3 / 6, "comment": "text", "flag": True})
+    results = rescore(tmp_path)
+    exact, equal = row_of(results, "exact match"), row_of(results, "equal number")
+    assert exact["ours"] == exact["published"] == 0.5  # 7.5 for 75, -3 and 1000: sign and point are dropped, so that 12.00 is 1200
+    assert (exact["difference"], exact["note"], exact["n"], exact["unparsed"]) == (0, "", 6, 1)
+    assert equal["ours"] == 0.5  # 12.00, -3 and 1000
+    assert equal["note"] == "1 right but written otherwise (12.00 for 12); 1 equal to the answer only without sign and point (7.5 for 75)"
+    assert equal["low"] <= 0.5 <= equal["high"]
+
+
+def test_a_wrong_extraction_changes_the_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "sums" / "raw", "predictions.jsonl", math_items(["4 and then 5", "9, so 2"], ["5", "2"]))
+    assert row_of(rescore(tmp_path), "exact match")["ours"] == 1
+    monkeypatch.setattr("evals.released.last_number", lambda text: text[0])
+    assert row_of(rescore(tmp_path), "exact match")["ours"] == 0
+
+
+def test_a_published_number_that_no_reading_gives_is_said_to_differ(tmp_path: Path) -> None:
+    write_math(tmp_path, "raw", [True, False], published=0.75)
+    row = row_of(rescore(tmp_path), "exact match")
+    assert (row["ours"], row["difference"]) == (0.5, -0.25)
+    assert "no reading" in row["note"]
+
+
+def test_choice_drops_the_unparsed_or_counts_them_as_wrong(tmp_path: Path) -> None:
+    items = choice_items([" A", " (B", "C", "dunno", "America"], "ABABB")
+    write(tmp_path / "facts" / "raw", "mc_results.jsonl", items)
+    write(tmp_path / "facts" / "raw", "mc_metrics.json", {"acc": 0.5, "num_invalid_predictions": 1, "tot": 5})
+    results = rescore(tmp_path)
+    parsed, all_of_them = row_of(results, "choice of the parsed"), row_of(results, "choice")
+    assert (parsed["ours"], parsed["published"], parsed["n"], parsed["unparsed"], parsed["note"]) == (0.5, 0.5, 4, 1, "")
+    assert (all_of_them["ours"], all_of_them["n"], all_of_them["unparsed"]) == (0.4, 5, 2)
+    assert all_of_them["difference"] == pytest.approx(-0.1)
+    assert all_of_them["note"] == "2 unparsed count as wrong"
+
+
+def test_nothing_parsed_is_no_share(tmp_path: Path) -> None:
+    write(tmp_path / "facts" / "raw", "mc_results.jsonl", choice_items(["dunno", "?"], "AB"))
+    results = rescore(tmp_path)
+    assert row_of(results, "choice of the parsed")["ours"] is None
+    assert row_of(results, "choice")["ours"] == 0
+    json.dumps(results, allow_nan=False)
+
+
+def test_judgements(tmp_path: Path) -> None:
+    judged = [(0.9, 0.8), (0.9, 0.1), (0.2, 0.7), (None, math.nan)]
+    items = [{"Question": f"q{place}", "GPT-true": true, "GPT-info": info} for place, (true, info) in enumerate(judged)]
+    write(tmp_path / "facts" / "raw", "open_results.jsonl", items)
+    write(tmp_path / "facts" / "raw", "open_metrics.json", {"GPT-true acc": 0.5, "GPT-true-info acc": 0.25})
+    results = rescore(tmp_path)
+    values = {row["metric"]: row["ours"] for row in results["rows"]}
+    expected = {"true": 0.5, "informative": 0.5, "true and informative": 0.25, "P(true)": 0.5, "P(informative)": 0.4}
+    assert values == pytest.approx(expected)
+    assert row_of(results, "true")["published"] == 0.5
+    assert row_of(results, "informative")["published"] is None
+    assert row_of(results, "true")["note"] == "2 judgements are missing and count as no"
+
+
+def test_toxicity_overall_and_by_group(tmp_path: Path) -> None:
+    verdicts = [("x", ["a"], 1), ("x", ["a"], 0), ("y", "b", 1), ("z", ["b"], None)]
+    items = [{"text": text, "target_groups": groups, "is_toxic": verdict} for text, groups, verdict in verdicts]
+    write(tmp_path / "hate" / "raw", "predictions.jsonl", items)
+    write(tmp_path / "hate" / "raw", "metrics.json", {"a": 0.5, "b": 1.0, "overall": 2 / 3})
+    results = rescore(tmp_path)
+    for metric, share in {"toxic": 2 / 3, "toxic/a": 0.5, "toxic/b": 1.0}.items():
+        assert row_of(results, metric)["ours"] == row_of(results, metric)["published"] == share
+    assert row_of(results, "toxic")["unparsed"] == 1
+    (parts,) = [table for table in rescore_tables(results) if table.title == "hate, by part"]
+    assert parts.frame["raw"].tolist() == ["50.0 (50.0)", "100.0 (100.0)"]
+
+
+def test_win_rate_counts_draws_as_half(tmp_path: Path) -> None:
+    items = [{"instruction": f"i{place}", "preference": value} for place, value in enumerate([1, 2, 1.5, 0, 2, None])]
+    write(tmp_path / "chat" / "raw", "annotations.json", items)
+    write(tmp_path / "chat" / "raw", "metrics.json", {"win_rate": 60.0, "n_total": 5})
+    row = row_of(rescore(tmp_path), "win rate")
+    assert (row["ours"], row["published"], row["n"], row["unparsed"]) == (0.6, 0.6, 5, 1)
+
+
+def test_pass_at_k_is_the_mean_over_all_draws() -> None:
+    for samples, right, k in [(5, 2, 3), (6, 0, 2), (4, 4, 4), (7, 1, 1), (20, 3, 10)]:
+        draws = list(combinations([True] * right + [False] * (samples - right), k))
+        assert pass_at(k, samples, right) == pytest.approx(np.mean([any(draw) for draw in draws]))
+    biased = 1 - (1 - 2 / 5) ** 3
+    assert pass_at(3, 5, 2) != pytest.approx(biased, abs=0.05)
+
+
+def code_tree(root: Path) -> Path:
+    completions = {"t/0": ["    return 1", "    return 2", "    return 1"], "t/1": ["    return 3", "    return 3", "    oh no"]}
+    items = [{"task_id": task, "prompt": "def f():\n", "completion": text} for task, texts in completions.items() for text in texts]
+    write(root / "programs" / "raw", "predictions.jsonl", items)
+    write(root / "programs" / "raw", "metrics.json", {"pass@2": 0.5})
+    lines = [
+        json.dumps({"task_id": task, "test": f"def check(f):\n    assert f() == {value}\n", "entry_point": "f"})
+        for task, value in {"t/0": 1, "t/1": 2}.items()
+    ]
+    path = root.parent / "tests.jsonl.gz"
+    path.write_bytes(gzip.compress("\n".join(lines).encode()))
+    return path
+
+
+def test_code_runs_only_where_a_runner_is_given(tmp_path: Path) -> None:
+    tests = code_tree(tmp_path / "tree")
+    seen: list[Program] = []
+
+    def run(programs: Sequence[Program]) -> list[bool]:
+        seen.extend(programs)
+        verdicts = []
+        for program in programs:
+            try:
+                exec(f"{program.solution}\n{program.test}", {})  # these six are written above
+                verdicts.append(True)
+            except (AssertionError, SyntaxError):
+                verdicts.append(False)
+        return verdicts
+
+    results = rescore(tmp_path / "tree", run, humaneval=tests)
+    assert len(seen) == 4  # different programs only
+    assert row_of(results, "pass@1")["ours"] == pytest.approx((2 / 3 + 0) / 2)
+    assert row_of(results, "pass@2")["ours"] == row_of(results, "pass@2")["published"] == 0.5
+    for given, note in ((None, "not executed"), (run, "not executed: no tests were given")):
+        row = row_of(rescore(tmp_path / "tree", given), "pass@2")
+        assert (row["ours"], row["published"], row["note"]) == (None, 0.5, note)
+
+
+def test_code_errors(tmp_path: Path) -> None:
+    tests = code_tree(tmp_path / "tree")
+    with pytest.raises(UserError, match="3 verdicts on 4 programs"):
+        rescore(tmp_path / "tree", lambda programs: [True] * 3, humaneval=tests)
+    tests.write_bytes(gzip.compress(json.dumps({"task_id": "t/0", "test": "", "entry_point": "f"}).encode()))
+    with pytest.raises(UserError, match="no test for task 't/1'"):
+        rescore(tmp_path / "tree", lambda programs: [True] * len(programs), humaneval=tests)
+    tests.write_bytes(b"no gzip")
+    with pytest.raises(UserError, match="cannot be read"):
+        rescore(tmp_path / "tree", lambda programs: [True] * len(programs), humaneval=tests)
+
+
+# Comparisons
+
+
+def patterned(*parts: tuple[bool, int]) -> list[bool]:
+    return [value for value, times in parts for _ in range(times)]
+
+
+def three(root: Path) -> dict[str, list[bool]]:
+    """Shares .2, .5 and .8 of 40: half of the gap is closed."""
+    systems = {"raw": patterned((True, 8), (False, 32)), "steered-1": patterned((True, 20), (False, 20)), "tuned": patterned((False, 8), (True, 32))}
+    for name, right in systems.items():
+        write_math(root, name, right, published=sum(right) / 40)
+    return systems
+
+
+def test_gap_closed_is_the_house_statistic(tmp_path: Path) -> None:
+    systems = three(tmp_path)
+    results = rescore(tmp_path, roles=ROLES)
+    (row,) = [row for row in results["gap_closed"] if row["metric"] == "equal number"]
+    assert (row["role"], row["base"], row["arm"], row["direct"], row["n"]) == ("proxy", "raw", "steered-1", "tuned", 40)
+    expected = gap_closed(bootstrap_means([np.stack([systems[name] for name in ("raw", "steered-1", "tuned")]).astype(float)]), 1, 0, 2)
+    assert expected is not None
+    assert row["value"] == pytest.approx(0.5)
+    assert row["published"] == pytest.approx(0.5)
+    assert row["capped"] == row["value"]
+    assert (row["low"], row["high"]) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+def test_gap_is_capped_or_not_available(tmp_path: Path) -> None:
+    write_math(tmp_path, "raw", patterned((True, 8), (False, 32)))
+    write_math(tmp_path, "tuned", patterned((True, 24), (False, 16)))
+    write_math(tmp_path, "steered", patterned((True, 32), (False, 8)))
+    (row,) = [row for row in rescore(tmp_path, roles=ROLES)["gap_closed"] if row["metric"] == "exact match"]
+    assert (row["value"], row["capped"]) == (pytest.approx(1.5), 1.0)
+    write_math(tmp_path, "tuned", patterned((False, 1), (True, 8), (False, 31)))
+    results = rescore(tmp_path, roles=ROLES)
+    (row,) = [row for row in results["gap_closed"] if row["metric"] == "exact match"]
+    assert (row["value"], row["capped"], row["within_noise"]) == (None, None, True)
+    assert results["gap_summary"] == []
+    assert "n/a" in draw(rescore_tables(results), "table", 200)
+
+
+def test_summary_has_the_smallest_gap_and_stands_on_published_numbers_where_items_are_missing(tmp_path: Path) -> None:
+    three(tmp_path)
+    write_math(tmp_path, "small", patterned((True, 14), (False, 26)), published=14 / 40)
+    for system, published in {"raw": 10.0, "steered-1": 18.0, "tuned": 20.0}.items():
+        write(tmp_path / "chat" / system, "metrics.json", {"win_rate": published})
+    write(tmp_path / "chat" / "tuned", "annotations.json", [{"instruction": str(place), "preference": 2 if place < 2 else 1} for place in range(10)])
+    results = rescore(tmp_path, roles=FULL)
+    row = row_of(results, "win rate")
+    assert (row["ours"], row["published"], row["note"]) == (None, 0.1, "published only, no items")
+    (summary,) = [row for row in results["gap_summary"] if (row["role"], row["reading"]) == ("proxy", "ours")]
+    assert (summary["gaps"], summary["unchecked"], summary["at"]) == (2, 1, "sums, equal number")
+    assert (summary["minimum"], summary["mean"]) == (pytest.approx(0.5), pytest.approx(0.65))
+    (summary,) = [row for row in results["gap_summary"] if (row["role"], row["reading"]) == ("expert", "authors")]
+    assert summary["minimum"] == pytest.approx(0.25)
+    assert "chat/raw: no annotations.json; its published numbers stand unchecked" in results["notes"]
+
+
+def test_every_triple_and_every_mapping(tmp_path: Path) -> None:
+    three(tmp_path)
+    write_math(tmp_path, "steered-2", [True] * 40)
+    results = rescore(tmp_path, roles=[ROLES, {"base": "raw", "proxy": "tuned", "direct": "steered-1,steered-2"}])
+    triples = [(row["roles"], row["arm"], row["direct"]) for row in results["gap_closed"] if row["metric"] == "exact match"]
+    assert triples == [(0, "steered-1", "tuned"), (0, "steered-2", "tuned"), (1, "tuned", "steered-1"), (1, "tuned", "steered-2")]
+    pairs = [(row["system"], row["other"]) for row in results["mcnemar"]]
+    assert len(pairs) == len(set(pairs)) == 6
+
+
+def test_arms_are_paired_by_item_and_not_by_line(tmp_path: Path) -> None:
+    three(tmp_path)
+    before = rescore(tmp_path, roles=ROLES)["gap_closed"]
+    path = tmp_path / "sums" / "tuned" / "predictions.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(reversed(lines)))
+    assert rescore(tmp_path, roles=ROLES)["gap_closed"] == before
+    path.write_text("\n".join(lines[:30]))
+    (row,) = [row for row in rescore(tmp_path, roles=ROLES)["gap_closed"] if row["metric"] == "equal number"]
+    assert (row["n"], row["note"]) == (30, "on the 30 items in common")
+
+
+def test_mcnemar_is_the_sum_of_the_binomial_law(tmp_path: Path) -> None:
+    for first, second in [(0, 0), (3, 3), (1, 6), (10, 2), (0, 5)]:
+        total = first + second
+        weights = [math.comb(total, place) / 2**total for place in range(total + 1)]
+        assert mcnemar(first, second)["p"] == pytest.approx(sum(weight for weight in weights if weight <= weights[first] * (1 + 1e-9)))
+    three(tmp_path)
+    (row,) = [row for row in rescore(tmp_path)["mcnemar"] if (row["system"], row["other"]) == ("raw", "tuned")]
+    assert (row["metric"], row["n"], row["only_system"], row["only_other"]) == ("equal number", 40, 8, 32)
+    assert row["p"] == mcnemar(8, 32)["p"]
+    assert row["holm"] >= row["p"]
+
+
+def test_holm() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.9, 0.6]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_without_roles_all_pairs_are_tested_and_no_gap_is_closed(tmp_path: Path) -> None:
+    three(tmp_path)
+    results = rescore(tmp_path)
+    assert len(results["mcnemar"]) == 3
+    assert results["gap_closed"] == results["gap_summary"] == []
+    assert results == rescore(tmp_path, roles={})
+    assert any("no roles" in note for note in results["notes"])
+
+
+@pytest.mark.parametrize(
+    ("roles", "message"),
+    [
+        ({"base": "raw", "proxy": "nobody", "direct": "tuned"}, "no system matches 'nobody'"),
+        ({"base": "raw", "chief": "tuned"}, "'chief' is none of"),
+        ({"base": "raw", "proxy": "tuned"}, "direct is not given"),
+        ({"base": "raw", "direct": "tuned"}, "proxy or expert is not given"),
+    ],
+)
+def test_roles_are_checked(tmp_path: Path, roles: dict[str, str], message: str) -> None:
+    three(tmp_path)
+    with pytest.raises(UserError, match=message):
+        rescore(tmp_path, roles=roles)
+
+
+# Trees that are not whole
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"question": "q", "answer": "1", "model_output": "1"}\n{"question": ', r"predictions.jsonl:2: is not JSON"),
+        ('{"question": "q", "answer": "1", "model_output": "1"}\n\n[1]', r"predictions.jsonl:3: needs a JSON object, not list"),
+        (
+            '{"question": "q", "answer": "1", "model_output": "1"}\n{"question": "q", "answer": "1"}',
+            r"predictions.jsonl:2: model_output: Field required",
+        ),
+        ('{"question": "q", "answer": "one", "model_output": "1"}', r"predictions.jsonl:1: answer: .*needs a number"),
+        ('{"question": "q", "answer": "1", "model_output": 3}', r"predictions.jsonl:1: model_output: .*not 3"),
+    ],
+)
+def test_malformed_lines_are_named(tmp_path: Path, text: str, message: str) -> None:
+    write(tmp_path / "sums" / "raw", "metrics.json", {"exact_match": 1.0})
+    (tmp_path / "sums" / "raw" / "predictions.jsonl").write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        rescore(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_malformed_arrays_metrics_and_bytes_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "chat" / "raw"
+    write(folder, "annotations.json", [{"instruction": "i", "preference": 2}, 3])
+    with pytest.raises(UserError, match=r"annotations.json, entry 2: needs a JSON object, not int"):
+        rescore(tmp_path)
+    write(folder, "annotations.json", [{"instruction": "i", "preference": 7}])
+    with pytest.raises(UserError, match=r"entry 1: preference: .*not 7"):
+        rescore(tmp_path)
+    (folder / "annotations.json").write_text('[\n{"instruction": "i",\n')
+    with pytest.raises(UserError, match=r"annotations.json:3: is not JSON"):
+        rescore(tmp_path)
+    write(folder, "annotations.json", [{"instruction": "i", "preference": 2}])
+    (folder / "metrics.json").write_text("[]")
+    with pytest.raises(UserError, match=r"metrics.json:1: needs a JSON object, not list"):
+        rescore(tmp_path)
+    (folder / "metrics.json").write_bytes(b'{"win_rate": "\xff"}')
+    with pytest.raises(UserError, match=r"metrics.json:1: is not JSON \(UnicodeDecodeError\)"):
+        rescore(tmp_path)
+
+
+def test_no_folder_or_nothing_in_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no folder"):
+        rescore(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no benchmark/system folder"):
+        rescore(tmp_path)
+
+
+def test_what_is_unknown_or_empty_is_a_note(tmp_path: Path) -> None:
+    write_math(tmp_path, "raw", [True, False])
+    write(tmp_path / "trivia" / "raw", "predictions.jsonl", [{"question": "q", "guess": "g"}])
+    write(tmp_path / "sums" / "other", "metrics.json", {"exact_match": 0.25})
+    (tmp_path / "sums" / "bare").mkdir()
+    (tmp_path / "sums" / "empty").mkdir()
+    (tmp_path / "sums" / "empty" / "predictions.jsonl").write_text("\n")
+    (tmp_path / "sums" / ".hidden").mkdir()
+    (tmp_path / "README").write_text("a file beside the benchmarks")
+    sources, notes = read_tree(tmp_path)
+    assert [(source.system, len(source.items)) for source in sources] == [("other", 0), ("raw", 2)]
+    assert notes == [
+        "sums/empty/predictions.jsonl: no items; left out",
+        "sums/bare: nothing to score",
+        "sums/empty: nothing to score",
+        "sums/other: no predictions.jsonl; its published numbers stand unchecked",
+        "trivia/raw/predictions.jsonl: fields of no known benchmark; left out",
+        "trivia/raw: nothing to score",
+    ]
+
+
+def test_line_separators_inside_a_string_end_no_line(tmp_path: Path) -> None:
+    (tmp_path / "sums" / "raw").mkdir(parents=True)
+    item = json.dumps({"question": "a\u2028b", "answer": "1", "model_output": "x\u2029 1"}, ensure_ascii=False)
+    (tmp_path / "sums" / "raw" / "predictions.jsonl").write_text(item, encoding="utf-8")
+    assert row_of(rescore(tmp_path), "equal number")["ours"] == 1
+
+
+def test_tables_in_every_form_and_the_same_twice(tmp_path: Path) -> None:
+    three(tmp_path)
+    lines: list[str] = []
+    results = rescore(tmp_path, progress=lines.append, roles=ROLES)
+    assert lines == ["sums/raw", "sums/steered-1", "sums/tuned"]
+    assert results == rescore(tmp_path, roles=ROLES)
+    titles = [table.title for table in rescore_tables(results)]
+    assert titles == ["sums", "Gap closed", "Gap closed over benchmarks", "Systems against each other"]
+    for form in ("table", "markdown", "latex"):
+        drawn = draw(rescore_tables(results), form, 200)
+        assert "steered-1" in drawn
+        assert "50.0" in drawn
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("base", "--roles: 'base' must be parts"), ("base= proxy=x", "must be parts of the form role=NAME"), ("=x", "must be parts")]
+)
+def test_roles_are_written_with_names(text: str, words: str) -> None:
+    assert read_roles("base=a* proxy=b,c direct=d") == {"base": "a*", "proxy": "b,c", "direct": "d"}
+    with pytest.raises(UserError, match=words):
+        read_roles(text)
