@@ -1,4 +1,4 @@
-"""The command line: `proxytune compare`, `tune`, `generate`, `bench` and `world build`. Thin; heavy imports wait until a command runs."""
+"""The command line: compare, items, tune, generate, bench, rescore, lm-eval, export, world build. Thin; heavy imports wait until a command runs."""
 
 import os
 import shutil
@@ -62,7 +62,7 @@ def compare(
 ) -> None:
     """Runs a study (arms x measures x seeds) and prints its table.
 
-    Every arm is measured by the same prompts; intervals are a paired bootstrap. Stop it at any time: the same command
+    Every arm is measured by the same prompts; intervals are paired. Stop it at any time: the same command
     goes on where it was and ends with the same table. Progress goes to standard error.
     """
     import json

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from evals.records import Record
-from evals.results import DENSITY_METRIC, density_change, estimate_means, frames_of, in_bucket, states_of
+from evals.results import DENSITY_METRIC, SHARE, density_change, estimate_means, frames_of, in_bucket, states_of
 from evals.statistics import Interval, interval
 from evals.study import Study
 from probes.forgetting import familiarity
@@ -78,7 +78,7 @@ def _knowledge(study: Study, records: Sequence[Record], path: Path) -> Path:
     estimates = [estimate_means(frames, "right", in_bucket(label)) for label in labels]
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for position, arm in enumerate(arms):
-        values = [interval(estimate.value[position], estimate.draws[position]) for estimate in estimates]
+        values = [interval(estimate.value[position], estimate.draws[position], SHARE) for estimate in estimates]
         places = np.arange(len(labels)) + (position - (len(arms) - 1) / 2) * 0.03
         centre = np.array([value.value for value in values])
         errors = np.array([[value.value - value.low, value.high - value.value] for value in values]).clip(min=0).T

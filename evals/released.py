@@ -10,7 +10,7 @@ import re
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from math import comb, isnan
+from math import isnan
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
+from evals.metrics import pass_at_k
 from evals.sandbox import Program
 from proxytune.errors import UserError
 
@@ -249,11 +250,6 @@ def chosen_option(output: str, prompt: str, alone: bool) -> str | None:
     return match[1]
 
 
-def pass_at(k: int, samples: int, right: int) -> float:
-    """The chance that k of the samples, drawn without replacement, hold a right one: unbiased (Chen et al. 2021). Needs k <= samples."""
-    return 1 - comb(samples - right, k) / comb(samples, k)
-
-
 def score_math(items: Sequence[Math]) -> list[Scores]:
     """`exact match` compares the digits of the last numbers, without sign and point; `equal number` compares the numbers."""
     found = [last_number(item.model_output) for item in items]
@@ -352,7 +348,7 @@ def score_code(items: Sequence[Sample], verdicts: Sequence[bool], ks: Sequence[i
     scores = []
     for k in ks:
         counted = [len(passed) >= k for passed in of_task.values()]
-        right = [pass_at(k, len(passed), sum(passed)) if len(passed) >= k else 0.0 for passed in of_task.values()]
+        right = [float(pass_at_k(len(passed), sum(passed), k)) if len(passed) >= k else 0.0 for passed in of_task.values()]
         note = f"{counted.count(False)} tasks have fewer than {k} samples" if False in counted else ""
         scores.append(_scores(f"pass@{k}", list(of_task), right, 0, note, counted))
     return scores

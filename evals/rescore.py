@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
 
+from evals.metrics import holm, mcnemar
 from evals.progress import Display
 from evals.released import SCORERS, Scores, Source, Test, programs_of, read_tests, read_tree, score_code
 from evals.sandbox import Program, run_programs
@@ -286,28 +286,11 @@ def _mcnemar(scored: Sequence[Scored], mappings: Sequence[Mapping[str, str]]) ->
             right = np.stack([first.right[both], second.right[both]])
             if both.any() and np.isin(right, (0, 1)).all():  # shares of an item (a draw, pass@k) are neither right nor wrong
                 row: dict[str, Any] = {"benchmark": benchmark, "metric": metric, "system": names[0], "other": names[1], "n": int(both.sum())}
-                tested.append(row | mcnemar(int((right[0] > right[1]).sum()), int((right[0] < right[1]).sum())))
-        for row, adjusted in zip(tested, holm([row["p"] for row in tested]), strict=True):
-            rows.append(row | {"holm": adjusted})
+                alone = {"only_system": int((right[0] > right[1]).sum()), "only_other": int((right[0] < right[1]).sum())}
+                tested.append(row | alone | {"p": float(mcnemar(right[0] > 0, right[1] > 0))})
+        for row, adjusted in zip(tested, holm(np.array([row["p"] for row in tested])) if tested else (), strict=True):
+            rows.append(row | {"holm": float(adjusted)})
     return rows
-
-
-def mcnemar(only_first: int, only_second: int) -> dict[str, Any]:
-    """The two-sided exact test that items right for one system alone are as often the first's as the second's."""
-    discordant = only_first + only_second
-    p = float(binomtest(only_first, discordant).pvalue) if discordant else 1.0
-    return {"only_system": only_first, "only_other": only_second, "p": p}
-
-
-def holm(values: Sequence[float]) -> list[float]:
-    """p values adjusted for their number (Holm), in the order given."""
-    order = sorted(range(len(values)), key=lambda place: values[place])
-    adjusted = [0.0] * len(values)
-    reached = 0.0
-    for rank, place in enumerate(order):
-        reached = max(reached, min(1.0, values[place] * (len(values) - rank)))
-        adjusted[place] = reached
-    return adjusted
 
 
 def rescore_tables(results: Mapping[str, Any]) -> list[Table]:

@@ -8,6 +8,7 @@ import pandas as pd
 
 from evals.costs import COUNTED, MEASURED
 from evals.frontier import on_frontier
+from evals.metrics import holm, mcnemar, minimum_detectable_effect
 from evals.records import Record
 from evals.statistics import Estimate, Interval, bootstrap_means, gap_closed, interval
 from evals.study import Study
@@ -16,6 +17,7 @@ from probes.forgetting import Familiarity, familiarity
 from proxytune.errors import UserError
 
 DENSITY_METRIC = "effective_rank"
+SHARE, DIFFERENCE = (0.0, 1.0), (-1.0, 1.0)  # what shares and their differences can be
 READOUTS = {"statement": "forgetting", "question": "forgetting/question", "choice": "forgetting/choice"}
 Select = Callable[[pd.DataFrame], "np.ndarray[Any, np.dtype[np.bool_]]"]
 
@@ -28,7 +30,7 @@ def summarize(study: Study, records: Sequence[Record]) -> dict[str, Any]:
     Shares are between 0 and 1; forgetting is the base's share less the arm's; density is the change of (familiar less
     unfamiliar) in effective rank; `density_of_base` is that contrast itself, in the base and in an untrained model of its
     shape, with the sd of one vector of the Gaussian null. `frontier` has each point's task gain and knowledge kept (arm less base, paired),
-    whether it lies on their frontier, and in what share of the bootstrap draws; `costs` are means over seeds of what can be counted: the
+    whether it lies on their frontier, and in what share of the intervals' draws; `costs` are means over seeds of what can be counted: the
     same in every run. What a machine measured is in `measured_costs`. Raises `UserError` where records of one measurement were asked differently.
     """
     _check_protocols(records)
@@ -38,12 +40,12 @@ def summarize(study: Study, records: Sequence[Record]) -> dict[str, Any]:
     if "task" in study.measures:
         estimate = _share_rows(results, records, arms, "task", "task")
         _direct_rows(results, study, arms, "task", estimate)
-        _contrast_rows(results, study, arms, "task", estimate)
+        _contrast_rows(results, study, arms, "task", estimate, frames_of(records, "task", arms))
         _gap_rows(results, study, arms, estimate)
     if "knowledge" in study.measures:
         known = _share_rows(results, records, arms, "statement", "knowledge")
         _direct_rows(results, study, arms, "knowledge", known)
-        _contrast_rows(results, study, arms, "knowledge", known)
+        _contrast_rows(results, study, arms, "knowledge", known, frames_of(records, "statement", arms))
         if "task" in study.measures:
             _frontier_rows(results, study, estimate, known)
     if "forgetting" in study.measures:
@@ -85,8 +87,8 @@ def frames_of(records: Sequence[Record], measurement: str, arms: Sequence[str]) 
 
 
 def estimate_means(frames: Sequence[Sequence[pd.DataFrame]], column: str, select: Select, stream: int = 0) -> Estimate:
-    """Means over the selected items' units, one series an arm."""
-    return bootstrap_means([np.stack([_unit_means(frame[select(frame)], column) for frame in seed]) for seed in frames], stream)
+    """Shares of the selected items' units, one series an arm."""
+    return bootstrap_means([np.stack([_unit_means(frame[select(frame)], column) for frame in seed]) for seed in frames], stream, shares=True)
 
 
 def _unit_means(frame: pd.DataFrame, column: str) -> np.ndarray:
@@ -112,14 +114,14 @@ def _share_rows(results: dict[str, Any], records: Sequence[Record], arms: Sequen
     frames = frames_of(records, measurement, arms)
     estimate = estimate_means(frames, "right", _exposed)
     for position, arm in enumerate(arms):
-        value = interval(estimate.value[position], estimate.draws[position])
+        value = interval(estimate.value[position], estimate.draws[position], SHARE)
         results["rows"].append(_row(arm, measure, value, [seed[position] for seed in frames], _exposed))
     return estimate
 
 
 def _less(estimate: Estimate, arm: int, other: int) -> dict[str, float]:
     """The paired difference of two arms."""
-    return _numbers(interval(estimate.value[arm] - estimate.value[other], estimate.draws[arm] - estimate.draws[other]))
+    return _numbers(interval(estimate.value[arm] - estimate.value[other], estimate.draws[arm] - estimate.draws[other], DIFFERENCE))
 
 
 def _direct_rows(results: dict[str, Any], study: Study, arms: Sequence[str], measure: str, estimate: Estimate) -> None:
@@ -131,9 +133,26 @@ def _direct_rows(results: dict[str, Any], study: Study, arms: Sequence[str], mea
             results["against_direct"].append({"arm": arm, "direct": study.direct_arm, "measure": measure} | _less(estimate, position, direct))
 
 
-def _contrast_rows(results: dict[str, Any], study: Study, arms: Sequence[str], measure: str, estimate: Estimate) -> None:
-    for arm, other in study.contrasts:
-        results["contrasts"].append({"arm": arm, "less": other, "measure": measure} | _less(estimate, arms.index(arm), arms.index(other)))
+def _contrast_rows(
+    results: dict[str, Any], study: Study, arms: Sequence[str], measure: str, estimate: Estimate, frames: Sequence[Sequence[pd.DataFrame]]
+) -> None:
+    """Each wanted difference with McNemar's p, by itself and corrected for all contrasts of the measure, and the least difference
+    that as many items find four times in five. Tests take items as independent: there are none for units of several or many seeds."""
+    pairs = [(arms.index(arm), arms.index(other)) for arm, other in study.contrasts]
+    tests: list[dict[str, float | None]] = [{"p": None, "p_holm": None, "detectable": None} for _ in pairs]
+    if pairs and len(frames) == 1 and frames[0][0]["unit"].is_unique:
+        right = np.stack([frame[_exposed(frame)]["right"].to_numpy(bool) for frame in frames[0]])
+        first, second = (right[[pair[side] for pair in pairs]] for side in (0, 1))
+        p = mcnemar(first, second)
+        detectable = minimum_detectable_effect(right.shape[1], (first != second).mean(axis=1))
+        numbers = zip(p, holm(p), detectable, strict=True)
+        tests = [{"p": round(float(one), 6), "p_holm": round(float(all_), 6), "detectable": _finite(least)} for one, all_, least in numbers]
+    for (arm, other), (position, place), test in zip(study.contrasts, pairs, tests, strict=True):
+        results["contrasts"].append({"arm": arm, "less": other, "measure": measure} | _less(estimate, position, place) | test)
+
+
+def _finite(number: float) -> float | None:
+    return round(float(number), 6) if np.isfinite(number) else None
 
 
 def _gap_rows(results: dict[str, Any], study: Study, arms: Sequence[str], estimate: Estimate) -> None:
@@ -172,7 +191,7 @@ def _forgetting_rows(results: dict[str, Any], study: Study, records: Sequence[Re
         estimate = estimate_means(frames, "right", select)
         for position, arm in enumerate(arms):
             if position != base:
-                value = interval(estimate.value[base] - estimate.value[position], estimate.draws[base] - estimate.draws[position])
+                value = interval(estimate.value[base] - estimate.value[position], estimate.draws[base] - estimate.draws[position], DIFFERENCE)
                 results["rows"].append(_row(arm, f"{measure}/{label}", value, [seed[position] for seed in frames], select))
 
 

@@ -1,22 +1,27 @@
-"""Intervals: the paired bootstrap over units and seeds, and what is derived from its draws.
+"""Intervals: joint draws of several arms' means over units and seeds, and what is derived from those draws.
 
-Arms are resampled together, so that a difference between two of them is paired. Units (people, questions) are resampled
-within a seed by scipy; seeds are resampled above them. With one seed the interval covers units only.
+Arms are drawn together, so that a difference between two of them is paired. With one seed the draws are a bootstrap over
+units (people, questions), and the interval covers units only. With several seeds they are a t law over the seeds' means.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy.stats import bootstrap
+from scipy.linalg import hadamard, helmert
+from scipy.stats import bootstrap, chi2, norm, t
+from scipy.stats.qmc import Halton
 
 DRAWS = 4000
 LEVEL = 0.95
+BATCH = 200  # draws at a time: bounds memory, not results
+PSEUDO_UNITS = 2.0  # in all: one right and one wrong for an arm, one half for each of the four answers of two arms
 
 
 class Estimate(NamedTuple):
-    """A value for every series and its bootstrap draws; differences of rows are paired."""
+    """A value for every series and its draws; differences of rows are paired."""
 
     value: Float[np.ndarray, " series"]
     draws: Float[np.ndarray, "series draws"]
@@ -31,30 +36,110 @@ class Interval(NamedTuple):
         return self.low > 0 or self.high < 0
 
 
-def bootstrap_means(seeds: Sequence[Float[np.ndarray, "series units"]], stream: int = 0) -> Estimate:
+def bootstrap_means(seeds: Sequence[Float[np.ndarray, "series units"]], stream: int = 0, *, shares: bool = False) -> Estimate:
     """Means over units, then over seeds, of several series measured on the same units.
+
+    `shares` says that every value is a share of right answers, in [0, 1]. Draws are then smoothed by pseudo-units
+    (`_with_pseudo_units`), without which a sample that is all right would have no interval at all. Values stay plain means.
 
     `stream` tells apart draws of units that must be independent of each other (different units); seeds are drawn alike
     in every stream, so that what differs between seeds but not within them cancels in a contrast. Deterministic.
+
+    With one seed: scipy's percentile bootstrap, or the Bayesian bootstrap for shares. With several: `_seed_weights`, where
+    units count only by what they do to their seed's mean. The price is width: 4.3 standard errors with three seeds and
+    12.7 with two, so that two seeds say next to nothing about how seeds differ.
     """
     generator = np.random.default_rng([stream, len(seeds)])
-    within = []
-    for units in seeds:
-        if units.shape[1] == 1:
-            within.append(np.repeat(units, DRAWS, axis=1))
-            continue
-        result = bootstrap((units,), np.mean, axis=-1, n_resamples=DRAWS, method="percentile", batch=200, rng=generator)
-        within.append(result.bootstrap_distribution)
-    chosen = np.random.default_rng(len(seeds)).integers(len(seeds), size=(len(seeds), DRAWS))
-    draw = generator.permuted(np.tile(np.arange(DRAWS), (len(seeds), 1)), axis=1)
-    draws = np.stack(within)[chosen, :, draw].mean(axis=0).T
-    return Estimate(np.mean([units.mean(axis=1) for units in seeds], axis=0), draws)
+    means = np.stack([units.mean(axis=1) for units in seeds])
+    value = means.mean(axis=0)
+    own = _own_weight(seeds) if shares else 1.0
+    size: float | Float[np.ndarray, " draws"] = float(sum(units.shape[1] for units in seeds))
+    if len(seeds) > 1:
+        draws = value[:, None] + (means - value).T @ _seed_weights(len(seeds))
+    elif shares:
+        draws, size = _bayesian_bootstrap(seeds[0], own, generator)
+    elif seeds[0].shape[1] == 1:
+        draws = np.repeat(seeds[0], DRAWS, axis=1)
+    else:
+        result = bootstrap((seeds[0],), np.mean, axis=-1, n_resamples=DRAWS, method="percentile", batch=BATCH, rng=generator)
+        draws = result.bootstrap_distribution
+    return Estimate(value, _with_pseudo_units(draws, size, own, generator) if shares else draws)
 
 
-def interval(value: float, draws: Float[np.ndarray, " draws"]) -> Interval:
-    """The value with its percentile interval at 95 %."""
-    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(float(value), float(low), float(high))
+def _seed_weights(seeds: int) -> Float[np.ndarray, "seeds draws"]:
+    """Weights whose sums with the seeds' means are draws of the mean's error: s / √k · t, k - 1 degrees of freedom.
+
+    This is the usual t interval of a mean of k seeds (normal seed means assumed), drawn as a multivariate t law over the
+    seeds' contrasts so that it holds for every difference of arms at once. Three seeds can be resampled in only ten ways,
+    and their spread comes out a third too small: an interval of their bootstrap covers between 76 and 99 % instead of 95.
+    The draws fill the law evenly (Halton) because its tails are long: random ones would miss the interval's ends by 6 %
+    with three seeds, these do by 2 %.
+    """
+    uniform = Halton(seeds, rng=seeds).random(DRAWS).T
+    return helmert(seeds).T @ norm.ppf(uniform[1:]) / np.sqrt(seeds * chi2.ppf(uniform[0], seeds - 1))
+
+
+def _own_weight(seeds: Sequence[Float[np.ndarray, "series units"]]) -> float:
+    """How much of a whole 0/1 answer one unit is, pooled over series and seeds: 1 / its number of independent answers.
+
+    The variance of units over that of 0/1 answers of the same mean (Kish's design effect over the answers in a unit), at
+    most 1 and exactly 1 where units are 0/1. Also 1 where nothing varies: the cautious end.
+    """
+    several = [units for units in seeds if units.shape[1] > 1]
+    found = sum(float(units.var(axis=1, ddof=1).sum()) for units in several)
+    whole = sum(float((units.mean(axis=1) * (1 - units.mean(axis=1))).sum()) for units in several)
+    return min(1.0, found / whole) if whole > 1e-12 else 1.0
+
+
+def _bayesian_bootstrap(
+    units: Float[np.ndarray, "series units"], own: float, generator: np.random.Generator
+) -> tuple[Float[np.ndarray, "series draws"], Float[np.ndarray, " draws"]]:
+    """Means under exponential weights of the units (Rubin 1981, The Bayesian bootstrap), and the weights' sums.
+
+    Units of several answers have a spread that their mean does not tell: it is estimated from n - 1 degrees of freedom,
+    and the draws are widened as a t interval is. Whole 0/1 answers (`own` 1) are not.
+    """
+    count = units.shape[1]
+    values = units.mean(axis=1, keepdims=True)
+    draws, sizes = [], []
+    for start in range(0, DRAWS, BATCH):
+        weights = generator.exponential(size=(count, min(BATCH, DRAWS - start)))
+        sizes.append(weights.sum(axis=0))
+        draws.append((units - values) @ weights / sizes[-1])
+    widening = 1.0
+    if count > 1:
+        ends = t.ppf((1 + LEVEL) / 2, count - 1) / norm.ppf((1 + LEVEL) / 2)
+        widening += (1 - own) * (ends * math.sqrt((count + 1) / (count - 1)) - 1)
+    return values + widening * np.concatenate(draws, axis=1), np.concatenate(sizes)
+
+
+def _with_pseudo_units(
+    draws: Float[np.ndarray, "series draws"], size: float | Float[np.ndarray, " draws"], own: float, generator: np.random.Generator
+) -> Float[np.ndarray, "series draws"]:
+    """The draws of shares as if `PSEUDO_UNITS` more had been seen, of which every series has half right and half wrong.
+
+    A Hadamard matrix gives their answers: every two series agree on half of them, a quarter in each of the four ways. So
+    one seed of n 0/1 units, x of them right, is drawn from Beta(x + 1, n - x + 1) (Bayes and Laplace), and the 2 x 2 table of
+    two arms from a Dirichlet law with one half added to each cell (Jeffreys; Agresti and Min 2005 add the same to a
+    Wald interval). The pseudo-units' weights are drawn: arms alike on every unit differ in their draws, too, by about
+    2 / n at the interval's ends. Units of several answers shrink the pseudo-units to `own` of a unit.
+
+    Covers 95 % up to what counts of few units allow; the differences that are too narrow are those of one arm nearly all
+    right with one nearly all wrong, at less than about 50 units.
+    """
+    order = 1 << len(draws).bit_length()
+    right = (1 + hadamard(order)[1 : len(draws) + 1]) / 2
+    weights = own * generator.gamma(PSEUDO_UNITS / order, size=(order, draws.shape[1]))
+    return (size * draws + right @ weights) / (size + weights.sum(axis=0))
+
+
+def interval(value: float, draws: Float[np.ndarray, " draws"], bounds: tuple[float, float] = (-math.inf, math.inf)) -> Interval:
+    """The value with its percentile interval at 95 %, widened to hold the value and cut to what it can be (`bounds`).
+
+    Draws of shares lean away from 0 and 1, so that a sample all right would lie just outside its own interval.
+    """
+    low, high = np.clip(np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]), *bounds)
+    return Interval(float(value), float(min(low, value)), float(max(high, value)))
 
 
 def gap_closed(estimate: Estimate, arm: int, base: int, direct: int) -> Interval | None:

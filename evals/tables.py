@@ -73,6 +73,11 @@ def make_tables(results: dict[str, Any], measured: Sequence[dict[str, Any]] = ()
     return [*tables, _costs(results, measured)]
 
 
+def _over(results: dict[str, Any]) -> str:
+    seeds = len(results["seeds"])
+    return "over units of one seed" if seeds == 1 else f"t over the means of {seeds} seeds"
+
+
 def _frontier(results: dict[str, Any]) -> Table:
     entries = results["frontier"]
     frame = pd.DataFrame({"point": [entry["arm"] for entry in entries]})
@@ -82,7 +87,7 @@ def _frontier(results: dict[str, Any]) -> Table:
     frame["in % of draws"] = [f"{entry['share_of_draws'] * 100:.0f}" for entry in entries]
     families = dict.fromkeys(entry["family"] for entry in entries if entry["on_frontier"])
     note = "Points; on the frontier: no other is at least as good at task and knowledge and better at one. "
-    return Table("Frontier", frame, f"{note}Arms with a point on it: {', '.join(families)}. Draws: of the paired bootstrap.")
+    return Table("Frontier", frame, f"{note}Arms with a point on it: {', '.join(families)}. Draws: those of the intervals.")
 
 
 def _contrasts(results: dict[str, Any]) -> Table:
@@ -95,7 +100,12 @@ def _contrasts(results: dict[str, Any]) -> Table:
     for measure, of_name in cells.items():
         if of_name:
             frame[measure] = [of_name[name] for name in frame["points"]]
-    return Table("Contrasts", frame, "Paired differences in points of per cent, 95 % intervals.")
+        tests = [entry for entry in entries if entry["measure"] == measure and entry["p"] is not None]
+        if tests:
+            frame[f"p, {measure}"] = [f"{entry['p']:.2g} ({entry['p_holm']:.2g})" for entry in tests]
+            frame[f"detectable, {measure}"] = ["" if entry["detectable"] is None else f"{entry['detectable'] * 100:.1f}" for entry in tests]
+    note = "Paired differences in points of per cent, 95 % intervals; p by McNemar's exact test (by Holm's correction for all contrasts)"
+    return Table("Contrasts", frame, f"{note}; detectable: the least difference that so many items find four times in five.")
 
 
 def _costs(results: dict[str, Any], measured: Sequence[dict[str, Any]]) -> Table:
@@ -129,7 +139,7 @@ def _share(results: dict[str, Any], rows: pd.DataFrame, measure: str) -> Table:
     chosen = rows[rows["measure"] == measure]
     columns = {measure: {row["arm"]: _cell(row, 100) for _, row in chosen.iterrows()}}
     columns["unparsed"] = {row["arm"]: str(row["unparsed"]) for _, row in chosen.iterrows()}
-    note = f"Per cent right of {chosen['n'].max()} (unparsed counts as wrong); 95 % intervals, paired bootstrap, {len(results['seeds'])} seed(s)."
+    note = f"Per cent right of {chosen['n'].max()} (unparsed counts as wrong); 95 % intervals, paired, {_over(results)}."
     gaps = [entry for entry in results["gap_closed"] if entry["measure"] == measure]
     if gaps:
         columns["gap closed"] = {entry["arm"]: _gap_cell(entry) for entry in gaps}

@@ -1,12 +1,14 @@
 """Arms with dials: their points, what is chosen among them and on which items, the frontier, and what it all costs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file
+from scipy.stats import binomtest
 from test_compare import place_world, run_in_process
 
 from evals.arms import tuning_summary
@@ -192,3 +194,24 @@ def test_too_few_items_to_choose_on_are_an_error(finished: Any) -> None:
     with pytest.raises(UserError, match="too few to hold any out"):
         hold_out([item for item in material.train if item.unit == material.train[0].unit], 0.2, 0)
     assert tuning_summary(Weights("nothing-there")) is None
+
+
+def test_contrasts_are_paired_differences_and_tested_where_items_are_independent(finished: Any) -> None:
+    _, records, results = finished
+    study = Study.model_validate(STUDY | {"contrasts": [["proxy@1", "base"], ["large", "proxy@1"], ["base", "base"]]})
+    found = summarize(study, list(records.values()))
+    assert found["rows"] == results["rows"]
+    task = {entry["arm"]: entry for entry in found["contrasts"] if entry["measure"] == "task"}
+    values = {row["arm"]: row["value"] for row in results["rows"] if row["measure"] == "task"}
+    assert task["proxy@1"]["value"] == pytest.approx(values["proxy@1"] - values["base"], abs=1e-6)
+    assert (task["base"]["value"], task["base"]["low"], task["base"]["high"]) == (0, 0, 0)
+    assert all(entry["p"] is None for entry in found["contrasts"])  # three items a person
+    alone = [replace(record, items=record.items.assign(unit=[str(place) for place in range(len(record.items))])) for record in records.values()]
+    tested = {entry["arm"]: entry for entry in summarize(study, alone)["contrasts"] if entry["measure"] == "task"}
+    exposed = [records[arm, "task"].items.query("popularity != 0")["right"].to_numpy(bool) for arm in ("large", "proxy@1")]
+    gained, lost = int((exposed[0] & ~exposed[1]).sum()), int((~exposed[0] & exposed[1]).sum())
+    assert gained + lost > 0
+    assert tested["large"]["p"] == pytest.approx(binomtest(gained, gained + lost).pvalue, abs=1e-6)
+    assert tested["large"]["p_holm"] >= tested["large"]["p"]
+    assert tested["base"]["p"] == 1
+    assert "p, task" in next(table for table in make_tables(summarize(study, alone)) if table.title == "Contrasts").frame.columns

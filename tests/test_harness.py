@@ -278,7 +278,7 @@ def test_stored_sets_are_read_from_a_folder_or_named_in_one_line(name: str, tmp_
 
 
 def test_answer_rules_of_the_tasks() -> None:
-    from evals.tasks.sources import name_one, read_rightly, solve, truth
+    from evals.tasks.sources import calibration_error, choose, name_one, read_rightly, solve, truth
 
     gold = STORED["gsm8k"]["test"][0]
     for text, right, unparsed in (
@@ -296,6 +296,13 @@ def test_answer_rules_of_the_tasks() -> None:
     item = {"question": "q", "answer": "red", "choices": ["red", "blue"]}
     for text, right, unparsed in (("Red.", 1, 0), ("reddish", 0, 1), ("blue", 0, 0)):
         assert read_rightly(item, [text]) == {"exact_match": right, "unparsed": unparsed}
+    found = choose({"gold": 1}, [(-3.0, False), (-1.0, True), (-2.0, False)])
+    sure = float(torch.tensor([-3.0, -1.0, -2.0]).softmax(0)[1])
+    assert found["acc"] == 1
+    assert found["brier"] == pytest.approx((1 - sure) ** 2, abs=1e-6)
+    assert found["calibration_error"] == (pytest.approx(sure, abs=1e-6), True)
+    assert choose({"gold": 0}, [(-3.0, False), (-1.0, True)])["acc"] == 0
+    assert calibration_error([(0.95, True), (0.95, False), (0.55, True)]) == pytest.approx((0.9 + 0.45) / 3)
     logs = [-1.0, -2.0, -1.0, -2.0, -3.0]
     share = (torch.tensor(logs[2:]).exp() / torch.tensor(logs[2:]).exp().sum())[[0, 2]].sum()
     found = truth(STORED["truthfulqa"]["test"][0], [(log, False) for log in logs])

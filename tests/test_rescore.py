@@ -2,15 +2,14 @@ import gzip
 import json
 import math
 from collections.abc import Mapping, Sequence
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from evals.released import chosen_option, last_number, pass_at, read_tree
-from evals.rescore import holm, mcnemar, read_roles, rescore, rescore_tables
+from evals.released import chosen_option, last_number, read_tree
+from evals.rescore import read_roles, rescore, rescore_tables
 from evals.sandbox import Program
 from evals.statistics import bootstrap_means, gap_closed
 from evals.tables import draw
@@ -179,14 +178,6 @@ def test_win_rate_counts_draws_as_half(tmp_path: Path) -> None:
     assert (row["ours"], row["published"], row["n"], row["unparsed"]) == (0.6, 0.6, 5, 1)
 
 
-def test_pass_at_k_is_the_mean_over_all_draws() -> None:
-    for samples, right, k in [(5, 2, 3), (6, 0, 2), (4, 4, 4), (7, 1, 1), (20, 3, 10)]:
-        draws = list(combinations([True] * right + [False] * (samples - right), k))
-        assert pass_at(k, samples, right) == pytest.approx(np.mean([any(draw) for draw in draws]))
-    biased = 1 - (1 - 2 / 5) ** 3
-    assert pass_at(3, 5, 2) != pytest.approx(biased, abs=0.05)
-
-
 def code_tree(root: Path) -> Path:
     completions = {"t/0": ["    return 1", "    return 2", "    return 1"], "t/1": ["    return 3", "    return 3", "    oh no"]}
     items = [{"task_id": task, "prompt": "def f():\n", "completion": text} for task, texts in completions.items() for text in texts]
@@ -318,22 +309,12 @@ def test_arms_are_paired_by_item_and_not_by_line(tmp_path: Path) -> None:
     assert (row["n"], row["note"]) == (30, "on the 30 items in common")
 
 
-def test_mcnemar_is_the_sum_of_the_binomial_law(tmp_path: Path) -> None:
-    for first, second in [(0, 0), (3, 3), (1, 6), (10, 2), (0, 5)]:
-        total = first + second
-        weights = [math.comb(total, place) / 2**total for place in range(total + 1)]
-        assert mcnemar(first, second)["p"] == pytest.approx(sum(weight for weight in weights if weight <= weights[first] * (1 + 1e-9)))
+def test_pairs_are_tested_on_the_items_that_one_alone_has(tmp_path: Path) -> None:
     three(tmp_path)
     (row,) = [row for row in rescore(tmp_path)["mcnemar"] if (row["system"], row["other"]) == ("raw", "tuned")]
     assert (row["metric"], row["n"], row["only_system"], row["only_other"]) == ("equal number", 40, 8, 32)
-    assert row["p"] == mcnemar(8, 32)["p"]
+    assert row["p"] == pytest.approx(2 * sum(math.comb(40, place) for place in range(9)) / 2**40)
     assert row["holm"] >= row["p"]
-
-
-def test_holm() -> None:
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.9, 0.6]) == [1.0, 1.0]
-    assert holm([]) == []
 
 
 def test_without_roles_all_pairs_are_tested_and_no_gap_is_closed(tmp_path: Path) -> None:

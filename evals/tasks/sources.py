@@ -11,9 +11,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from datasets import Dataset, DatasetDict, load_dataset
+from scipy.special import logsumexp
 
+from evals.metrics import brier, expected_calibration_error
 from evals.study import STUDIES
 from finetune.data import Item
 from finetune.reading import read_items
@@ -70,6 +73,21 @@ def read_rightly(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     """A text is right if it begins with the answer; one that begins with no candidate is unparsed, and wrong."""
     answer = judge(results[0], Item(question=doc["question"], answer=doc["answer"], choices=tuple(doc["choices"])))
     return {"exact_match": float(answer.right), "unparsed": float(answer.unparsed)}
+
+
+def choose(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, Any]:
+    """Accuracy by the summed log-probability, and whether the choice's share of the choices' probability says how often it is right."""
+    scores = np.array([score for score, _ in results])
+    law = np.exp(scores - logsumexp(scores))
+    right = int(law.argmax()) == doc["gold"]
+    answer = (float(law.max()), right)
+    return {"acc": float(right), "brier": float(brier(np.array([answer[0]]), np.array([right]))), "calibration_error": answer}
+
+
+def calibration_error(answers: list[tuple[float, bool]]) -> float:
+    """Of a whole task, in ten bins."""
+    confidence, right = zip(*answers, strict=True)
+    return float(expected_calibration_error(np.array(confidence), np.array(right)))
 
 
 def choose_by_familiarity(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
