@@ -5,6 +5,7 @@ Knows token ids, logits and caches only.
 
 from proxytune.drafting import rounded_draft as rounded_draft
 from proxytune.errors import UserError as UserError
+from proxytune.exported import export as export
 from proxytune.member import Member as Member
 from proxytune.member import Weights as Weights
 from proxytune.member import fingerprint as fingerprint
@@ -22,6 +23,7 @@ from proxytune.packing import pack_linear_layers as pack_linear_layers
 from proxytune.scoring import Request as Request
 from proxytune.scoring import cut_to_window as cut_to_window
 from proxytune.scoring import score as score
+from proxytune.scoring import score_greedily as score_greedily
 from proxytune.speculation import SpeculationReport as SpeculationReport
 from proxytune.token_map import TokenMap as TokenMap
 from proxytune.token_map import map_tokens as map_tokens

@@ -1,6 +1,7 @@
 """lm-eval with a mixture: the same numbers as its own model class, answers that are kept for one model only, and export."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -338,3 +339,34 @@ def test_an_exported_mixture_is_loaded_by_transformers_and_the_stock_harness(lor
     with pytest.raises(UserError, match=r"antiexpert: .* holds other weights than were exported"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "exported", trust_remote_code=True)
     assert isinstance(member, Member)
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+def test_code_tasks_are_judged_in_the_sandbox_and_only_when_confirmed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from evals.tasks.sources import complete_function, write_program
+
+    doc = {
+        "prompt": "def f(x):\n    'Doubles.'\n",
+        "test": "def check(g):\n    assert g(2) == 4\n",
+        "entry_point": "f",
+        "canonical_solution": "    return 2 * x\n",
+    }
+    verdicts = [complete_function(doc, [text])["pass_at_1"] for text in ("    return 2 * x", "    return x", "    import os; os._exit(0)", "  oh")]
+    assert verdicts == [1, 0, 0, 0]
+    asked = {"text": "Double.", "code": "", "test_setup_code": "", "test_list": ["assert twice(2) == 4", "assert twice(0) == 0"]}
+    written = [
+        write_program(asked, [text])["pass_at_1"] for text in ("def twice(x):\n    return x + x", "def twice(x):\n    return 4", "twice = None")
+    ]
+    assert written == [1, 0, 0]
+    wrapped = asked | {"test_list": ["assert set(twice([1])) == {2}"]}
+    assert write_program(wrapped, ["def twice(xs):\n    return [2 * x for x in xs]"])["pass_at_1"] == 1
+    monkeypatch.setenv("PROXYTUNE_DATA", str(tmp_path))
+    (tmp_path / "humaneval").mkdir()
+    (tmp_path / "humaneval" / "test.jsonl").write_text(json.dumps(doc) + "\n")
+    lm = ProxyLM.of({"base": make_members()["base"]}, {"base": 1.0}, max_length=128)
+    options: dict[str, Any] = {"model": lm, "tasks": ["proxytune_humaneval"], "bootstrap_iters": 0, "gen_kwargs": {"max_gen_toks": 4}}
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False)
+    with pytest.raises(ValueError, match="unsafe"):
+        simple_evaluate(**options, task_manager=manager)
+    found = simple_evaluate(**options, task_manager=manager, confirm_run_unsafe_code=True)["results"]["proxytune_humaneval"]
+    assert found["pass_at_1,none"] == 0

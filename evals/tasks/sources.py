@@ -17,6 +17,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from scipy.special import logsumexp
 
 from evals.metrics import brier, expected_calibration_error
+from evals.sandbox import Program, run_programs
 from evals.study import STUDIES
 from finetune.data import Item
 from finetune.reading import read_items
@@ -120,6 +121,22 @@ def truth(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, f
     law = (second - second.max()).map(math.exp)
     true = pd.Series(doc["mc2_targets"]["labels"]).astype(bool)
     return {"mc1": float(doc["mc1_targets"]["labels"][int(first.argmax())] == 1), "mc2": float(law[true].sum() / law.sum())}
+
+
+def complete_function(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """HumanEval: whether the completed function passes its tests, in the sandbox."""
+    test = f"{doc['test']}\n\ncheck({doc['entry_point']})\n"
+    (verdict,) = run_programs([Program(doc["prompt"] + results[0], test, doc["entry_point"], doc["prompt"])])
+    return {"pass_at_1": float(verdict.passed)}
+
+
+def write_program(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """MBPP: whether the program passes the tests, in the sandbox. What the tests call first is its entry."""
+    tests = "\n".join(doc["test_list"])
+    called = re.search(r"assert[\s(]+(?:not\s+)?(?:\w+\()*?(\w+)\(", tests)
+    test = f"{doc['test_setup_code']}\n{tests}\n"
+    (verdict,) = run_programs([Program(results[0], test, called[1] if called else "")])
+    return {"pass_at_1": float(verdict.passed)}
 
 
 def true_choices(doc: dict[str, Any]) -> list[str]:
