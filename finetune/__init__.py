@@ -1,7 +1,6 @@
 """LoRA and full fine-tuning, and pretraining of small models. Changes weights; never scores."""
 
 from finetune.data import Item as Item
-from finetune.overlap import overlap as overlap
 from finetune.pretraining import Pretraining as Pretraining
 from finetune.pretraining import pretrain as pretrain
 from finetune.pretraining import untrained as untrained
