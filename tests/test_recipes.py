@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from finetune.costs import forward_flops, training_flops
+from finetune.costs import Meter, forward_flops, training_flops
 from finetune.data import Item, encode_examples, encode_pairs
 from finetune.frozen import read_frozen
 from finetune.recipe import Tuning
@@ -338,3 +338,35 @@ def test_costs_are_reported(folder: Path) -> None:
     assert plain.stored_bytes == (folder / "plain" / "model.safetensors").stat().st_size
     assert plain.seconds > 0
     assert plain.processes == 1
+
+
+def test_the_meter_adds_up_energy_over_wraps_and_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune.costs.POWER_CAPPING", tmp_path)
+    for name, joules in (("intel-rapl:0", 90.0), ("intel-rapl:1", 5.0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "max_energy_range_uj").write_text("100000000")
+        (tmp_path / name / "energy_uj").write_text(str(int(joules * 1e6)))
+    (tmp_path / "intel-rapl:0:0").mkdir()  # a part of the first, which counts already
+    meter = Meter(seconds=100.0, energy=1000.0)
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("10000000")
+    (tmp_path / "intel-rapl:1" / "energy_uj").write_text("9000000")
+    meter.tick()
+    assert meter.energy == pytest.approx(1000 + 20 + 4)
+    meter.tick()
+    assert meter.energy == pytest.approx(1000 + 20 + 4)
+    assert meter.seconds > 100
+    monkeypatch.setattr("finetune.costs.POWER_CAPPING", tmp_path / "none")
+    silent = Meter()
+    silent.tick()
+    assert silent.energy is None
+
+
+def test_the_meter_sees_what_was_held_at_the_most() -> None:
+    before = Meter()
+    before.tick()
+    meter = Meter()
+    held = torch.ones(2**26)  # 256 MiB
+    del held
+    meter.tick()
+    assert meter.peak_memory is not None and before.peak_memory is not None
+    assert 200e6 < meter.peak_memory - before.peak_memory < 400e6
