@@ -4,6 +4,7 @@ Stop it at any time and start it again: what is recorded or tuned is not done ag
 """
 
 import json
+import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,8 +32,10 @@ def run_study(study: Study, folder: Path, out: Path, display: Display) -> list[R
     """Measures every arm of every seed; returns the records in the study's order.
 
     Writes `out`/records, `out`/checkpoints, `out`/worlds and `out`/study.json. Raises `UserError` where `out` cannot be
-    written.
+    written, and under a launcher of several processes.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("launcher: a study runs in one process; start it without torchrun, and tune large arms beforehand with proxytune tune")
     torch.set_num_threads(study.threads)
     try:
         for name in ("records", "checkpoints"):

@@ -215,3 +215,9 @@ def test_contrasts_are_paired_differences_and_tested_where_items_are_independent
     assert tested["large"]["p_holm"] >= tested["large"]["p"]
     assert tested["base"]["p"] == 1
     assert "p, task" in next(table for table in make_tables(summarize(study, alone)) if table.title == "Contrasts").frame.columns
+
+
+def test_a_study_under_a_launcher_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="a study runs in one process; start it without torchrun"):
+        run_in_process(Study.model_validate(STUDY), tmp_path)
