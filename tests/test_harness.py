@@ -276,6 +276,7 @@ def test_stored_sets_are_read_from_a_folder_or_named_in_one_line(name: str, tmp_
     short = {"gen_kwargs": {"max_gen_toks": 4}} if name in ("gsm8k", "triviaqa") else {}
     results = simple_evaluate(**options, **short)["results"][f"proxytune_{name}"]
     assert any(isinstance(value, float) for value in results.values())
+    assert {place.name for place in (tmp_path / name).iterdir()} == {f"{split}.jsonl" for split in STORED[name]}  # nothing is put beside the data
 
 
 def test_answer_rules_of_the_tasks() -> None:

@@ -63,7 +63,7 @@ def stored(task: str, hub: str, splits: dict[str, str], configuration: str | Non
         files = [folder / f"{name}.{kind}" for kind in ("jsonl", "parquet") if (folder / f"{name}.{kind}").exists()]
         if files:
             kind = "parquet" if files[0].suffix == ".parquet" else "json"
-            found[name] = load_dataset(kind, data_files=str(files[0]), split="train", cache_dir=str(folder / ".cache"))
+            found[name] = load_dataset(kind, data_files=str(files[0]), split="train")
     if "test" not in found:
         raise UserError(f"{task}: '{folder}' has neither test.jsonl nor test.parquet; put one there")
     # The harness wants every split to be there that a task names, asked for or not.
