@@ -83,11 +83,12 @@ def _states(member: Member, rows: Sequence[Row], field: str) -> list[Tensor]:
         ids = pad_sequence([torch.tensor(row["input_ids"]) for row in chosen], batch_first=True)
         mask = pad_sequence([torch.ones(len(row["input_ids"]), dtype=torch.long) for row in chosen], batch_first=True)
         places = pad_sequence([torch.tensor([*row["completion_mask"][1:], 0], dtype=torch.bool) for row in chosen], batch_first=True)
+        ids, mask, places = (tensor.to(member.model.device) for tensor in (ids, mask, places))
         with torch.inference_mode(), only_at(member.model, places) as entered:
             logits = member.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         with torch.inference_mode():
             again = member.model.get_output_embeddings()(entered[0])
         if not torch.allclose(logits, again, atol=1e-4):
             raise UserError(f"{field}: the model changes its head's logits afterwards (a soft cap, say), which kl and consistent do not cover")
-        found.append(entered[0].clone())
+        found.append(entered[0].cpu().clone())
     return found

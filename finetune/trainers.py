@@ -156,7 +156,10 @@ def make_trainer(
         if tuning.consistent is not None and base is None:
             raise UserError("consistent: the base that the expert will serve is missing; give it")
         with arguments.main_process_first(local=False):
-            models = {"start": member} | ({} if tuning.consistent is None else {"base": load_member(str(base), field="base")})
+            member.model.to(arguments.device)
+            models = {"start": member}
+            if tuning.consistent is not None:
+                models["base"] = load_member(str(base), field="base", device=str(arguments.device))
             before = sum(forward_flops(model.model, tokens, mean) for model in models.values())
             frozen = {name: read_frozen(model, everything, states, field) for name, model in models.items()}
             del models
