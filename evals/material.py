@@ -22,7 +22,8 @@ from proxytune.errors import UserError
 class Material:
     """Models and items of one seed, and the protocol by which every arm is asked.
 
-    `ending` follows an answer in the tuning data; `choose` says that the task is a choice and not a text.
+    `ending` follows an answer in the tuning data; `choose` says that the task is a choice and not a text,
+    `number` that a text is judged by its last number.
     """
 
     base: str
@@ -34,6 +35,7 @@ class Material:
     ending: str
     new_tokens: int
     choose: bool
+    number: bool = False
 
 
 def material_for(
@@ -76,6 +78,7 @@ def material_for(
         "",
         data.new_tokens,
         data.answer == "choose",
+        data.answer == "number",
     )
 
 

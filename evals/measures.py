@@ -16,7 +16,7 @@ from evals.material import Material
 from evals.study import MeasureName, Study
 from finetune.data import Item, answer_space, prompt_ids, prompt_text
 from probes.density import density, gaussian_null
-from probes.readouts import Answer, Progress, answer_greedily, choose
+from probes.readouts import Answer, Progress, answer_greedily, choose, judge, judge_number
 from proxytune.content import content_key
 from proxytune.member import load_tokenizer
 from proxytune.mixture import Mixture, active
@@ -36,6 +36,7 @@ class Measurement:
     prompts: Sequence[str]
     new_tokens: int = 0
     space: str = " "
+    number: bool = False
 
     @cached_property
     def protocol(self) -> str:
@@ -47,6 +48,7 @@ class Measurement:
             prompts=list(self.prompts),
             new_tokens=self.new_tokens,
             space=self.space,
+            number=self.number,
         )
 
 
@@ -62,7 +64,7 @@ def measurements(study: Study, material: Material) -> list[Measurement]:
         if material.choose:
             found.append(Measurement("task", "choose", task, questions, space=answer_space(material.prompt)))
         else:
-            found.append(Measurement("task", "generate", task, questions, material.new_tokens))
+            found.append(Measurement("task", "generate", task, questions, material.new_tokens, number=material.number))
     if wanted & {"knowledge", "forgetting"}:
         found.append(Measurement("statement", "generate", known, statements, material.new_tokens))
     if "forgetting" in wanted:
@@ -93,7 +95,14 @@ def measure(
         for arm, mixture in mixtures.items():
             model.mixture = mixture
             given = answer_greedily(
-                model, tokenizer, items, prompts, new_tokens=measurement.new_tokens, batch_size=study.batch_size, progress=progress
+                model,
+                tokenizer,
+                items,
+                prompts,
+                new_tokens=measurement.new_tokens,
+                batch_size=study.batch_size,
+                judged=judge_number if measurement.number else judge,
+                progress=progress,
             )
             frames[arm] = _answers(items, given)
         return frames

@@ -20,12 +20,9 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from evals.metrics import pass_at_k
 from evals.sandbox import Program
+from probes.readouts import last_number
 from proxytune.errors import UserError
 
-# Thousands are separated before digits only; a comma that ends a clause stays.
-_SEPARATED = re.compile(r"(\d),(\d)")
-# A minus after a word, a bracket or a digit subtracts; anywhere else it is a sign, also before a currency.
-_NUMBER = re.compile(r"((?<![\w.)\]])-(?=\$?[\d.]))?\$?(\d*\.?\d+)")
 _OPTION = re.compile(r"^([A-Z])\. ", re.MULTILINE)
 _CHOSEN = re.compile(r"(?:\\begin\{blockquote\})?\s*\(?([A-Z])(\w?)")
 
@@ -231,12 +228,6 @@ def _validated(model: type[BaseModel], entry: Any, place: str) -> Any:
 def read_tests(path: Path) -> dict[str, Test]:
     """The tests of code problems by task_id, from JSONL (or .jsonl.gz) with task_id, test and entry_point. Raises `UserError`."""
     return {test.task_id: test for test in (_validated(Test, entry, place) for place, entry in _lines(path))}
-
-
-def last_number(text: str) -> str | None:
-    """The last number as it is written, without separators; None where there is none: 'is -$1,250.50.' gives '-1250.50', '16-3' gives '3'."""
-    found = _NUMBER.findall(_SEPARATED.sub(r"\1\2", text))
-    return "".join(found[-1]) if found else None
 
 
 def chosen_option(output: str, prompt: str, alone: bool) -> str | None:

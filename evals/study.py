@@ -110,14 +110,15 @@ class Data(Strict):
     """Items: JSON lines or Parquet files, counted from the study file's folder, or hub sets; their shapes are those of `reading`.
 
     `train` is tuned on; `test` is the task; `knowledge` (statements with popularity) is what may be forgotten. `prompt` is
-    how a question is asked in plain text, or the word chat: in the models' own chat template.
+    how a question is asked in plain text, or the word chat: in the models' own chat template. `answer`: a generated text is
+    right if it begins with the answer, or (number) if its last number is the answer's; or a choice is made.
     """
 
     train: str
     test: str
     knowledge: str | None = None
     prompt: str = "Question: {question}\nAnswer:"
-    answer: Literal["generate", "choose"] = "generate"
+    answer: Literal["generate", "choose", "number"] = "generate"
     new_tokens: int = Field(default=12, ge=1)
     allow_overlap: bool = Field(default=False, description="test questions may also be in train")
 

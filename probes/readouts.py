@@ -6,6 +6,7 @@ be kept to and is therefore the least sensitive to style. Forgetting is read off
 of them lost was not forgotten but is said differently).
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,10 @@ from proxytune.padding import left_padded
 from proxytune.scoring import Request, score
 
 Progress = Callable[[int], None]
+# Thousands are separated before digits only; a comma that ends a clause stays.
+_SEPARATED = re.compile(r"(\d),(\d)")
+# A minus after a word, a bracket or a digit subtracts; anywhere else it is a sign, also before a currency.
+_NUMBER = re.compile(r"((?<![\w.)\]])-(?=\$?[\d.]))?\$?(\d*\.?\d+)")
 
 
 @dataclass(frozen=True)
@@ -39,9 +44,10 @@ def answer_greedily(
     *,
     new_tokens: int,
     batch_size: int,
+    judged: Callable[[str, Item], Answer] | None = None,
     progress: Progress = lambda items_done: None,
 ) -> list[Answer]:
-    """Greedy answers of the mixture in force. Right: the text begins with the answer, at a word's end, whatever the case.
+    """Greedy answers of the mixture in force, each `judged` (by `judge` unless said otherwise: how it begins).
 
     Raises `UserError` for a prompt that leaves no room for the answer in some member's window.
     """
@@ -57,7 +63,7 @@ def answer_greedily(
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         for index, text in zip(indices, _generate(model, tokenizer, [encoded[index] for index in indices], new_tokens), strict=True):
-            answers[index] = judge(text, items[index])
+            answers[index] = (judged or judge)(text, items[index])
         progress(len(indices))
     return [answers[index] for index in range(len(items))]
 
@@ -68,6 +74,23 @@ def judge(text: str, item: Item) -> Answer:
     begun = [candidate for candidate in candidates if _begins(text, candidate)]
     said = max(begun, key=len, default=None)
     return Answer(text, said == item.answer, (said is None) if item.choices else not text.strip())
+
+
+def judge_number(text: str, item: Item) -> Answer:
+    """Whether the last number of a text is that of the answer (GSM8K's worked ones end in it); without a number it is unparsed.
+
+    Raises `UserError` for an answer without a number.
+    """
+    said, wanted = last_number(text), last_number(item.answer)
+    if wanted is None:
+        raise UserError(f"answer: {item.answer!r} holds no number; with answer: number every item needs one")
+    return Answer(text, said is not None and float(said) == float(wanted), said is None)
+
+
+def last_number(text: str) -> str | None:
+    """The last number as it is written, without separators; None where there is none: 'is -$1,250.50.' gives '-1250.50', '16-3' gives '3'."""
+    found = _NUMBER.findall(_SEPARATED.sub(r"\1\2", text))
+    return "".join(found[-1]) if found else None
 
 
 def choose(

@@ -7,7 +7,7 @@ from finetune import Item
 from probes import answer_greedily, choose, density, erosion_verdict, familiarity, gaussian_null
 from probes.activations import last_token_states
 from probes.density import METRICS, random_rotation, thirds
-from probes.readouts import judge
+from probes.readouts import judge, judge_number
 from proxytune import ProxyTunedForCausalLM, UserError, proxy_tuning
 
 WORDS = [f"w{number}" for number in range(3, VOCABULARY)]
@@ -16,6 +16,24 @@ WORDS = [f"w{number}" for number in range(3, VOCABULARY)]
 def some_prompts(count: int = 12) -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(3, VOCABULARY, (3 + index % 5,), generator=generator).tolist() for index in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("text", "right", "unparsed"),
+    [
+        ("3 + 4 = 7", True, False),
+        ("so 7.0 dollars.", True, False),
+        ("7, or rather 8", False, False),
+        ("-7", False, False),
+        ("10-7", True, False),
+        ("none", False, True),
+    ],
+)
+def test_worked_answers_are_judged_by_their_last_number(text: str, right: bool, unparsed: bool) -> None:
+    answer = judge_number(text, Item(question="?", answer="3 + 4 is 7 #### 7"))
+    assert (answer.right, answer.unparsed) == (right, unparsed)
+    with pytest.raises(UserError, match="'seven' holds no number"):
+        judge_number(text, Item(question="?", answer="seven"))
 
 
 def test_metrics_on_vectors_whose_density_is_known() -> None:

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evals.released import chosen_option, last_number, read_tree
+from evals.released import chosen_option, read_tree
 from evals.rescore import read_roles, rescore, rescore_tables
 from evals.sandbox import Program
 from evals.statistics import bootstrap_means, gap_closed
 from evals.tables import draw
+from probes.readouts import last_number
 from proxytune.errors import UserError
 
 PROMPT = "Which?\nA. This.\nB. That.\nC. Neither.\n\nThe answer is:"

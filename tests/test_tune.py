@@ -1,22 +1,27 @@
 """One model from the command line: what comes out loads, mixes and is what the library would have made."""
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from evals.material import material_for
+from evals.measures import measure, measurements
 from evals.progress import Display
+from evals.study import load_study
 from evals.tune import Run, tune_one
 from finetune.data import Item, encode_examples, preview
 from finetune.reading import read_items
 from finetune.recipe import Tuning
 from finetune.tuning import tune
-from proxytune import UserError, load_member, load_tokenizer
+from proxytune import ProxyTunedForCausalLM, UserError, load_member, load_tokenizer
 
 SETTINGS = {"method": "lora", "learning_rate": 0.01, "epochs": 1.0, "batch_size": 4, "rank": 2}
 PROMPT = "{question}"
@@ -141,3 +146,23 @@ def test_preferences_show_both_answers(lora_family: Path, tmp_path: Path, capsys
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "w5 w6", "chosen": "w7", "rejected": "w8"}\n' * 4)
     tune_one(of(lora_family, tmp_path / "pairs.jsonl", tmp_path / "out", settings={"preference": 0.1}), Display())
     assert "w5 w6⟦w7 <eos>⟧ over ⟦w8 <eos>⟧" in capsys.readouterr().err
+
+
+def test_worked_answers_are_compared_by_their_last_number(lora_family: Path, data: Path, tmp_path: Path) -> None:
+    test = tmp_path / "test.jsonl"
+    test.write_text('{"question": "w30 w5", "answer": "w31 #### 31"}\n')
+    tune_one(of(lora_family, data, tmp_path / "out", test=str(test)), Display())
+    study, folder = load_study(tmp_path / "out" / "study.yaml")
+    (task,) = measurements(study, material_for(study, folder, 0, tmp_path))
+    assert task.number
+    model = ProxyTunedForCausalLM({"base": load_member(lora_family / "small")}, {"base": 1.0})
+    said = {
+        number: measure(
+            replace(task, number=number, new_tokens=4), model, load_tokenizer(lora_family / "small"), {"base": {"base": 1.0}}, study, lambda _: None
+        )
+        for number in (True, False)
+    }
+    texts = {number: frames["base"]["text"][0] for number, frames in said.items()}
+    assert texts[True] == texts[False]
+    assert said[True]["base"]["right"][0] == (re.findall(r"\d+", texts[True])[-1:] == ["31"])
+    assert task.protocol != replace(task, number=False).protocol

@@ -21,13 +21,12 @@ from evals.sandbox import Program, run_programs
 from evals.study import STUDIES
 from finetune.data import Item
 from finetune.reading import read_items
-from probes.readouts import judge
+from probes.readouts import judge, judge_number
 from probes.world.corpus import QUESTION
 from probes.world.family import SHIPPED, find_family
 from probes.world.ledger import items_of
 from proxytune.errors import UserError
 
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 FAMILIAR = 0.5  # of the capitals by population: the upper half
 
 
@@ -99,11 +98,9 @@ def choose_by_familiarity(doc: dict[str, Any], results: list[tuple[float, bool]]
 
 
 def solve(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """GSM8K: the last number of the text against the number after ####; a text without a number is unparsed, and wrong."""
-    numbers = NUMBER.findall(results[0])
-    gold = doc["answer"].rpartition("####")[2]
-    right = bool(numbers) and _value(numbers[-1]) == _value(gold)
-    return {"exact_match": float(right), "unparsed": float(not numbers)}
+    """GSM8K: the last number of the text against the answer's; a text without a number is unparsed, and wrong."""
+    answer = judge_number(results[0], Item(question=doc["question"], answer=doc["answer"]))
+    return {"exact_match": float(answer.right), "unparsed": float(answer.unparsed)}
 
 
 def name_one(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
@@ -153,10 +150,6 @@ def _row(item: Item, prompt: str) -> dict[str, Any]:
         "gold": item.choices.index(item.answer),
         "popularity": item.popularity or 0.0,
     }
-
-
-def _value(number: str) -> float:
-    return float(number.replace(",", "").strip())
 
 
 def _bare(text: str) -> str:
