@@ -196,6 +196,7 @@ def tune(
 
     from evals.progress import Display
     from evals.tune import Run, tune_one
+    from finetune.checkpoints import is_main_process
 
     torch.set_num_threads(threads)
     settings = {
@@ -215,9 +216,9 @@ def tune(
         "consistent": consistent,
         "early_stopping": None if validation_share is None else {"validation_share": validation_share},
     }
-    with Display(quiet=int(os.environ.get("RANK", 0)) > 0) as display:
+    with Display(quiet=not is_main_process()) as display:
         run = Run(model, data, out, settings, prompt, seed, base, test, allow_overlap, fsdp, 60 * checkpoint_minutes)
-        print(tune_one(run, display), end="\n" if int(os.environ.get("RANK", 0)) == 0 else "")
+        print(tune_one(run, display), end="\n" if is_main_process() else "")
 
 
 @app.command()

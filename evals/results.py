@@ -23,7 +23,7 @@ Select = Callable[[pd.DataFrame], "np.ndarray[Any, np.dtype[np.bool_]]"]
 
 
 def summarize(study: Study, records: Sequence[Record]) -> dict[str, Any]:
-    """The results: `study`, `seeds`, `rows`, `gap_closed`, `against_direct`, `contrasts`, `frontier`,
+    """The results: `study`, `seeds`, `base` (the base's arm), `rows`, `gap_closed`, `against_direct`, `contrasts`, `frontier`,
     `costs`, `density_of_base`, `verdicts`.
 
     A row is arm, measure, value, low, high, n (items over all seeds), unparsed and, where the value needs a word, note.
@@ -35,7 +35,7 @@ def summarize(study: Study, records: Sequence[Record]) -> dict[str, Any]:
     """
     _check_protocols(records)
     arms = list(study.points)
-    results: dict[str, Any] = {"study": study.study, "seeds": list(study.seeds)}
+    results: dict[str, Any] = {"study": study.study, "seeds": list(study.seeds), "base": study.base_arm}
     results |= {part: [] for part in ("rows", "gap_closed", "against_direct", "contrasts", "frontier", "costs", "density_of_base", "verdicts")}
     if "task" in study.measures:
         estimate = _share_rows(results, records, arms, "task", "task")

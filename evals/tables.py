@@ -110,7 +110,8 @@ def _contrasts(results: dict[str, Any]) -> Table:
 
 def _costs(results: dict[str, Any], measured: Sequence[dict[str, Any]]) -> Table:
     """What tuning took (all trials and the expert), then a token's pass over the base's."""
-    entries, base = results["costs"], results["costs"][0]
+    entries = results["costs"]
+    base = next(entry for entry in entries if entry["arm"] == results["base"])
     frame = pd.DataFrame({"arm": [entry["arm"] for entry in entries]})
     for title, name, scale in (
         ("runs", "runs", 1.0),

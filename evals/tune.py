@@ -1,6 +1,5 @@
 """`proxytune tune`: one model, tuned from the command line, with the first example shown and the next command said."""
 
-import os
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from pydantic import ValidationError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from evals.progress import Display
+from finetune.checkpoints import is_main_process
 from finetune.data import Item, check_prompt, encode_examples, encode_pairs, preview
 from finetune.overlap import describe, overlap
 from finetune.reading import read_items
@@ -66,7 +66,7 @@ def tune_one(run: Run, display: Display) -> str:
         fsdp=run.fsdp,
         watcher=_Losses(display),
     )
-    if int(os.environ.get("RANK", 0)):
+    if not is_main_process():
         return ""
     display.say(f"{_numbers(report)}; the card is {run.out / 'tuning.json'}")
     return _following(run, train.items[0])

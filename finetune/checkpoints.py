@@ -72,6 +72,11 @@ def last_whole(folder: Path) -> tuple[Path | None, Meter]:
     return whole[-1], Meter(**json.loads((whole[-1] / WHOLE).read_text()))
 
 
+def is_main_process() -> bool:
+    """Whether this is the one process of a launcher that writes and speaks."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 @contextmanager
 def workplace(out: Path, key: str) -> Iterator[Path]:
     """The folder of a run's checkpoints, beside `out`; it is kept if the run stops with a whole one in it.
@@ -79,7 +84,7 @@ def workplace(out: Path, key: str) -> Iterator[Path]:
     Raises `UserError` where it belongs to another run: a running one, or one of other weights, data, settings or seed.
     """
     folder = out.parent / f".{out.name}.partial"
-    main = int(os.environ.get("RANK", 0)) == 0
+    main = is_main_process()
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "lock", timeout=0)
     try:

@@ -117,11 +117,13 @@ def _energy_counters() -> dict[str, tuple[float, float]]:
         found[folder.name] = (joules, wrap)
     try:
         import pynvml  # type: ignore[import-not-found]
-
+    except ImportError:
+        return found
+    try:
         pynvml.nvmlInit()
         for index in range(pynvml.nvmlDeviceGetCount()):
             millijoules = pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByIndex(index))
             found[f"gpu-{index}"] = (millijoules / 1e3, 2.0**64 / 1e3)
-    except Exception:  # no package, no driver or no counter: then there is no such figure
+    except pynvml.NVMLError:  # no driver or no counter: then there is no such figure
         pass
     return found

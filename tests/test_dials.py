@@ -127,6 +127,9 @@ def test_costs_are_those_of_the_cards_and_of_the_weights(finished: Any) -> None:
     table = make_tables(results, list(measured.values()))[-1]
     assert table.title == "Cost"
     assert {"seconds", "TFLOP", "bytes a token, x base"} <= set(table.frame.columns)
+    turned = make_tables(results | {"costs": results["costs"][::-1]})[-1].frame.set_index("arm")  # whichever arm the study names first
+    assert turned.loc["base", "FLOPs a token, x base"] == "1.00"
+    assert float(turned.loc["proxy@1", "FLOPs a token, x base"]) > 1
     assert "seconds" not in render(results, "json")
 
 
