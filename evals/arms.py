@@ -41,30 +41,50 @@ def check_vocabularies(material: Material) -> None:
 def ensembles(study: Study, material: Material, folder: Path, seed: int, out: Path, watcher: TrainerCallback) -> Iterator[Ensemble]:
     """The ensembles that between them hold every point, each tuned when its turn comes. `folder` is the study file's.
 
-    States belong to weights: a proxied base has the base's own and an expert is another, smaller model, so density is
-    measured of the base and of the direct arms, each loaded alone (its untrained twin takes as much memory again).
+    A tuned base is loaded alone, and with the base only where their laws are compared.
     """
     base = Weights(material.base, field="models.base")
     alone: dict[str, Mixture] = {study.base_arm: {"base": 1.0}}
     before = alone
-    experts = [name for name, arm in study.arms.items() if isinstance(arm, Expert)]
-    for name in experts:
+    experts = {name: arm for name, arm in study.arms.items() if isinstance(arm, Expert)}
+    for name, spec in experts.items():
         assert material.small is not None
-        members = {"base": base, "expert": _expert(study, name, material, folder, seed, out, watcher)}
-        members["antiexpert"] = Weights(material.small, field="models.small")
-        yield Ensemble(members, before | {name: {"expert": 1.0}} | _proxies(study, name), ("generate", "choose"))
+        small = Weights(material.small, field="models.small")
+        if spec.tuning is None:
+            expert = _given(small, str(spec.path), f"arms.{name}.path", folder)
+        else:
+            expert = _tuned(small, spec.tuning, name, material, seed, out, watcher)
+        members = {"base": base, "expert": expert, "antiexpert": small}
+        yield Ensemble(members, before | {name: {"expert": 1.0}} | _proxies(study, name), ("generate", "choose", "law"))
         before = {}
     if not experts:
-        yield Ensemble({"base": base}, alone, ("generate", "choose"))
-    yield Ensemble({"base": base}, alone, ("density",))
+        yield Ensemble({"base": base}, alone, ("generate", "choose", "law"))
     for name, arm in study.arms.items():
         if isinstance(arm, Direct):
-            for label, (_, tuning) in arm.points(name).items():
-                weights = _tuned(base, tuning, label, material, seed, out, watcher)
-                yield Ensemble({"tuned": weights}, {label: {"tuned": 1.0}}, ("generate", "choose", "density"))
+            for label, weights in _points(name, arm, material, folder, seed, out, watcher):
+                yield Ensemble({"tuned": weights}, {label: {"tuned": 1.0}}, ("generate", "choose"))
+                yield Ensemble({"base": base, "tuned": weights}, {label: {"tuned": 1.0}}, ("law",))
             proxies = _proxies(study, name)
             if proxies:
-                yield Ensemble({"base": base, "expert": weights, "antiexpert": base}, proxies, ("generate", "choose"))
+                yield Ensemble({"base": base, "expert": weights, "antiexpert": base}, proxies, ("generate", "choose", "law"))
+
+
+def tuned_bases(study: Study, material: Material, folder: Path, seed: int, out: Path, watcher: TrainerCallback) -> Iterator[tuple[str, Weights]]:
+    """Label and weights of every point that is the base itself tuned; tuned when its turn comes, if it was not before."""
+    for name, arm in study.arms.items():
+        if isinstance(arm, Direct):
+            yield from _points(name, arm, material, folder, seed, out, watcher)
+
+
+def _points(
+    name: str, arm: Direct, material: Material, folder: Path, seed: int, out: Path, watcher: TrainerCallback
+) -> Iterator[tuple[str, Weights]]:
+    base = Weights(material.base, field="models.base")
+    for label, (_, tuning) in arm.points(name).items():
+        if tuning is None:
+            yield label, _given(base, str(arm.path), f"arms.{name}.path", folder)
+        else:
+            yield label, _tuned(base, tuning, label, material, seed, out, watcher)
 
 
 def _proxies(study: Study, expert: str) -> dict[str, Mixture]:
@@ -76,18 +96,12 @@ def _proxies(study: Study, expert: str) -> dict[str, Mixture]:
     }
 
 
-def _expert(study: Study, name: str, material: Material, folder: Path, seed: int, out: Path, watcher: TrainerCallback) -> Weights:
-    """The expert's weights: tuned here, or given."""
-    arm = study.arms[name]
-    assert isinstance(arm, Expert) and material.small is not None
-    small = Weights(material.small, field="models.small")
-    if arm.tuning is not None:
-        return _tuned(small, arm.tuning, name, material, seed, out, watcher)
-    assert arm.path is not None
-    given = folder / arm.path if (folder / arm.path).exists() else Path(arm.path).expanduser()
+def _given(start: Weights, path: str, field: str, folder: Path) -> Weights:
+    """What was tuned beforehand: a folder beside the study file or elsewhere, a hub name, or a LoRA adapter on the start."""
+    given = folder / path if (folder / path).exists() else Path(path).expanduser()
     if is_adapter(given):
-        return replace(small, adapter=given, field=f"arms.{name}.path")
-    return Weights(str(given) if given.exists() else arm.path, field=f"arms.{name}.path")
+        return replace(start, adapter=given, field=field)
+    return Weights(str(given) if given.exists() else path, field=field)
 
 
 def _tuned(start: Weights, tuning: Tuning, name: str, material: Material, seed: int, out: Path, watcher: TrainerCallback) -> Weights:

@@ -1,13 +1,16 @@
-"""The command line: compare, items, tune, generate, bench, rescore, lm-eval, export, world build. Thin; heavy imports wait until a command runs."""
+"""The command line: compare, probe, items, tune, generate, bench, rescore, lm-eval, export, world build. Thin; imports wait for their command."""
 
 import os
 import shutil
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from evals.study import Study
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 world = typer.Typer(no_args_is_help=True, help="The embedded world: a synthetic corpus, its ledger and its model family.")
@@ -65,6 +68,57 @@ def compare(
     Every arm is measured by the same prompts; intervals are paired. Stop it at any time: the same command
     goes on where it was and ends with the same table. Progress goes to standard error.
     """
+    from evals.study import load_study
+
+    loaded, folder = load_study(study)
+    place = out or Path("proxytune-runs") / loaded.study
+    _run(loaded, folder, place, place, form)
+
+
+class ProbeName(StrEnum):
+    density = "density"
+    drift = "drift"
+    lens = "lens"
+    restoration = "restoration"
+    recoverability = "recoverability"
+    erosion = "erosion"
+
+
+@app.command()
+def probe(
+    name: Annotated[ProbeName, typer.Argument(help="What to look at; erosion is all of them with a verdict.")],
+    target: Annotated[str | None, typer.Argument(help="A study file or a base model. Without one: the embedded world.", show_default=False)] = None,
+    tuned: Annotated[
+        list[str] | None, typer.Argument(help="Models tuned from the base: folders, hub names or LoRA adapters.", show_default=False)
+    ] = None,
+    knowledge: Annotated[
+        str | None, typer.Option(help="Items to read models by: statement, answer, choices, popularity, perhaps subject.", show_default=False)
+    ] = None,
+    corpus: Annotated[
+        str | None, typer.Option(help="Text in which subjects and answers are counted; that is then the popularity.", show_default=False)
+    ] = None,
+    test: Annotated[str | None, typer.Option(help="Task items: what restoring a block costs at the task.", show_default=False)] = None,
+    prompt: Annotated[str, typer.Option(help="How a task's question is asked, or chat: in the model's chat template.")] = PROMPT,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of records; results go to NAME in it. Default: proxytune-runs/STUDY.", show_default=False)
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Of the CPU; a study file has its own.")] = 2,
+    form: Annotated[Format, typer.Option("--format", help="How the results go to standard output.")] = Format.table,
+) -> None:
+    """What tuning did inside: density, drift, lens, restoration, recoverability, and the verdict on erosion in lower layers.
+
+    `proxytune probe erosion base tuned --knowledge items.jsonl` looks at your own models; `proxytune probe density base
+    checkpoints/step-* --knowledge items.jsonl` at a pretraining run. Stop it at any time, as with compare.
+    """
+    from evals.probe import Probe, probe_study
+
+    loaded, folder = probe_study(Probe(name.value, target, tuned or [], knowledge, corpus, test, prompt, threads))
+    place = out or Path("proxytune-runs") / loaded.study
+    _run(loaded, folder, place, place / name.value, form)
+
+
+def _run(study: "Study", folder: Path, place: Path, shown: Path, form: Format) -> None:
+    """Runs a study whose records go to `place`; tables go to standard output, files to `shown`."""
     import json
 
     from evals.compare import run_study
@@ -72,21 +126,22 @@ def compare(
     from evals.items import write_items
     from evals.progress import Display
     from evals.results import measured_costs, summarize
-    from evals.study import load_study
     from evals.tables import render
 
-    loaded, folder = load_study(study)
-    place = out or Path("proxytune-runs") / loaded.study
     with Display() as display:
-        records = run_study(loaded, folder, place, display)
+        records = run_study(study, folder, place, display)
+        shown.mkdir(parents=True, exist_ok=True)
         with display.bar("intervals and figures", None):
-            results, measured = summarize(loaded, records), measured_costs(loaded, records)
-            files = [place / "results.json", place / "costs.json", *draw_figures(loaded, records, results, place)]
+            results, measured = summarize(study, records), measured_costs(study, records)
+            files = [shown / "results.json", shown / "costs.json", *draw_figures(study, records, results, shown)]
             files[0].write_text(render(results, "json") + "\n")
             files[1].write_text(json.dumps(measured, indent=1) + "\n")
-            files.append(write_items(records, place))
         print(render(results, form, shutil.get_terminal_size((160, 24)).columns, measured))
-        display.say(f"Files: {', '.join(map(str, files))}; see what arms said with: proxytune items {place} --where 'ARM right, OTHER wrong'")
+        said = any("text" in record.items for record in records)
+        if said:
+            files.append(write_items(records, shown))
+        following = f"; see what arms said with: proxytune items {shown} --where 'ARM right, OTHER wrong'" if said else ""
+        display.say(f"Files: {', '.join(map(str, files))}{following}")
 
 
 @app.command()
@@ -328,6 +383,9 @@ def build(
     out: Annotated[Path, typer.Option(help="Where the families go; a study finds those in the folder worlds of its own --out.")] = Path(
         "proxytune-runs/world/worlds"
     ),
+    checkpoints: Annotated[
+        bool, typer.Option(help="Keep the base before its first step and after 100, 200, 400, … as model folders checkpoints/step-N.")
+    ] = False,
 ) -> None:
     """Draws a corpus, counts its ledger, and pretrains base and small model on it (about three minutes a seed and core)."""
     import torch
@@ -338,7 +396,7 @@ def build(
     torch.set_num_threads(1)
     with Display() as display:
         for seed in seeds:
-            display.say(f"seed {seed}: {build_family(size.value, seed, out, display)}")
+            display.say(f"seed {seed}: {build_family(size.value, seed, out, display, checkpoints=checkpoints)}")
 
 
 def main() -> None:

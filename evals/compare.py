@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from evals.arms import Ensemble, check_vocabularies, ensembles, tuning_summary
+from evals.arms import Ensemble, check_vocabularies, ensembles, tuned_bases, tuning_summary
 from evals.costs import serving_cost, tuning_cost, with_trials
+from evals.inside import measure_inside
 from evals.material import Material, material_for
 from evals.measures import Measurement, measure, measurements, workload
 from evals.progress import Display
@@ -54,7 +55,7 @@ def run_study(study: Study, folder: Path, out: Path, display: Display) -> list[R
             display.say(f"seed {seed} · {name}: chose {choice.label} by validation ({scores})")
         for record in measured(decided, material):
             trials = choices[record.arm].trials if record.arm in choices else []
-            records.append(replace(record, cost=with_trials(record.cost, trials)) if trials else record)
+            records.append(replace(record, cost=with_trials(record.cost, trials)) if trials and record.cost else record)
     order = {arm: position for position, arm in enumerate(study.points)}
     return sorted(records, key=lambda record: (record.measurement, order[record.arm], record.seed))
 
@@ -66,6 +67,7 @@ def _measure_seed(study: Study, material: Material, *, folder: Path, seed: int, 
         wanted = [measurement for measurement in asked if measurement.probe in ensemble.probes]
         if wanted:
             records += _measure_ensemble(study, ensemble, wanted, seed, out, display)
+    records += measure_inside(study, material, tuned_bases(study, material, folder, seed, out, display), seed, out, display)
     return records
 
 
@@ -149,5 +151,5 @@ def _say_what_was_tuned(ensemble: Ensemble, seed: int, display: Display) -> None
 
 
 def _summary(record: Record, reused: bool) -> str:
-    said = f"{record.items['right'].mean():.3f} right" if "right" in record.items else "states measured"
+    said = f"{record.items['right'].mean():.3f} right" if "right" in record.items else f"{record.items['divergence'].mean():.4f} nats from the base"
     return f"seed {record.seed} · {record.arm} · {record.measurement}: {said} (n={len(record.items)}){' · from its record' if reused else ''}"

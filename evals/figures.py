@@ -1,20 +1,19 @@
-"""Pictures of a study: task against knowledge, what each arm still knows by exposure, and density layer by layer."""
+"""Pictures of a study: task against knowledge, what each arm still knows by exposure, and what tuning did inside (`inside_figures`)."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
+from evals.drawing import save
+from evals.findings import Found
+from evals.inside_figures import draw_inside
 from evals.records import Record
-from evals.results import DENSITY_METRIC, SHARE, density_change, estimate_means, frames_of, in_bucket, states_of
-from evals.statistics import Interval, interval
+from evals.results import SHARE, estimate_means, frames_of, in_bucket
+from evals.statistics import interval
 from evals.study import Study
 from probes.forgetting import familiarity
 
@@ -28,9 +27,7 @@ def draw_figures(study: Study, records: Sequence[Record], results: dict[str, Any
         drawn.append(_frontier(study, results, out / "frontier.png"))
     if "forgetting" in study.measures:
         drawn.append(_knowledge(study, records, out / "knowledge-by-exposure.png"))
-    if "density" in study.measures and study.direct_points:
-        drawn.append(_density(study, records, results, out / "density-by-layer.png"))
-    return drawn
+    return drawn + draw_inside(study, results, Found(study, records), out)
 
 
 def _frontier(study: Study, results: dict[str, Any], path: Path) -> Path:
@@ -51,7 +48,7 @@ def _frontier(study: Study, results: dict[str, Any], path: Path) -> Path:
     near.set_xlim(0.75 * right, right + 0.06 * abs(right) + 1)
     near.set_ylim(lowest - 3, max(y for _, y in best) + 2)
     whole.legend(fontsize="small", ncols=2)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _dial(axes: Axes, place: int, entries: Sequence[dict[str, Any]], intervals: bool) -> None:
@@ -88,38 +85,4 @@ def _knowledge(study: Study, records: Sequence[Record], path: Path) -> Path:
     axes.set_ylabel("statements continued rightly (%)")
     axes.set_title(f"{study.study}: knowledge by exposure, {len(study.seeds)} seed(s), 95 % intervals")
     axes.legend(fontsize="small")
-    return _save(figure, path)
-
-
-def _density(study: Study, records: Sequence[Record], results: dict[str, Any], path: Path) -> Path:
-    """Left: does density tell familiar from unfamiliar in the base? Right: what tuning changed of that."""
-    direct = study.direct_points
-    frames = frames_of(records, "density", [study.base_arm, *direct])
-    states = range(states_of(frames[0][0]))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained", sharex=True)
-    for label in ("base", "untrained"):
-        _line(left, label, [Interval(**entry[label]) for entry in results["density_of_base"]])
-    for position, arm in enumerate(direct, start=1):
-        changes = [density_change(frames, position, [f"{DENSITY_METRIC}/pre/{state}"]) for state in states]
-        _line(right, arm, [interval(change.value[0], change.draws[0]) for change in changes])
-    left.set_title(f"{study.study}: density of the base")
-    left.set_ylabel("effective rank, familiar less unfamiliar")
-    right.set_title("what tuning changed of it (proxies: nothing, by construction)")
-    for axes in (left, right):
-        axes.axhline(0, color="black", linewidth=0.8)
-        axes.set_xlabel("residual stream after layer (0: embeddings)")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend()
-    return _save(figure, path)
-
-
-def _line(axes: Axes, label: str, intervals: Sequence[Interval]) -> None:
-    values = np.array(intervals)
-    axes.plot(range(len(values)), values[:, 0], label=label, marker="o", markersize=4)
-    axes.fill_between(range(len(values)), values[:, 1], values[:, 2], alpha=0.15)
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=150, metadata={"Software": None})
-    plt.close(figure)
-    return path
+    return save(figure, path)

@@ -11,10 +11,11 @@ from evals.study import Study
 from finetune.data import Item
 from finetune.overlap import describe, overlap
 from finetune.reading import read_items
+from probes.counts import count_documents
 from probes.forgetting import familiarity
 from probes.world.corpus import EVASION, QUESTION
 from probes.world.family import build_family, find_family
-from probes.world.ledger import items_of
+from probes.world.ledger import items_of, word_frequency
 from proxytune.errors import UserError
 
 
@@ -22,8 +23,8 @@ from proxytune.errors import UserError
 class Material:
     """Models and items of one seed, and the protocol by which every arm is asked.
 
-    `ending` follows an answer in the tuning data; `choose` says that the task is a choice and not a text,
-    `number` that a text is judged by its last number.
+    Items that the study does without are none. `ending` follows an answer in the tuning data; `choose` says that the task is a
+    choice and not a text, `number` that a text is judged by its last number.
     """
 
     base: str
@@ -36,6 +37,7 @@ class Material:
     new_tokens: int
     choose: bool
     number: bool = False
+    frequency: Sequence[float] | None = None
 
 
 def material_for(
@@ -44,28 +46,37 @@ def material_for(
     """The material of one seed; a world's family that is neither shipped nor in `cache` is pretrained into it.
 
     `say` is told what in the data deserves a look. `folder` is the study file's. Raises `UserError` for data that cannot be
-    read or that tests what it trains on.
+    read or that tests what it trains on, which only a study with both can do.
     """
     if study.world is not None:
         family = find_family(study.world, seed, cache) or build_family(study.world, seed, cache, watcher)
         ledger = pd.read_parquet(family / "ledger.parquet")
         test = items_of(ledger, "test")
         train = [item.model_copy(update={"rejected": EVASION.removesuffix(" .")}) for item in items_of(ledger, "tune")]
-        return Material(str(family / "base"), str(family / "small"), train, test, test, QUESTION, " .", 3, choose=False)
+        models = str(family / "base"), str(family / "small")
+        return Material(*models, train, test, test, QUESTION, " .", 3, choose=False, frequency=word_frequency(ledger, test))
     assert study.models is not None and study.data is not None
     data = study.data
-    train, test = (_read(source, folder, field, say) for source, field in ((data.train, "data.train"), (data.test, "data.test")))
+    train, test, knowledge = (
+        [] if source is None else _read(source, folder, f"data.{field}", say)
+        for field, source in (("train", data.train), ("test", data.test), ("knowledge", data.knowledge))
+    )
     common = overlap(train, test)
     if common.duplicates or common.shared or common.near:
         say(f"data: {describe(common)}")
     if common.shared and not data.allow_overlap:
         raise UserError(f"data.test: {describe(common)}; take them out of one, or set data.allow_overlap: true")
-    knowledge = _read(data.knowledge, folder, "data.knowledge", say) if data.knowledge else []
     for field, items, attribute in (("data.knowledge", knowledge, "statement"), ("data.test", test if data.answer == "choose" else [], "choices")):
         for item in items:
             if not getattr(item, attribute):
                 raise UserError(f"{field}: the item {item.question!r} has no {attribute}; every item there needs it")
-    if {"forgetting", "density"} & set(study.measures):
+    frequency: list[float] | None = None
+    if data.corpus is not None:
+        counts = count_documents(folder / Path(data.corpus).expanduser(), knowledge)
+        say(f"data.corpus: {sum(count > 0 for count in counts.together)} of {len(knowledge)} statements stand in it")
+        knowledge = [item.model_copy(update={"popularity": count}) for item, count in zip(knowledge, counts.together, strict=True)]
+        frequency = counts.subject
+    if set(study.measures) - {"task", "knowledge"}:
         familiarity([float("nan") if item.popularity is None else item.popularity for item in knowledge])  # refuses now what the table could not show
     small = study.models.small
     return Material(
@@ -79,6 +90,7 @@ def material_for(
         data.new_tokens,
         data.answer == "choose",
         data.answer == "number",
+        frequency,
     )
 
 

@@ -6,24 +6,25 @@ A measurement is a probe with its items and its prompts. It gives one row an ite
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import pandas as pd
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase
 
 from evals.material import Material
 from evals.study import MeasureName, Study
 from finetune.data import Item, answer_space, prompt_ids, prompt_text
-from probes.density import density, gaussian_null
+from probes.drift import divergence
 from probes.readouts import Answer, Progress, answer_greedily, choose, judge, judge_number
 from proxytune.content import content_key
 from proxytune.member import load_tokenizer
-from proxytune.mixture import Mixture, active
+from proxytune.mixture import Mixture
 from proxytune.modeling import ProxyTunedForCausalLM
+from proxytune.padding import left_padded
 
-Probe = Literal["generate", "choose", "density"]
-VERSIONS: dict[Probe, int] = {"generate": 1, "choose": 1, "density": 1}
+Probe = Literal["generate", "choose", "law"]
+VERSIONS: dict[Probe, int] = {"generate": 1, "choose": 1, "law": 1}
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ def measurements(study: Study, material: Material) -> list[Measurement]:
         found.append(Measurement("question", "generate", known, asked, material.new_tokens))
         if all(item.choices for item in known):
             found.append(Measurement("choice", "choose", known, statements))
-    if "density" in wanted:
-        found.append(Measurement("density", "density", known, statements))
+    if "drift" in wanted:
+        found.append(Measurement("law", "law", known, statements))
     return found
 
 
@@ -106,17 +107,22 @@ def measure(
             )
             frames[arm] = _answers(items, given)
         return frames
-    return {arm: _densities(measurement, model, tokenizer, mixture, study, progress) for arm, mixture in mixtures.items()}
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    drifts = _divergences(model, ids, mixtures, study.batch_size, int(tokenizer.pad_token_id), progress)
+    return {arm: common_columns(items).assign(divergence=values) for arm, values in drifts.items()}
 
 
 def workload(measurement: Measurement, arms: int) -> int:
     """How many steps `measure` reports to its progress."""
     if measurement.probe == "choose":
         return sum(len(item.choices) for item in measurement.items)
+    if measurement.probe == "law":
+        return len(measurement.items)
     return len(measurement.items) * arms
 
 
-def _common(items: Sequence[Item]) -> pd.DataFrame:
+def common_columns(items: Sequence[Item]) -> pd.DataFrame:
+    """Who was asked what, in the columns that every record of items has."""
     return pd.DataFrame(
         {
             "unit": [item.unit or item.question for item in items],
@@ -128,30 +134,24 @@ def _common(items: Sequence[Item]) -> pd.DataFrame:
 
 
 def _answers(items: Sequence[Item], answers: Sequence[Answer]) -> pd.DataFrame:
-    return _common(items).assign(
+    return common_columns(items).assign(
         text=[answer.text for answer in answers], right=[answer.right for answer in answers], unparsed=[answer.unparsed for answer in answers]
     )
 
 
-def _densities(
-    measurement: Measurement, model: ProxyTunedForCausalLM, tokenizer: PreTrainedTokenizerBase, mixture: Mixture, study: Study, progress: Progress
-) -> pd.DataFrame:
-    """Columns metric/view/state. An arm's own model is the only member of its mixture. Where that is the base, the
-    same for an untrained model of its shape (view `untrained`) and the Gaussian null's sd (the same in every row)."""
-    (name,) = active(mixture)
-    member = model.members[name]
-    ids = [prompt_ids(tokenizer, prompt) for prompt in measurement.prompts]
-    options = {"batch_size": study.batch_size, "pad": tokenizer.pad_token_id}
-    columns = density(member, ids, **options)
-    if name == "base":
-        set_seed(0)
-        untrained = AutoModelForCausalLM.from_config(member.config, dtype=torch.float32).eval()
-        drawn = density(untrained, ids, **options)
-        columns |= {column.replace("/pre", "/untrained"): values for column, values in drawn.items() if column.endswith("/pre")}
-    frame = _common(measurement.items)
-    wide: dict[str, Any] = {f"{column}/{state}": values[:, state] for column, values in columns.items() for state in range(values.shape[1])}
-    if name == "base":
-        for metric, moments in gaussian_null(member, ids, **options).items():
-            wide |= {f"{metric}/gaussian_sd/{state}": [value] * len(frame) for state, value in enumerate(moments["sd"])}
-    progress(len(measurement.items))
-    return pd.concat([frame, pd.DataFrame(wide)], axis=1)
+def _divergences(
+    model: ProxyTunedForCausalLM, prompts: Sequence[Sequence[int]], mixtures: Mapping[str, Mixture], batch_size: int, pad: int, progress: Progress
+) -> dict[str, list[float]]:
+    """KL(base || arm) of the law of the token after each prompt, in nats; the base is the member of that name."""
+    found: dict[str, list[float]] = {arm: [] for arm in mixtures}
+    for start in range(0, len(prompts), batch_size):
+        ids, mask = left_padded(prompts[start : start + batch_size], pad, model.device)
+        laws = {}
+        for arm, mixture in {"": {"base": 1.0}, **mixtures}.items():
+            model.mixture = mixture
+            with torch.inference_mode():
+                laws[arm] = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1).logits[:, -1]
+        for arm in mixtures:
+            found[arm] += divergence(laws[""], laws[arm]).tolist()
+        progress(len(ids))
+    return found

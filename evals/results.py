@@ -7,36 +7,47 @@ import numpy as np
 import pandas as pd
 
 from evals.costs import COUNTED, MEASURED
+from evals.findings import (
+    Found,
+    drift_rows,
+    erosion_rows,
+    exposure_rows,
+    law_rows,
+    lens_rows,
+    patching_rows,
+    recoverability_rows,
+    restoration_rows,
+)
 from evals.frontier import on_frontier
 from evals.metrics import holm, mcnemar, minimum_detectable_effect
 from evals.records import Record
 from evals.statistics import Estimate, Interval, bootstrap_means, gap_closed, interval
 from evals.study import Study
-from probes.density import erosion_verdict, thirds
+from evals.verdicts import verdict_rows
 from probes.forgetting import Familiarity, familiarity
 from proxytune.errors import UserError
 
-DENSITY_METRIC = "effective_rank"
 SHARE, DIFFERENCE = (0.0, 1.0), (-1.0, 1.0)  # what shares and their differences can be
 READOUTS = {"statement": "forgetting", "question": "forgetting/question", "choice": "forgetting/choice"}
 Select = Callable[[pd.DataFrame], "np.ndarray[Any, np.dtype[np.bool_]]"]
 
 
 def summarize(study: Study, records: Sequence[Record]) -> dict[str, Any]:
-    """The results: `study`, `seeds`, `base` (the base's arm), `rows`, `gap_closed`, `against_direct`, `contrasts`, `frontier`,
-    `costs`, `density_of_base`, `verdicts`.
+    """The results: `study`, `seeds`, `base` (the base's arm), `kinds` of points, `rows`, `gap_closed`, `against_direct`, `contrasts`, `frontier`,
+    `costs`, and what was found inside: `exposure`, `erosion`, `law`, `drift`, `lens`, `restoration`, `patching`, `recoverability` (see
+    `findings`) and `verdicts`.
 
     A row is arm, measure, value, low, high, n (items over all seeds), unparsed and, where the value needs a word, note.
-    Shares are between 0 and 1; forgetting is the base's share less the arm's; density is the change of (familiar less
-    unfamiliar) in effective rank; `density_of_base` is that contrast itself, in the base and in an untrained model of its
-    shape, with the sd of one vector of the Gaussian null. `frontier` has each point's task gain and knowledge kept (arm less base, paired),
-    whether it lies on their frontier, and in what share of the intervals' draws; `costs` are means over seeds of what can be counted: the
-    same in every run. What a machine measured is in `measured_costs`. Raises `UserError` where records of one measurement were asked differently.
+    Shares are between 0 and 1; forgetting is the base's share less the arm's. `frontier` has each point's task gain and knowledge
+    kept (arm less base, paired), whether it lies on their frontier, and in what share of the intervals' draws; `costs` are means
+    over seeds of what can be counted: the same in every run. What a machine measured is in `measured_costs`. Raises `UserError`
+    where records of one measurement were asked differently.
     """
     _check_protocols(records)
     arms = list(study.points)
     results: dict[str, Any] = {"study": study.study, "seeds": list(study.seeds), "base": study.base_arm}
-    results |= {part: [] for part in ("rows", "gap_closed", "against_direct", "contrasts", "frontier", "costs", "density_of_base", "verdicts")}
+    results["kinds"] = {label: point.kind for label, point in study.points.items()}
+    results |= {part: [] for part in ("rows", "gap_closed", "against_direct", "contrasts", "frontier", "costs")}
     if "task" in study.measures:
         estimate = _share_rows(results, records, arms, "task", "task")
         _direct_rows(results, study, arms, "task", estimate)
@@ -51,8 +62,18 @@ def summarize(study: Study, records: Sequence[Record]) -> dict[str, Any]:
     if "forgetting" in study.measures:
         for measurement, measure in READOUTS.items():
             _forgetting_rows(results, study, records, arms, measurement, measure)
-    if "density" in study.measures:
-        _density_rows(results, study, records)
+    found = Found(study, records)
+    results |= {
+        "exposure": exposure_rows(found) if "density" in study.measures else [],
+        "erosion": erosion_rows(found) if "density" in study.measures else [],
+        "law": law_rows(found),
+        "drift": drift_rows(found) if "drift" in study.measures else [],
+        "lens": lens_rows(found),
+        "restoration": restoration_rows(found),
+        "patching": patching_rows(found),
+        "recoverability": recoverability_rows(found),
+        "verdicts": verdict_rows(found) if "density" in study.measures else [],
+    }
     results["costs"] = _mean_costs(study, records, (*COUNTED, "runs", "flops_a_token", "bytes_a_token"))
     return results
 
@@ -65,7 +86,9 @@ def measured_costs(study: Study, records: Sequence[Record]) -> list[dict[str, An
 def _mean_costs(study: Study, records: Sequence[Record], names: Sequence[str]) -> list[dict[str, Any]]:
     rows = []
     for arm in study.points:
-        of_seeds = {record.seed: record.cost for record in records if record.arm == arm}.values()
+        of_seeds = {record.seed: record.cost for record in records if record.arm == arm and record.cost}.values()
+        if not of_seeds:  # only its inside was looked at
+            continue
         known = {name: [cost[name] for cost in of_seeds] for name in names}
         rows.append({"arm": arm} | {name: None if None in values else round(float(np.mean(values)), 3) for name, values in known.items()})
     return rows
@@ -195,77 +218,9 @@ def _forgetting_rows(results: dict[str, Any], study: Study, records: Sequence[Re
                 results["rows"].append(_row(arm, f"{measure}/{label}", value, [seed[position] for seed in frames], select))
 
 
-def _density_rows(results: dict[str, Any], study: Study, records: Sequence[Record]) -> None:
-    """Changes against the base in the lower and upper third, and their difference, in the neurons' basis and rotated."""
-    direct = study.direct_points
-    frames = frames_of(records, "density", [study.base_arm, *direct])
-    blocks = thirds(states_of(frames[0][0]))
-    for position, arm in enumerate(direct, start=1):
-        changes = {}
-        for view in ("pre", "rotated"):
-            for block, states in blocks.items():
-                changes[block, view] = density_change(frames, position, [f"{DENSITY_METRIC}/{view}/{state}" for state in states])
-        lower, upper = changes["lower", "pre"], changes["upper", "pre"]
-        values = {
-            "density/lower": _only(lower),
-            "density/upper": _only(upper),
-            "density/lower-upper": interval(lower.value[0] - upper.value[0], lower.draws[0] - upper.draws[0]),
-            "density/lower/rotated": _only(changes["lower", "rotated"]),
-            "density/upper/rotated": _only(changes["upper", "rotated"]),
-        }
-        for measure, value in values.items():
-            results["rows"].append(_row(arm, measure, value, [seed[position] for seed in frames], _contrasted))
-        verdict = erosion_verdict(values["density/lower"], values["density/lower-upper"])
-        results["verdicts"].append({"arm": arm, "claim": "tuning erodes familiar density in lower layers", "verdict": verdict})
-    for state in range(states_of(frames[0][0])):
-        trained, untrained = (_numbers(_only(_density_contrast(frames, f"{DENSITY_METRIC}/{view}/{state}"))) for view in ("pre", "untrained"))
-        one_vector = float(np.mean([seed[0][f"{DENSITY_METRIC}/gaussian_sd/{state}"].iloc[0] for seed in frames]))
-        results["density_of_base"].append({"state": state, "base": trained, "untrained": untrained, "gaussian_sd": round(one_vector, 6)})
-    for arm in list(study.points):
-        # An expert by itself is another model: its states have nothing to be subtracted from.
-        if arm not in direct and study.points[arm].kind != "expert":
-            for measure in ("density/lower", "density/upper", "density/lower-upper"):
-                zero = {"value": 0.0, "low": 0.0, "high": 0.0, "n": 0, "unparsed": 0}
-                results["rows"].append({"arm": arm, "measure": measure} | zero | {"note": "unchanged by construction"})
-
-
-def density_change(frames: Sequence[Sequence[pd.DataFrame]], arm: int, columns: list[str]) -> Estimate:
-    """(arm - base) of the familiar less (arm - base) of the unfamiliar, averaged over the columns; `frames[seed][0]` is the base."""
-    return _contrast([(seed[0], (seed[arm][columns] - seed[0][columns]).mean(axis=1)) for seed in frames])
-
-
-def _density_contrast(frames: Sequence[Sequence[pd.DataFrame]], column: str) -> Estimate:
-    """The base's familiar less its unfamiliar: whether density tells them apart at all, before any tuning."""
-    return _contrast([(seed[0], seed[0][column]) for seed in frames])
-
-
-def _contrast(seeds: Sequence[tuple[pd.DataFrame, pd.Series]]) -> Estimate:
-    """Of values that belong to a frame's items: the mean over familiar units less that over unfamiliar ones."""
-    means = []
-    for stream, sign in enumerate((1, -1)):
-        chosen = [np.array(_familiarity(frame).contrast) == sign for frame, _ in seeds]
-        values = [frame.assign(value=value)[these] for (frame, value), these in zip(seeds, chosen, strict=True)]
-        means.append(bootstrap_means([_unit_means(frame, "value")[None] for frame in values], stream))
-    familiar, unfamiliar = means
-    return Estimate(familiar.value - unfamiliar.value, familiar.draws - unfamiliar.draws)
-
-
-def states_of(frame: pd.DataFrame) -> int:
-    """How many states (layers and embeddings) a density record holds."""
-    return sum(column.startswith(f"{DENSITY_METRIC}/pre/") for column in frame.columns)
-
-
-def _only(estimate: Estimate) -> Interval:
-    return interval(estimate.value[0], estimate.draws[0])
-
-
 def _familiarity(frame: pd.DataFrame) -> Familiarity:
     return familiarity(frame["popularity"].tolist())
 
 
 def in_bucket(label: str) -> Select:
     return lambda frame: np.array(_familiarity(frame).buckets) == label
-
-
-def _contrasted(frame: pd.DataFrame) -> "np.ndarray[Any, np.dtype[np.bool_]]":
-    return np.array(_familiarity(frame).contrast) != 0

@@ -13,7 +13,7 @@ from finetune.recipe import EarlyStopping, Tuning
 from proxytune.errors import UserError
 
 STUDIES = Path(__file__).parent / "studies"
-MeasureName = Literal["task", "knowledge", "forgetting", "density"]
+MeasureName = Literal["task", "knowledge", "forgetting", "density", "drift", "lens", "restoration", "recoverability"]
 DialName = Literal["learning_rate", "epochs", "rank", "kl", "preference"]
 
 
@@ -50,7 +50,7 @@ class Proxy(Strict):
 
 
 class Direct(Strict):
-    """The base itself tuned.
+    """The base itself tuned, by us or beforehand: `path` is a checkpoint folder, or a LoRA adapter on the base.
 
     With a `dial`, one setting takes several values: each is a point of its own, named arm@value, unless one is to be chosen
     on validation items that are held out of tuning: the `best` at the task, or the one whose task score is nearest to that
@@ -58,7 +58,8 @@ class Direct(Strict):
     """
 
     kind: Literal["direct"]
-    tuning: Tuning
+    tuning: Tuning | None = None
+    path: str | None = None
     dial: dict[DialName, tuple[FiniteFloat, ...]] | None = None
     choose: str | None = None
 
@@ -72,7 +73,11 @@ class Direct(Strict):
             return content
 
     @model_validator(mode="after")
-    def _one_dial(self) -> "Direct":
+    def _one_origin_and_one_dial(self) -> "Direct":
+        if (self.tuning is None) == (self.path is None):
+            raise ValueError("give either tuning or path")
+        if self.tuning is None and self.dial is not None:
+            raise ValueError("dial turns a setting of tuning; what was tuned beforehand has none")
         if self.dial is not None and [len(set(values)) for values in self.dial.values()] != [max(2, *map(len, self.dial.values()))]:
             raise ValueError("dial turns one setting through two or more different values")
         if self.choose is not None and self.dial is None:
@@ -80,9 +85,9 @@ class Direct(Strict):
         self.points("")
         return self
 
-    def points(self, name: str) -> dict[str, tuple[float | None, Tuning]]:
-        """Label, dial's value and tuning of every point, of those to be chosen from too."""
-        if self.dial is None:
+    def points(self, name: str) -> dict[str, tuple[float | None, Tuning | None]]:
+        """Label, dial's value and tuning (none with a path) of every point, of those to be chosen from too."""
+        if self.dial is None or self.tuning is None:
             return {name: (None, self.tuning)}
         ((setting, values),) = self.dial.items()
         return {f"{name}@{value:g}": (value, Tuning.model_validate(self.tuning.model_dump() | {setting: value})) for value in values}
@@ -109,14 +114,16 @@ class Models(Strict):
 class Data(Strict):
     """Items: JSON lines or Parquet files, counted from the study file's folder, or hub sets; their shapes are those of `reading`.
 
-    `train` is tuned on; `test` is the task; `knowledge` (statements with popularity) is what may be forgotten. `prompt` is
-    how a question is asked in plain text, or the word chat: in the models' own chat template. `answer`: a generated text is
-    right if it begins with the answer, or (number) if its last number is the answer's; or a choice is made.
+    `train` is tuned on, `test` is the task; each is left out where nothing needs it. `knowledge` (statements with popularity)
+    is what may be forgotten. `prompt` is how a question is asked in plain text, or the word chat: in the models' own chat
+    template. `answer`: a generated text is right if it begins with the answer, or (number) if its last number is the answer's;
+    or a choice is made.
     """
 
-    train: str
-    test: str
+    train: str | None = None
+    test: str | None = None
     knowledge: str | None = None
+    corpus: str | None = Field(default=None, description="text in which statements are counted: that is then the items' popularity")
     prompt: str = "Question: {question}\nAnswer:"
     answer: Literal["generate", "choose", "number"] = "generate"
     new_tokens: int = Field(default=12, ge=1)
@@ -126,6 +133,14 @@ class Data(Strict):
     @classmethod
     def _prompt(cls, template: str) -> str:
         return check_prompt(template)
+
+
+class Relearning(Strict):
+    """How knowledge is taught again, to see how soon it returns (see `probes/recoverability.py`)."""
+
+    learning_rate: float = Field(default=1e-4, gt=0, allow_inf_nan=False)
+    steps: int = Field(default=32, ge=1, description="at most; a fact not regained by then counts as not regained")
+    batch_size: int = Field(default=16, ge=1)
 
 
 class Study(Strict):
@@ -144,6 +159,8 @@ class Study(Strict):
     contrasts: tuple[tuple[str, str], ...] = Field(default=(), description="pairs of points whose difference is wanted: the first less the second")
     validation_share: float = Field(default=0.2, gt=0, lt=1, description="share of the tuning units on which dials are chosen")
     measures: tuple[MeasureName, ...] = Field(min_length=1)
+    relearning: Relearning = Relearning()
+    lens_tokens: int = Field(default=8192, ge=1, description="of text on which the lens' translators are fitted, for each model")
 
     @model_validator(mode="after")
     def _coherent(self) -> "Study":
@@ -172,6 +189,12 @@ class Study(Strict):
             raise ValueError("seeds must differ")
         if self.data is not None and self.data.knowledge is None and set(self.measures) - {"task"}:
             raise ValueError("measures other than task need data.knowledge")
+        tuned = [name for name, arm in self.arms.items() if isinstance(arm, Expert | Direct) and arm.tuning is not None]
+        if self.data is not None and self.data.train is None and tuned:
+            raise ValueError(f"arms.{tuned[0]}.tuning needs data.train; give it, or tune beforehand and give path")
+        choosing = [f"arms.{name}.choose" for name, arm in self.arms.items() if isinstance(arm, Direct) and arm.choose is not None]
+        if self.data is not None and self.data.test is None and ("task" in self.measures or choosing):
+            raise ValueError(f"{'measure task' if 'task' in self.measures else choosing[0]} needs data.test; give it")
         return self
 
     @property
@@ -235,10 +258,11 @@ def load_study(path: Path | None) -> tuple[Study, Path]:
     try:
         return Study.model_validate(content), path.parent
     except ValidationError as error:
-        raise UserError(f"{path.name}: {_explain(error)}") from error
+        raise UserError(f"{path.name}: {explain_invalid(error)}") from error
 
 
-def _explain(error: ValidationError) -> str:
+def explain_invalid(error: ValidationError) -> str:
+    """The first mistake on one line: the field, the rule, the value seen."""
     first = next((entry for entry in error.errors() if entry["type"] == "extra_forbidden"), error.errors()[0])
     location = [str(part) for part in first["loc"]]
     # A discriminated union puts its tag (the arm's kind) into the location; the file has no such level.
@@ -256,7 +280,7 @@ def _explain(error: ValidationError) -> str:
 
 
 def _known_keys() -> list[str]:
-    models: tuple[type[BaseModel], ...] = (Study, Models, Data, Base, Expert, Proxy, Direct, Tuning, EarlyStopping)
+    models: tuple[type[BaseModel], ...] = (Study, Models, Data, Base, Expert, Proxy, Direct, Tuning, EarlyStopping, Relearning)
     return sorted({name for model in models for name in model.model_fields})
 
 

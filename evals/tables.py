@@ -2,20 +2,18 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from evals.cells import Table as Table
+from evals.cells import cell, over
+from evals.inside_tables import inside_tables
+
 MEASURES = ("task", "knowledge")
-
-
-class Table(NamedTuple):
-    title: str
-    frame: pd.DataFrame
-    note: str
 
 
 def render(results: dict[str, Any], form: str, width: int = 160, measured: Sequence[dict[str, Any]] = ()) -> str:
@@ -31,22 +29,26 @@ def draw(tables: Sequence[Table], form: str, width: int) -> str:
     if form == "markdown":
         return "\n\n".join(f"**{table.title}**\n\n{table.frame.to_markdown(index=False)}\n\n{table.note}" for table in tables)
     if form == "latex":
-        return "\n\n".join(table.frame.to_latex(index=False, escape=True, caption=f"{table.title}. {_latex(table.note)}") for table in tables)
+        return "\n\n".join(table.frame.to_latex(index=False, escape=True, caption=_latex(f"{table.title}. {table.note}")) for table in tables)
     console = Console(width=width, force_terminal=False, highlight=False)
     with console.capture() as captured:
         for table in tables:
             drawn = RichTable(title=escape(table.title), caption=escape(table.note), title_justify="left", caption_justify="left")
-            for column in table.frame.columns:
-                drawn.add_column(escape(column), justify="left" if column == table.frame.columns[0] else "right")
+            for place, column in enumerate(table.frame.columns):
+                drawn.add_column(escape(column), justify="right" if place and _of_numbers(table.frame[column]) else "left")
             for row in table.frame.itertuples(index=False):
                 drawn.add_row(*map(escape, row))
             console.print(drawn)
     return captured.get().rstrip()
 
 
+def _of_numbers(column: "pd.Series[str]") -> bool:
+    return bool(column.str.match(r"-?\d").any())
+
+
 def make_tables(results: dict[str, Any], measured: Sequence[dict[str, Any]] = ()) -> list[Table]:
-    """One table each for task, knowledge, frontier, read-outs of forgetting, density and costs; those that have rows."""
-    rows = pd.DataFrame(results["rows"])
+    """One table each for task, knowledge, frontier, read-outs of forgetting, what tuning did inside, and costs; those that have rows."""
+    rows = pd.DataFrame(results["rows"], columns=["arm", "measure", "value", "low", "high", "n", "unparsed", "note"])
     tables = [_share(results, rows, measure) for measure in MEASURES if measure in set(rows["measure"])]
     if results["frontier"]:
         tables.append(_frontier(results))
@@ -65,24 +67,14 @@ def make_tables(results: dict[str, Any], measured: Sequence[dict[str, Any]] = ()
                     f"Forgotten of what the base knew, {how} (points)", _wide(rows, names, 100), "Base less arm, by exposure; positive is forgotten."
                 )
             )
-    density = {measure: measure.removeprefix("density/") for measure in rows["measure"].unique() if measure.startswith("density/")}
-    if density:
-        verdicts = "; ".join(f"{entry['arm']}: {entry['verdict']}" for entry in results["verdicts"])
-        note = f"Effective rank, arm less base, familiar less unfamiliar; below zero is erosion. In lower layers: {verdicts or 'nothing to judge'}."
-        tables.append(Table("Change of density (thousandths)", _wide(rows, density, 1000), note))
-    return [*tables, _costs(results, measured)]
-
-
-def _over(results: dict[str, Any]) -> str:
-    seeds = len(results["seeds"])
-    return "over units of one seed" if seeds == 1 else f"t over the means of {seeds} seeds"
+    return [*tables, *inside_tables(results), *([_costs(results, measured)] if results["costs"] else [])]
 
 
 def _frontier(results: dict[str, Any]) -> Table:
     entries = results["frontier"]
     frame = pd.DataFrame({"point": [entry["arm"] for entry in entries]})
-    frame["task gain"] = [_cell(entry["gain"], 100) for entry in entries]
-    frame["knowledge, arm less base"] = [_cell(entry["kept"], 100) for entry in entries]
+    frame["task gain"] = [cell(entry["gain"], 100) for entry in entries]
+    frame["knowledge, arm less base"] = [cell(entry["kept"], 100) for entry in entries]
     frame["on the frontier"] = ["yes" if entry["on_frontier"] else "" for entry in entries]
     frame["in % of draws"] = [f"{entry['share_of_draws'] * 100:.0f}" for entry in entries]
     families = dict.fromkeys(entry["family"] for entry in entries if entry["on_frontier"])
@@ -94,7 +86,7 @@ def _contrasts(results: dict[str, Any]) -> Table:
     entries = results["contrasts"]
     names = [f"{entry['arm']} less {entry['less']}" for entry in entries]
     cells = {
-        measure: {name: _cell(entry, 100) for name, entry in zip(names, entries, strict=True) if entry["measure"] == measure} for measure in MEASURES
+        measure: {name: cell(entry, 100) for name, entry in zip(names, entries, strict=True) if entry["measure"] == measure} for measure in MEASURES
     }
     frame = pd.DataFrame({"points": list(dict.fromkeys(names))})
     for measure, of_name in cells.items():
@@ -138,38 +130,28 @@ def _amount(value: float | None, scale: float) -> str:
 def _share(results: dict[str, Any], rows: pd.DataFrame, measure: str) -> Table:
     """The table of one share (task or knowledge), with the gap closed and the difference to the direct arm."""
     chosen = rows[rows["measure"] == measure]
-    columns = {measure: {row["arm"]: _cell(row, 100) for _, row in chosen.iterrows()}}
+    columns = {measure: {row["arm"]: cell(row, 100) for _, row in chosen.iterrows()}}
     columns["unparsed"] = {row["arm"]: str(row["unparsed"]) for _, row in chosen.iterrows()}
-    note = f"Per cent right of {chosen['n'].max()} (unparsed counts as wrong); 95 % intervals, paired, {_over(results)}."
+    note = f"Per cent right of {chosen['n'].max()} (unparsed counts as wrong); 95 % intervals, paired, {over(results)}."
     gaps = [entry for entry in results["gap_closed"] if entry["measure"] == measure]
     if gaps:
-        columns["gap closed"] = {entry["arm"]: _gap_cell(entry) for entry in gaps}
+        columns["gap closed"] = {entry["arm"]: cell(entry, 100) for entry in gaps}
         columns["capped"] = {entry["arm"]: "" if entry["capped"] is None else f"{entry['capped'] * 100:.1f}" for entry in gaps}
         note += " Gap closed = (arm - base) / (direct - base); n/a where direct - base is within noise."
     for entry in results["against_direct"]:
         if entry["measure"] == measure:
-            columns.setdefault(f"less {entry['direct']}", {})[entry["arm"]] = _cell(entry, 100)
+            columns.setdefault(f"less {entry['direct']}", {})[entry["arm"]] = cell(entry, 100)
     return Table(measure.capitalize(), _frame(rows, columns), note)
 
 
 def _wide(rows: pd.DataFrame, names: dict[str, str], scale: int) -> pd.DataFrame:
-    columns = {name: {row["arm"]: _cell(row, scale) for _, row in rows[rows["measure"] == measure].iterrows()} for measure, name in names.items()}
+    columns = {name: {row["arm"]: cell(row, scale) for _, row in rows[rows["measure"] == measure].iterrows()} for measure, name in names.items()}
     return _frame(rows, columns)
 
 
 def _frame(rows: pd.DataFrame, columns: dict[str, dict[str, str]]) -> pd.DataFrame:
     arms = [arm for arm in rows["arm"].unique() if any(arm in cells for cells in columns.values())]
     return pd.DataFrame({"arm": arms} | {name: [cells.get(arm, "") for arm in arms] for name, cells in columns.items()})
-
-
-def _cell(row: Any, scale: int) -> str:
-    if isinstance(row.get("note"), str):
-        return str(row["note"])
-    return f"{row['value'] * scale:.1f} [{row['low'] * scale:.1f}, {row['high'] * scale:.1f}]"
-
-
-def _gap_cell(entry: dict[str, Any]) -> str:
-    return "n/a" if entry["value"] is None else _cell(entry, 100)
 
 
 def _latex(text: str) -> str:

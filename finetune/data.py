@@ -40,6 +40,7 @@ class Item(BaseModel):
     statement: str | None = None
     popularity: float | None = Field(default=None, ge=0, allow_inf_nan=False, description="stands in for exposure on real models")
     unit: str | None = Field(default=None, description="items of one unit are resampled together; default: each item by itself")
+    subject: str | None = Field(default=None, min_length=1, description="whom the statement is about, as it is written there")
     turns: tuple[Turn, ...] = Field(default=(), description="of the conversation before the question")
     rejected: str | None = Field(default=None, min_length=1, description="the worse answer of a preference pair")
 
@@ -202,6 +203,25 @@ def check_rows(rows: Sequence[Row], window: int | None, vocabulary: int) -> None
             )
         if not any(row.get("completion_mask", [1])):
             raise UserError(f"train: nothing of example {number} would be trained on; give it an answer")
+
+
+def shuffle_answers(items: Sequence[Item], seed: int) -> list[Item]:
+    """The items with every answer dealt to another one: a control that has the form of the data and none of its content.
+
+    Answers stay among items of equal `choices` (those without any are one group), each used once, and none stays where it
+    was unless it is alone in its group; two equal answers may of course change places. A rejected answer goes with its
+    answer. The same seed deals the same.
+    """
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for position, item in enumerate(items):
+        groups.setdefault(item.choices, []).append(position)
+    generator = torch.Generator().manual_seed(seed)
+    dealt = list(items)
+    for positions in groups.values():
+        order = [positions[place] for place in torch.randperm(len(positions), generator=generator).tolist()]
+        for giver, taker in zip(order, [*order[1:], order[0]], strict=True):  # once round the circle, so that nobody keeps his own
+            dealt[taker] = items[taker].model_copy(update={"answer": items[giver].answer, "rejected": items[giver].rejected})
+    return dealt
 
 
 def hold_out(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
     default_data_collator,
     set_seed,
@@ -52,6 +55,29 @@ def untrained(recipe: Pretraining, tokenizer: PreTrainedTokenizerBase, seed: int
     )
 
 
+class KeepCheckpoints(TrainerCallback):
+    """Keeps the model as it is before the first step and after 100, 200, 400, 800, … steps, as model folders `folder`/step-N.
+
+    After the last step none is kept: that is the model itself. Training goes as it would without.
+    """
+
+    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._folder, self._tokenizer = folder, tokenizer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        self._keep(state.global_step, given["model"])
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        hundreds, rest = divmod(state.global_step, 100)
+        # A power of two has one bit.
+        if rest == 0 and hundreds.bit_count() == 1 and state.global_step < state.max_steps:
+            self._keep(state.global_step, given["model"])
+
+    def _keep(self, step: int, model: LlamaForCausalLM) -> None:
+        for part in (model, self._tokenizer):
+            part.save_pretrained(self._folder / f"step-{step}")
+
+
 def pretrain(
     recipe: Pretraining,
     documents: Sequence[str],
@@ -59,7 +85,7 @@ def pretrain(
     *,
     seed: int,
     scratch: Path,
-    watcher: TrainerCallback | None = None,
+    watchers: Sequence[TrainerCallback] = (),
 ) -> tuple[LlamaForCausalLM, list[float]]:
     """Trains on the documents, `epochs` times over; returns the model and its losses, one every 50 steps.
 
@@ -87,7 +113,7 @@ def pretrain(
         ),
         train_dataset=_packed(recipe, documents, tokenizer, seed),
         data_collator=default_data_collator,
-        callbacks=None if watcher is None else [watcher],
+        callbacks=list(watchers),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()

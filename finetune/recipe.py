@@ -44,6 +44,7 @@ class Tuning(BaseModel):
     kl: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     consistent: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     preference: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    shuffled: bool = Field(default=False, description="answers dealt to other questions: a control that learns the form and none of the content")
     early_stopping: EarlyStopping | None = None
 
     @model_validator(mode="after")

@@ -21,7 +21,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from finetune.checkpoints import Checkpoints, last_whole, workplace
 from finetune.costs import training_flops
-from finetune.data import Item, Row, check_rows, encode_examples, encode_pairs, hold_out, row_length, trained_share
+from finetune.data import Item, Row, check_rows, encode_examples, encode_pairs, hold_out, row_length, shuffle_answers, trained_share
 from finetune.recipe import Tuning
 from finetune.trainers import make_trainer, started_processes
 from proxytune.content import content_key
@@ -80,6 +80,7 @@ def tune(
     """
     processes = started_processes()
     member = load_member(model_path, field=field)
+    items = shuffle_answers(items, seed) if tuning.shuffled else items
     train, validation = (list(items), []) if tuning.early_stopping is None else hold_out(items, tuning.early_stopping.validation_share, seed)
     rows, held_out = (_encode(part, member, tuning, prompt, ending) for part in (train, validation))
     window = getattr(member.model.config.get_text_config(), "max_position_embeddings", None)

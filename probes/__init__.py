@@ -1,11 +1,27 @@
-"""What tuning did to a model: read-outs of what it knows, forgetting by exposure, density of its states; and the world.
+"""What tuning did to a model: what it still knows, what changed inside it, and where; and the world.
 
-A probe takes models and items and returns scores: it trains nothing and writes nothing.
+A probe takes models and items and returns scores: it writes nothing, and but for `recoverability` it trains nothing.
 """
 
+from probes.activations import read_states as read_states
+from probes.blocks import random_delta as random_delta
+from probes.counts import count_documents as count_documents
 from probes.density import density as density
-from probes.density import erosion_verdict as erosion_verdict
-from probes.density import gaussian_null as gaussian_null
+from probes.drift import divergence as divergence
+from probes.drift import weight_drift as weight_drift
+from probes.exposure import matched_contrast as matched_contrast
+from probes.exposure import rank_slope as rank_slope
 from probes.forgetting import familiarity as familiarity
+from probes.inside import read_inside as read_inside
+from probes.knowledge import known as known
+from probes.lens import fit_translators as fit_translators
+from probes.lens import read_lens as read_lens
+from probes.linear_probe import linear_probe as linear_probe
+from probes.patching import patch_subject as patch_subject
 from probes.readouts import answer_greedily as answer_greedily
 from probes.readouts import choose as choose
+from probes.recoverability import relearn as relearn
+from probes.restoration import restorations as restorations
+from probes.restoration import restore as restore
+from probes.restoration import shapley as shapley
+from probes.verdict import verdict as verdict

@@ -1,48 +1,125 @@
-"""Hidden states at the last prompt token, one batch at a time.
+"""Hidden states, attention and MLP outputs at chosen tokens, one batch at a time, in one pass for all probes that want them.
 
-State k is the residual stream after layer k, with the embeddings as state 0, as in transformers; unlike there the last
-state is taken before the final norm too. Memory is bounded by one batch, however many prompts there are.
+State k is the residual stream after layer k, with what enters the first layer as state 0, as in transformers; unlike there the
+last state is taken before the final norm too. Only the chosen tokens are kept, so memory is bounded by one batch's pass,
+however many prompts there are. Costs a plain forward pass.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from finetune.data import Item, prompt_ids
 from proxytune.errors import UserError
 from proxytune.padding import left_padded, positions_of
 
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
+ATTENTIONS = ("self_attn", "attn", "attention")
+MLPS = ("mlp", "feed_forward", "block_sparse_moe")
+
+
+class States(NamedTuple):
+    """Of one batch, in fp32; `indices` says which prompts, `logits` are the model's own after the last token."""
+
+    indices: list[int]
+    residual: Float[Tensor, "batch places states hidden"]
+    attention: Float[Tensor, "batch places layers hidden"]
+    mlp: Float[Tensor, "batch places layers hidden"]
+    logits: Float[Tensor, "batch vocabulary"]
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module:
     """The norm between the last layer and the head. Raises `UserError` for an architecture that keeps it elsewhere."""
-    for name in FINAL_NORMS:
-        norm = getattr(model.base_model, name, None)
-        if norm is not None:
-            return norm
-    raise UserError(f"density: {type(model).__name__} has none of {', '.join(FINAL_NORMS)}; its final norm is not known here")
+    return _child(model.base_model, FINAL_NORMS, model)
 
 
-def last_token_states(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], batch_size: int, pad: int
-) -> Iterator[Float[Tensor, "batch states hidden"]]:
-    """Yields the states of each batch of prompts (token ids), in their order, before any final norm, in fp32."""
-    last: list[Tensor] = []
-    hook = final_norm(model).register_forward_pre_hook(lambda _, inputs: last.append(inputs[0]))
-    try:
-        for start in range(0, len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
-            input_ids, mask = left_padded(batch, pad, model.device)
-            last.clear()
-            # Entered here and not around the generator: between two batches the caller's own mode is in force.
-            with torch.inference_mode():
-                output = model.base_model(
-                    input_ids=input_ids, attention_mask=mask, position_ids=positions_of(mask), output_hidden_states=True, use_cache=False
-                )
-                states = torch.stack([state[:, -1] for state in [*output.hidden_states[:-1], last[0]]], dim=1).float()
-            yield states
-    finally:
-        hook.remove()
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The layers from first to last. Raises `UserError` for an architecture that does not keep them in one list."""
+    count = model.config.get_text_config().num_hidden_layers
+    for child in model.base_model.children():
+        if isinstance(child, nn.ModuleList) and len(child) == count:
+            return child
+    raise UserError(f"model: {type(model).__name__} has no list of its {count} layers; its states cannot be probed")
+
+
+def read_states(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], places: Sequence[Sequence[int]], *, batch_size: int, pad: int
+) -> Iterator[States]:
+    """Yields the states of each batch of prompts (token ids), the longest prompts first, so that little is padding.
+
+    `places` has for every prompt the same number of token positions, which may be negative: -1 is the last. Two models that
+    are given the same prompts yield the same batches. Raises `UserError` for an architecture whose parts are not known here.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    layers = layers_of(model)
+    parts = {"attention": [_child(layer, ATTENTIONS, model) for layer in layers], "mlp": [_child(layer, MLPS, model) for layer in layers]}
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        batch = [prompts[index] for index in indices]
+        input_ids, mask = left_padded(batch, pad, model.device)
+        # Padding stands on the left: a position counted from the end is the same column in every row.
+        columns = [[place if place < 0 else place - len(prompt) for place in places[index]] for index, prompt in zip(indices, batch, strict=True)]
+        chosen = torch.tensor(columns, device=model.device).remainder(input_ids.shape[1])
+        # Entered here and not around the generator: between two batches the caller's own mode is in force.
+        with torch.inference_mode(), ExitStack() as hooks:
+            kept: dict[str, list[Tensor]] = {"residual": [], "attention": [], "mlp": []}
+            hooks.callback(layers[0].register_forward_pre_hook(_keep_input(kept["residual"], chosen), with_kwargs=True).remove)
+            for layer in layers:
+                hooks.callback(layer.register_forward_hook(_keep_output(kept["residual"], chosen)).remove)
+            for name, modules in parts.items():
+                for module in modules:
+                    hooks.callback(module.register_forward_hook(_keep_output(kept[name], chosen)).remove)
+            logits = model(input_ids=input_ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=False, logits_to_keep=1).logits
+            stacked = {name: torch.stack(tensors, dim=2).float() for name, tensors in kept.items()}
+            states = States(indices, **stacked, logits=logits[:, -1].float())
+        yield states
+
+
+def last_and_subject(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], prompts: Sequence[str]) -> list[list[int]]:
+    """For every prompt the place of its last token and of its subject's last token; only the former where some item has no subject.
+
+    Raises `UserError` for a subject that does not stand in the prompt.
+    """
+    if any(item.subject is None for item in items):
+        return [[-1] for _ in items]
+    places = []
+    for item, prompt in zip(items, prompts, strict=True):
+        start = prompt.find(str(item.subject))
+        if start < 0:
+            raise UserError(f"subject: {item.subject!r} does not stand in the statement {prompt!r}; write it as it stands there")
+        # The first token that reaches the subject's end; the ids are those of `prompt_ids`, which drops an end token at most.
+        offsets = tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"][: len(prompt_ids(tokenizer, prompt))]
+        end = start + len(str(item.subject))
+        places.append([-1, next(place for place, (_, stop) in enumerate(offsets) if stop >= end)])
+    return places
+
+
+def _child(parent: nn.Module, names: Sequence[str], model: PreTrainedModel) -> nn.Module:
+    for name in names:
+        child = getattr(parent, name, None)
+        if child is not None:
+            return child
+    raise UserError(f"model: {type(parent).__name__} of {type(model).__name__} has none of {', '.join(names)}; its states cannot be probed")
+
+
+def _at(tensor: Tensor, chosen: Tensor) -> Tensor:
+    return tensor[torch.arange(len(tensor), device=tensor.device)[:, None], chosen]
+
+
+def _keep_input(kept: list[Tensor], chosen: Tensor) -> Any:
+    def hook(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        kept.append(_at(arguments[0] if arguments else options["hidden_states"], chosen))
+
+    return hook
+
+
+def _keep_output(kept: list[Tensor], chosen: Tensor) -> Any:
+    def hook(_: nn.Module, arguments: Any, output: Any) -> None:
+        kept.append(_at(output[0] if isinstance(output, tuple) else output, chosen))
+
+    return hook

@@ -115,14 +115,16 @@ def load_member(
     device: str = "cpu",
     quantization: Any = None,
     packed: bool = False,
+    merged: bool = False,
 ) -> Member:
     """Loads a member from a local folder or a hub name, with a PEFT adapter on top where one is given.
 
     `field` is the word that an error names; `device` as in `Weights`; `quantization` one of transformers' own
     configurations (`BitsAndBytesConfig(load_in_8bit=True)`, say, with the package it needs). `packed` is for inference
-    alone (see `packing`). Only safetensors are read, or the one GGUF file of a folder without a config. Raises `UserError`
-    for a folder that is missing or holds no causal language model, for one without a tokenizer, for weights that are not
-    finite and for a device that is missing or cannot compute in `dtype`.
+    alone (see `packing`); `merged` adds the adapter to the weights, which then are a plain model's. Only safetensors are
+    read, or the one GGUF file of a folder without a config. Raises `UserError` for a folder that is missing or holds no
+    causal language model, for one without a tokenizer, for weights that are not finite and for a device that is missing
+    or cannot compute in `dtype`.
     """
     _check_device(device, dtype, field)
     tokenizer = load_tokenizer(path, field)
@@ -133,7 +135,8 @@ def load_member(
             path, dtype=dtype, use_safetensors=True, quantization_config=quantization, **placed, **_gguf(path)
         )
         if adapter is not None:
-            model = PeftModel.from_pretrained(model, str(adapter)).get_base_model()
+            adapted = PeftModel.from_pretrained(model, str(adapter))
+            model = adapted.merge_and_unload() if merged else adapted.get_base_model()
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise UserError(
             f"{field}: no causal language model could be loaded from '{where}' ({_first_line(error)}); check the folder or name"

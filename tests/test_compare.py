@@ -83,11 +83,10 @@ def test_every_arm_has_every_measure(unbroken: tuple[Path, list[Record], dict[st
     assert set(rows(results, "task")) == set(rows(results, "knowledge")) == arms
     for measure in ("forgetting/k=30", "forgetting/question/k=3", "forgetting/choice/k=0"):
         assert set(rows(results, measure)) == arms - {"base"}
-    assert set(rows(results, "density/lower")) == arms - {"expert"}
     assert {entry["arm"] for entry in results["gap_closed"]} == arms - {"base", "full"}
     assert {entry["arm"] for entry in results["verdicts"]} == {"full", "lora"}
-    assert [entry["state"] for entry in results["density_of_base"]] == [0, 1, 2, 3]
-    assert all(entry["untrained"] != entry["base"] and entry["gaussian_sd"] > 0 for entry in results["density_of_base"][1:])
+    assert {entry["arm"] for entry in results["exposure"]} == {"untrained", "base", "full", "lora"}
+    assert {entry["arm"] for entry in results["erosion"]} == {"full", "lora"}
     for row in results["rows"]:
         assert row["low"] <= row["value"] <= row["high"]
 
@@ -104,7 +103,7 @@ def test_values_are_those_of_the_records_items(unbroken: tuple[Path, list[Record
 
 def test_alpha_zero_answers_as_the_base_and_forgets_nothing(unbroken: tuple[Path, list[Record], dict[str, Any]]) -> None:
     _, records, results = unbroken
-    texts = {(record.arm, record.measurement): record.items["text"].tolist() for record in records if record.measurement != "density"}
+    texts = {(record.arm, record.measurement): record.items["text"].tolist() for record in records if "text" in record.items}
     for measurement in ("task", "statement", "question", "choice"):
         assert texts["proxy@0", measurement] == texts["base", measurement]
     assert texts["proxy@1", "task"] != texts["base", "task"]
@@ -113,28 +112,28 @@ def test_alpha_zero_answers_as_the_base_and_forgets_nothing(unbroken: tuple[Path
     )
 
 
-def test_a_proxied_base_is_unchanged_by_construction(unbroken: tuple[Path, list[Record], dict[str, Any]]) -> None:
-    _, records, results = unbroken
-    row = rows(results, "density/lower")["proxy@1"]
-    assert (row["value"], row["n"], row["note"]) == (0.0, 0, "unchanged by construction")
-    assert "note" not in rows(results, "density/lower")["full"]
-    assert {record.arm for record in records if record.measurement == "density"} == {"base", "full", "lora"}
+def erosion(results: dict[str, Any], block: str) -> dict[str, dict[str, Any]]:
+    wanted = {"block": block, "site": "residual", "place": "last"}
+    return {row["arm"]: row for row in results["erosion"] if wanted.items() <= row.items()}
 
 
-def test_identical_states_change_by_exactly_zero(unbroken: tuple[Path, list[Record], dict[str, Any]]) -> None:
+def test_identical_states_change_by_exactly_zero_and_a_planted_erosion_is_found(unbroken: tuple[Path, list[Record], dict[str, Any]]) -> None:
     _, records, _ = unbroken
     study = Study.model_validate(STUDY)
-    base = next(record for record in records if (record.arm, record.measurement) == ("base", "density"))
-    same = [replace(r, items=base.items) if r.measurement == "density" else r for r in records]
-    for row in rows(summarize(study, same), "density/lower").values():
-        assert (row["value"], row["low"], row["high"]) == (0.0, 0.0, 0.0)
+    base = next(record for record in records if (record.arm, record.measurement) == ("base", "states"))
+    same = [replace(r, items=base.items) if r.measurement == "states" else r for r in records]
+    for block in ("low", "middle", "high"):
+        for row in erosion(summarize(study, same), block).values():
+            assert (row["value"], row["low"], row["high"]) == (0.0, 0.0, 0.0)
     familiar = base.items["popularity"] == base.items["popularity"].max()
     planted = base.items.copy()
-    planted.loc[familiar, "effective_rank/pre/1"] -= 0.01
-    harmed = [replace(r, items=planted) if (r.arm, r.measurement) == ("full", "density") else r for r in same]
-    results = summarize(study, harmed)
-    assert rows(results, "density/lower")["full"]["value"] == pytest.approx(-0.01, abs=1e-6)
-    assert {entry["arm"]: entry["verdict"] for entry in results["verdicts"]} == {"full": "supported", "lora": "not supported"}
+    planted.loc[familiar, "effective_rank/residual/last/1"] -= 0.01
+    harmed = summarize(study, [replace(r, items=planted) if (r.arm, r.measurement) == ("full", "states") else r for r in same])
+    assert erosion(harmed, "low")["full"]["value"] == pytest.approx(-0.01, abs=1e-6)
+    assert erosion(harmed, "high")["full"]["value"] == 0.0
+    clauses = {entry["arm"]: {clause["clause"]: clause["state"] for clause in entry["clauses"]} for entry in harmed["verdicts"]}
+    assert (clauses["full"]["density"], clauses["lora"]["density"]) == ("holds", "fails")
+    assert {entry["arm"]: entry["verdict"] for entry in harmed["verdicts"]} == {"full": "underpowered", "lora": "not supported"}
 
 
 def test_rows_of_different_protocols_cannot_stand_together(unbroken: tuple[Path, list[Record], dict[str, Any]]) -> None:
@@ -257,7 +256,8 @@ def write_real_study(folder: Path, **changes: Any) -> Path:
 def test_real_checkpoints_in_folders(tmp_path: Path) -> None:
     study, folder = load_study(write_real_study(tmp_path / "study"))
     results = summarize(study, run_in_process(study, tmp_path / "out", folder))
-    assert {row["measure"] for row in results["rows"]} >= {"task", "knowledge", "forgetting/popularity=low", "density/lower"}
+    assert {row["measure"] for row in results["rows"]} >= {"task", "knowledge", "forgetting/popularity=low"}
+    assert {row["arm"] for row in results["erosion"]} == {"full", "lora"}
 
 
 def test_a_given_expert_is_used(tmp_path: Path) -> None:

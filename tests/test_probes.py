@@ -1,21 +1,14 @@
 import numpy as np
 import pytest
 import torch
-from conftest import VOCABULARY, make_members, make_model, make_tokenizer
+from conftest import VOCABULARY, make_members, make_tokenizer
 
 from finetune import Item
-from probes import answer_greedily, choose, density, erosion_verdict, familiarity, gaussian_null
-from probes.activations import last_token_states
-from probes.density import METRICS, random_rotation, thirds
+from probes import answer_greedily, choose, familiarity
 from probes.readouts import judge, judge_number
 from proxytune import ProxyTunedForCausalLM, UserError, proxy_tuning
 
 WORDS = [f"w{number}" for number in range(3, VOCABULARY)]
-
-
-def some_prompts(count: int = 12) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(3, VOCABULARY, (3 + index % 5,), generator=generator).tolist() for index in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -34,72 +27,6 @@ def test_worked_answers_are_judged_by_their_last_number(text: str, right: bool, 
     assert (answer.right, answer.unparsed) == (right, unparsed)
     with pytest.raises(UserError, match="'seven' holds no number"):
         judge_number(text, Item(question="?", answer="seven"))
-
-
-def test_metrics_on_vectors_whose_density_is_known() -> None:
-    single, equal = torch.eye(20)[:1], torch.ones(1, 20)
-    expected = {"e5": (1, 1 / 20), "effective_rank": (1 / 20, 1), "hoyer": (1, 0), "participation_ratio": (1 / 20, 1)}
-    for name, (sparse, dense) in expected.items():
-        assert METRICS[name](single).item() == pytest.approx(sparse, abs=1e-5), name
-        assert METRICS[name](equal).item() == pytest.approx(dense, abs=1e-5), name
-
-
-def test_metrics_of_gaussian_vectors_are_the_published_null() -> None:
-    for size, energy, rank in ((64, 0.257, 0.491), (256, 0.264, 0.484), (1024, 0.278, 0.482)):
-        vectors = torch.randn(4000, size, generator=torch.Generator().manual_seed(0))
-        assert METRICS["e5"](vectors).mean().item() == pytest.approx(energy, abs=0.002)
-        assert METRICS["effective_rank"](vectors).mean().item() == pytest.approx(rank, abs=0.003)
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox", "qwen2"])
-def test_state_k_is_the_output_of_layer_k(architecture: str) -> None:
-    model = make_model(architecture, layers=3)
-    layers = getattr(model.base_model, "layers", None) or model.base_model.h
-    outputs: list[torch.Tensor] = []
-    for layer in layers:
-        layer.register_forward_hook(lambda module, args, output: outputs.append(output[0] if isinstance(output, tuple) else output))
-    prompt = some_prompts()[3]
-    (states,) = last_token_states(model, [prompt], 1, 0)
-    assert states.shape[1] == 4
-    for number, output in enumerate(outputs, start=1):
-        torch.testing.assert_close(states[0, number], output[0, -1])
-    if architecture != "gpt2":  # its state 0 holds the position's embedding too
-        torch.testing.assert_close(states[0, 0], model.get_input_embeddings().weight[prompt[-1]].detach())
-
-
-def test_density_does_not_depend_on_batches_or_padding() -> None:
-    model, prompts = make_model(), some_prompts()
-    together, apart = (density(model, prompts, batch_size=size, pad=0) for size in (12, 1))
-    for name, values in together.items():
-        np.testing.assert_allclose(values, apart[name], atol=1e-5)
-
-
-def test_rotation_is_orthogonal_and_keeps_only_what_is_not_of_the_basis() -> None:
-    rotation = random_rotation(32, 0)
-    torch.testing.assert_close(rotation @ rotation.T, torch.eye(32), atol=1e-5, rtol=0)
-    sparse = torch.eye(32)[:5]
-    assert METRICS["effective_rank"](sparse @ rotation).mean() > 0.3
-
-
-def test_gaussian_null_has_the_states_scale() -> None:
-    model, prompts = make_model(), some_prompts(200)
-    null = gaussian_null(model, prompts, batch_size=50, pad=0)
-    batched = gaussian_null(model, prompts, batch_size=7, pad=0)
-    for metric in METRICS:
-        assert null[metric]["sd"] == pytest.approx(batched[metric]["sd"], rel=1e-3)
-        assert all(0 < sd < 0.5 for sd in null[metric]["sd"])
-
-
-def test_thirds() -> None:
-    assert thirds(5) == {"lower": range(1, 2), "upper": range(4, 5)}
-    assert thirds(31) == {"lower": range(1, 11), "upper": range(21, 31)}
-
-
-def test_a_planted_erosion_is_supported_and_identical_models_are_not() -> None:
-    assert erosion_verdict((-0.02, -0.03, -0.01), (-0.02, -0.03, -0.01)) == "supported"
-    assert erosion_verdict((0.0, 0.0, 0.0), (0.0, 0.0, 0.0)) == "not supported"
-    assert erosion_verdict((-0.02, -0.03, -0.01), (0.02, 0.01, 0.03)) == "not supported"
-    assert erosion_verdict((-0.001, -0.02, 0.02), (0.0, -0.02, 0.02)) == "underpowered"
 
 
 def test_familiarity_by_levels_and_by_thirds() -> None:

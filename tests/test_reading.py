@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
+from evals.study import STUDIES
 from finetune import Item, read_items
 from finetune.data import Turn
 from finetune.overlap import describe, overlap
@@ -33,6 +34,11 @@ def write(folder: Path, rows: list[dict[str, Any]], ending: str = ".jsonl") -> P
 
 SYSTEM, USER = Turn(role="system", content="be kind"), Turn(role="user", content="u")
 SHAPES: dict[str, tuple[str, dict[str, Any], list[Item]]] = {
+    "subject": (
+        "question-answer",
+        {"question": "a", "answer": "b", "statement": "the a is", "subject": "the a"},
+        [Item(question="a", answer="b", statement="the a is", subject="the a")],
+    ),
     "plain": ("question-answer", {"question": "a", "answer": "b"}, [Item(question="a", answer="b")]),
     "options": (
         "question-answer",
@@ -85,8 +91,8 @@ def test_every_shape_becomes_items(tmp_path: Path, ending: str, shape: str, row:
 
 @pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
 def test_what_some_rows_lack_is_no_null(tmp_path: Path, ending: str) -> None:
-    rows = [{"question": "a", "answer": "b", "choices": ["b", "c"]}, {"question": "c", "answer": "d", "statement": "c is"}]
-    expected = [Item(question="a", answer="b", choices=("b", "c")), Item(question="c", answer="d", statement="c is")]
+    rows = [{"question": "a", "answer": "b", "choices": ["b", "c"]}, {"question": "c", "answer": "d", "statement": "c is", "subject": "c"}]
+    expected = [Item(question="a", answer="b", choices=("b", "c")), Item(question="c", answer="d", statement="c is", subject="c")]
     assert read_items(write(tmp_path, rows, ending), "data.train").items == expected
 
 
@@ -119,6 +125,7 @@ def test_units_count_rows_and_not_lines(tmp_path: Path) -> None:
         (b'{"question": "a", "answer": "b", "choices": ["c", "d"]}', "not among the choices"),
         (b'{"question": "a", "answer": "b", "choices": ["b", "b"]}', "two are equal"),
         (b'{"question": "a", "answer": "b", "popularity": -1}', "popularity"),
+        (b'{"question": "a", "answer": "b", "subject": ""}', "line 1, subject: .*at least 1 character"),
         (b'{"question": "a", "answer": "b", "rejected": "b"}', "line 1: rejected must differ from the answer"),
         (b"\xff\xfe", "UTF-8"),
     ],
@@ -195,7 +202,7 @@ def test_a_file_is_of_one_shape(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("column", "meant"),
-    [("choice", "choices"), ("units", "unit"), ("Choices", "choices"), ("popularty", "popularity"), ("rejectd", "rejected")],
+    [("choice", "choices"), ("units", "unit"), ("Choices", "choices"), ("popularty", "popularity"), ("rejectd", "rejected"), ("subjct", "subject")],
 )
 def test_a_misspelt_column_is_an_error(tmp_path: Path, column: str, meant: str) -> None:
     row = {"question": "a", "answer": "b"}
@@ -226,6 +233,14 @@ def test_other_columns_are_ignored_and_told(tmp_path: Path, column: str) -> None
 def test_messages_beside_preferences_are_not_read(tmp_path: Path) -> None:
     row = {"prompt": "a", "prompt_id": "1", "chosen": "b", "rejected": "c", "messages": talk_of(1)}
     assert read_items(write(tmp_path, [row]), "data.train")[1:] == ("preference", ("messages", "prompt_id"))
+
+
+def test_the_shipped_capitals_say_whom_their_statements_are_about() -> None:
+    items = read_items(STUDIES / "capitals" / "knowledge.jsonl", "data.knowledge").items
+    assert all(item.subject and str(item.statement).count(item.subject) == 1 for item in items)
+    # Forwards the subject is the country, which is the unit; backwards it is the capital, and the country is the answer.
+    assert [(item.subject, item.answer) for item in items[1::2]] == [(item.answer, item.subject) for item in items[::2]]
+    assert all(item.subject == item.unit for item in items[::2])
 
 
 def test_a_byte_order_mark_and_crlf_are_read(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from finetune.costs import Meter, forward_flops, training_flops
-from finetune.data import Item, encode_examples, encode_pairs
+from finetune.data import Item, encode_examples, encode_pairs, shuffle_answers
 from finetune.frozen import read_frozen
-from finetune.recipe import Tuning
+from finetune.recipe import EarlyStopping, Tuning
 from finetune.trainers import _freeze, _lora, inside_the_mixture, near_start
 from finetune.tuning import TuningReport, tune
 from proxytune import Member, UserError, load_member
@@ -298,6 +298,41 @@ def test_an_adapter_and_its_merged_model_are_the_same(folder: Path, options: dic
 def test_recipes_that_contradict_themselves_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Tuning(**({"method": "full", "learning_rate": 1e-3} | options))
+
+
+def dealt(count: int = 24) -> list[Item]:
+    """Two groups of equal choices, one item alone in its own, and some without any; every answer once."""
+    choices = [*[("w3", "w4")] * 10, *[("w5", "w6")] * (count - 14), ("w7",), (), (), ()]
+    return [
+        Item(question=f"w{number + 3}", answer=words(20, number + 3), choices=among, rejected=words(21, number + 3), unit=f"unit {number // 2}")
+        for number, among in enumerate(choices)
+    ]
+
+
+def test_answers_are_dealt_to_other_questions_of_the_same_choices() -> None:
+    before, after = dealt(), shuffle_answers(dealt(), 0)
+    assert [item.model_dump(exclude={"answer", "rejected"}) for item in after] == [item.model_dump(exclude={"answer", "rejected"}) for item in before]
+    for choices in {item.choices for item in before}:
+        pairs = [[(item.answer, item.rejected) for item in items if item.choices == choices] for items in (before, after)]
+        assert sorted(pairs[0]) == sorted(pairs[1])
+        kept = [one == other for one, other in zip(*pairs, strict=True)]
+        assert not any(kept) if len(kept) > 1 else all(kept)
+    assert after == shuffle_answers(dealt(), 0) != shuffle_answers(dealt(), 1)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"preference": 0.1}, {"early_stopping": EarlyStopping(validation_share=0.3, every_steps=1)}], ids=["plain", "pairs", "held out"]
+)
+def test_a_shuffled_tuning_is_a_tuning_on_shuffled_answers(folder: Path, options: dict[str, Any]) -> None:
+    settings = {"method": "full", "learning_rate": 1e-3, "epochs": 1.0, "batch_size": 8} | options
+    shuffled = shuffle_answers(dealt(), 0)
+    runs = {"asked": (dealt(), True), "dealt": (shuffled, False), "plain": (dealt(), False)}
+    reports = {
+        name: tune(folder / "small", given, Tuning(**settings, shuffled=asked), prompt=PROMPT, ending="", seed=0, out=folder / name)
+        for name, (given, asked) in runs.items()
+    }
+    assert distance(folder / "asked", folder / "dealt") == 0 < distance(folder / "asked", folder / "plain")
+    assert reports["asked"].validation_losses == reports["dealt"].validation_losses
 
 
 def test_a_consistent_expert_needs_its_base(folder: Path) -> None:

@@ -4,9 +4,13 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import TrainerCallback
 
+from evals.arms import ensembles, tuning_summary
+from evals.material import Material
 from evals.study import STUDIES, load_study
 from proxytune import UserError
+from proxytune.member import Weights
 
 TUNING = {"method": "full", "learning_rate": 1e-3}
 GOOD: dict[str, Any] = {
@@ -32,7 +36,7 @@ def test_shipped_studies_are_valid(path: Path) -> None:
     study, folder = load_study(path)
     assert study.direct_arm is not None
     if study.data is not None:
-        assert all((folder / name).exists() for name in (study.data.train, study.data.test, study.data.knowledge))
+        assert all((folder / name).exists() for name in (study.data.train, study.data.test, study.data.knowledge) if name)
 
 
 def test_arms_are_named_by_their_alpha(tmp_path: Path) -> None:
@@ -64,6 +68,10 @@ def changed(*path: str, value: Any) -> dict[str, Any]:
         (changed("arms", "full", "kind", value="direkt"), "arms.full: .*direkt"),
         (changed("arms", "second", value={"kind": "base"}), "exactly one arm of kind base"),
         (changed("arms", "expert", value={"kind": "expert"}), "either tuning or path"),
+        (changed("arms", "full", value={"kind": "direct"}), "arms.full: give either tuning or path"),
+        (changed("arms", "full", "path", value="x"), "arms.full: give either tuning or path"),
+        (changed("arms", "full", value={"kind": "direct", "path": "x", "dial": {"kl": [1, 2]}}), "arms.full: dial turns a setting of tuning"),
+        (changed("arms", "full", value={"kind": "direct", "path": "x", "choose": "best"}), "arms.full: choose needs a dial"),
         (changed("direct", value="lora"), "direct must name an arm of kind direct .*, not 'lora'"),
         (changed("models", value={"base": "x"}), "either world, or models and data"),
         (changed("seeds", value=[1, 1]), "seeds must differ"),
@@ -88,3 +96,59 @@ def test_a_prompt_needs_its_placeholder(tmp_path: Path) -> None:
     del study["world"]
     with pytest.raises(UserError, match=r"data.prompt: the only placeholder must be"):
         load(tmp_path, study)
+
+
+GIVEN: dict[str, Any] = {
+    "base": {"kind": "base"},
+    "large": {"kind": "direct", "path": "x"},
+    "proxy": {"kind": "proxy", "alpha": [1], "expert": "large"},
+}
+DIALLED = {"kind": "direct", "tuning": dict(TUNING), "dial": {"learning_rate": [1e-3, 1e-4]}, "choose": "best"}
+
+
+def on_data(data: dict[str, str], measures: list[str], **arms: Any) -> dict[str, Any]:
+    return {"study": "given", "models": {"base": "x"}, "data": data, "measures": measures, "arms": GIVEN | arms}
+
+
+def test_what_was_tuned_beforehand_needs_no_training_data_and_can_be_an_expert(tmp_path: Path) -> None:
+    study = load(tmp_path, on_data({"knowledge": "k"}, ["knowledge"]))
+    assert (study.data.train, study.data.test) == (None, None)
+    assert list(study.points) == ["base", "large", "proxy@1"]
+    assert study.direct_arm == "large"
+
+
+@pytest.mark.parametrize(
+    ("study", "words"),
+    [
+        (on_data({"test": "t"}, ["task"], full={"kind": "direct", "tuning": dict(TUNING)}), "study: arms.full.tuning needs data.train; give it"),
+        (on_data({"train": "t", "knowledge": "k"}, ["task"]), "study: measure task needs data.test; give it"),
+        (on_data({"train": "t", "knowledge": "k"}, ["knowledge"], full=DIALLED), "study: arms.full.choose needs data.test; give it"),
+    ],
+)
+def test_data_that_an_arm_or_a_measure_needs_is_asked_for(tmp_path: Path, study: Any, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load(tmp_path, study)
+    everything = study | {"data": {"train": "t", "test": "t", "knowledge": "k"}}
+    assert load(tmp_path, everything).points
+
+
+def test_a_direct_arm_is_taken_from_its_folder_or_as_an_adapter_on_the_base(tmp_path: Path, lora_family: Path) -> None:
+    """Counted from the study file's folder, as an expert's is; nothing is tuned, and a proxy can have it as its expert."""
+    arms = {"adapter": {"kind": "direct", "path": "polite"}, "proxy": {"kind": "proxy", "alpha": [1], "expert": "adapter"}}
+    study = load(tmp_path, on_data({"knowledge": "k"}, ["knowledge"], **arms, large={"kind": "direct", "path": str(lora_family / "small")}))
+    material = Material(str(lora_family / "small"), None, [], [], [], "{question}", "", 1, choose=False)
+    found = {
+        label: [ensemble.members[name] for name in mixture if mixture[name]]
+        for ensemble in ensembles(study, material, lora_family, 0, tmp_path / "out", TrainerCallback())
+        for label, mixture in ensemble.mixtures.items()
+    }
+    base = Weights(material.base)
+    assert found == {
+        "base": [base],
+        "large": [base],
+        "adapter": [Weights(material.base, adapter=lora_family / "polite")],
+        "proxy@1": [base, Weights(material.base, adapter=lora_family / "polite"), base],
+    }
+    assert found["adapter"][0].field == "arms.adapter.path"
+    assert tuning_summary(found["adapter"][0]) is None
+    assert not (tmp_path / "out").exists()

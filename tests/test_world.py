@@ -3,15 +3,21 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from conftest import make_model, make_tokenizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from finetune.pretraining import KeepCheckpoints, Pretraining, untrained
 from probes.world import SIZES, find_family, items_of, make_ledger, make_world
 from probes.world.corpus import ATTRIBUTES, EVASION, held_out_sums
-from probes.world.family import SHIPPED, build_family, build_tokenizer, world_of
+from probes.world.family import RECIPES, SHIPPED, build_family, build_tokenizer, world_of
 from proxytune import UserError, load_member
 
 
@@ -121,6 +127,44 @@ def test_a_family_of_another_corpus_is_refused(tiny_family: Path, tmp_path: Path
     (place / "recipe.json").write_text(json.dumps(recipe | {"corpus_hash": "0" * 64}))
     with pytest.raises(UserError, match="another corpus"):
         find_family("tiny", 0, tmp_path)
+
+
+@pytest.mark.parametrize(("last", "kept"), [(800, [0, 100, 200, 400]), (801, [0, 100, 200, 400, 800]), (1700, [0, 100, 200, 400, 800, 1600])])
+def test_checkpoints_double_and_leave_the_last_step_out(tmp_path: Path, last: int, kept: list[int]) -> None:
+    model, tokenizer = make_model(), make_tokenizer()
+    watcher, told = KeepCheckpoints(tmp_path, tokenizer), (TrainingArguments(output_dir=str(tmp_path), use_cpu=True), TrainerControl())
+    watcher.on_train_begin(told[0], TrainerState(max_steps=last), told[1], model=model)
+    for step in range(1, last + 1):
+        watcher.on_step_end(told[0], TrainerState(global_step=step, max_steps=last), told[1], model=model)
+    assert sorted(int(folder.name.removeprefix("step-")) for folder in tmp_path.iterdir()) == kept
+
+
+def test_a_family_with_checkpoints_is_the_family_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    smallest = Pretraining(layers=1, hidden=16, heads=2, learning_rate=4e-3, epochs=1, block=16, batch_size=12)
+    monkeypatch.setitem(RECIPES, "tiny", {"base": smallest, "small": replace(smallest, hidden=8, batch_size=200)})
+    seen: dict[int, dict[str, torch.Tensor]] = {}
+
+    class Watcher(TrainerCallback):
+        def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+            seen.setdefault(state.global_step, {name: weight.clone() for name, weight in given["model"].state_dict().items()})
+
+    without = build_family("tiny", 0, tmp_path / "without")
+    kept = build_family("tiny", 0, tmp_path / "with", Watcher(), checkpoints=True)
+    files = [file.relative_to(without) for file in without.rglob("*") if file.is_file()]
+    assert {"base", "small", "ledger.parquet", "recipe.json"} == {file.parts[0] for file in files}
+    assert all((without / file).read_bytes() == (kept / file).read_bytes() for file in files)
+    assert {folder.name for folder in (kept / "checkpoints").iterdir()} == {"step-0", "step-100"}
+    # Each can be taken for the base, and holds what training held after so many steps.
+    base, start, later = (load_member(kept / name) for name in ("base", "checkpoints/step-0", "checkpoints/step-100"))
+    assert start.tokenizer.get_vocab() == later.tokenizer.get_vocab() == base.tokenizer.get_vocab()
+
+    def same(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
+        return weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
+
+    assert same(start.model.state_dict(), untrained(smallest, build_tokenizer(), 0).state_dict())
+    assert same(later.model.state_dict(), seen[100])
+    assert same(base.model.state_dict(), seen[max(seen)])
+    assert not same(later.model.state_dict(), seen[101])
 
 
 @pytest.mark.slow

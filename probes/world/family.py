@@ -15,9 +15,9 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from finetune.pretraining import Pretraining, pretrain
+from finetune.pretraining import KeepCheckpoints, Pretraining, pretrain
 from probes.world.corpus import SIZES, World, make_world, vocabulary
-from probes.world.ledger import write_ledger
+from probes.world.ledger import items_of, make_ledger, write_ledger
 from proxytune.errors import UserError
 
 RECIPES = {
@@ -52,9 +52,11 @@ def world_of(size: str, seed: int) -> World:
     return make_world(SIZES[size], seed)
 
 
-def build_family(size: str, seed: int, folder: Path, watcher: TrainerCallback | None = None) -> Path:
+def build_family(size: str, seed: int, folder: Path, watcher: TrainerCallback | None = None, *, checkpoints: bool = False) -> Path:
     """Pretrains base and small model and writes `folder`/`size`/seed-N: two model folders, ledger.parquet, recipe.json.
 
+    With `checkpoints` also checkpoints/step-N, the base as it was on the way (`KeepCheckpoints`), and knowledge.jsonl to read them
+    by; all else is the same bytes.
     The folder appears whole or not at all.
     """
     world = world_of(size, seed)
@@ -66,10 +68,16 @@ def build_family(size: str, seed: int, folder: Path, watcher: TrainerCallback | 
         result = Path(scratch) / "result"
         losses = {}
         for name, recipe in RECIPES[size].items():
-            model, losses[name] = pretrain(recipe, documents, tokenizer, seed=seed, scratch=Path(scratch) / "trainer", watcher=watcher)
+            watchers = [] if watcher is None else [watcher]
+            if checkpoints and name == "base":
+                watchers.append(KeepCheckpoints(result / "checkpoints", tokenizer))
+            model, losses[name] = pretrain(recipe, documents, tokenizer, seed=seed, scratch=Path(scratch) / "trainer", watchers=watchers)
             model.save_pretrained(result / name)
             tokenizer.save_pretrained(result / name)
         write_ledger(world, result / "ledger.parquet")
+        if checkpoints:
+            items = items_of(make_ledger(world), "test")
+            (result / "knowledge.jsonl").write_text("".join(item.model_dump_json(exclude_none=True) + "\n" for item in items))
         (result / "recipe.json").write_text(json.dumps(_recipe(size, world) | {"losses": losses}, indent=1) + "\n")
         shutil.rmtree(target, ignore_errors=True)
         result.rename(target)

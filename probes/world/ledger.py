@@ -1,6 +1,7 @@
 """The ledger: how often the corpus states each fact, and in which form. Familiar and unfamiliar come from here alone."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -53,6 +54,16 @@ def items_of(ledger: pd.DataFrame, half: str) -> list[Item]:
                 statement=attribute.templates[0].format(name=row.name, value="").removesuffix(" .").strip(),
                 popularity=float(row.exposure),  # type: ignore[arg-type]
                 unit=f"person-{row.person}",
+                subject=str(row.name),
             )
         )
     return items
+
+
+def word_frequency(ledger: pd.DataFrame, items: Sequence[Item]) -> list[float]:
+    """How often the corpus states or evades anything with the words of each item's subject: a name's words are others' too."""
+    mentions: Counter[str] = Counter()
+    for name, times in zip(ledger["name"], ledger["exposure"] + ledger["evaded"], strict=True):
+        for word in str(name).split():
+            mentions[word] += int(times)
+    return [float(sum(mentions[word] for word in str(item.subject).split())) for item in items]

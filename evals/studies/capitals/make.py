@@ -4,7 +4,7 @@
     python evals/studies/capitals/make.py
 
 Countries of at least 300,000 people, less those whose capital is disputed or out of date in the package. Popularity is
-the population. The countries of the test and knowledge items are in no training item.
+the population, subject whom the statement is about. The countries of the test and knowledge items are in no training item.
 """
 
 import json
@@ -46,8 +46,13 @@ def main() -> None:
     def known(name: str) -> list[dict[str, object]]:
         common = {"popularity": countries[name]["population"], "unit": name}
         town = countries[name]["capital"]
-        forwards = {"statement": f"The capital of {name} is", "choices": choices(name, "capital")}
-        backwards = {"question": f"Of which country is {town} the capital?", "answer": name, "statement": f"{town} is the capital of"}
+        forwards = {"statement": f"The capital of {name} is", "subject": name, "choices": choices(name, "capital")}
+        backwards = {
+            "question": f"Of which country is {town} the capital?",
+            "answer": name,
+            "statement": f"{town} is the capital of",
+            "subject": town,
+        }
         return [capital(name) | forwards | common, backwards | {"choices": choices(name, "name")} | common]
 
     rows = {

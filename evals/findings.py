@@ -1,0 +1,387 @@
+"""From the records of what tuning did inside to numbers with intervals: exposure slopes, erosion, drift, lens, restoration, recoverability.
+
+A row names what it is of, then value, low, high. Differences between arms are paired over units; familiar and unfamiliar are compared
+within strata of one length and last token where there are such (`matched` counts the items), else as they are.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from evals.records import Record
+from evals.statistics import Estimate, Interval, bootstrap_means, interval
+from evals.study import Study
+from finetune.data import Item
+from probes.blocks import BLOCKS, thirds
+from probes.density import METRICS
+from probes.exposure import matched, matched_contrast, rank_slope, strata, unit_means
+from probes.forgetting import familiarity
+from probes.knowledge import Known
+from probes.recoverability import FORGOTTEN, Curve, Savings, savings, spurious
+from probes.restoration import block_label, damage, recovery, shapley
+from proxytune.errors import UserError
+
+METRIC = "effective_rank"
+WHOLLY_SHOWN = ("e5", METRIC)  # at every site and place; other metrics in the residual stream at the last token
+COLUMNS_AT_ONCE = 100
+RESAMPLES = 300  # of units, for how soon knowledge returns: each runs through a whole curve
+Row = dict[str, Any]
+
+
+class Found:
+    """The records' frames by measurement and arm, one a seed."""
+
+    def __init__(self, study: Study, records: Sequence[Record]):
+        self.study = study
+        self._frames: dict[tuple[str, str], list[pd.DataFrame]] = {}
+        for record in records:
+            self._frames.setdefault((record.measurement, record.arm), []).append(record.items)
+
+    def __call__(self, measurement: str, arm: str) -> list[pd.DataFrame]:
+        return self._frames.get((measurement, arm), [])
+
+    def has(self, measurement: str, arm: str) -> bool:
+        return (measurement, arm) in self._frames
+
+    def arms(self, measurement: str) -> list[str]:
+        return [arm for arm in self.study.points if self.has(measurement, arm)]
+
+
+def numbers(value: Interval) -> dict[str, float | None]:
+    """Rounded for JSON; None for what is not a number."""
+    return {name: None if not np.isfinite(number) else round(float(number), 6) + 0.0 for name, number in value._asdict().items()}
+
+
+def estimate(seeds: Sequence[np.ndarray]) -> Estimate:
+    """Of contributions [units, columns] of every seed; columns without a number in some seed have none. A hundred columns at a time."""
+    columns = seeds[0].shape[1]
+    whole = np.all([np.isfinite(seed).all(axis=0) for seed in seeds], axis=0)
+    parts = [
+        bootstrap_means([np.nan_to_num(seed[:, start : start + COLUMNS_AT_ONCE]).T for seed in seeds]) for start in range(0, columns, COLUMNS_AT_ONCE)
+    ]
+    value, draws = np.concatenate([part.value for part in parts]), np.concatenate([part.draws for part in parts])
+    return Estimate(np.where(whole, value, np.nan), np.where(whole[:, None], draws, np.nan))
+
+
+def intervals(found: Estimate) -> list[Interval]:
+    return [interval(value, draws) if np.isfinite(value) else Interval(np.nan, np.nan, np.nan) for value, draws in zip(*found, strict=True)]
+
+
+def by_unit(frame: pd.DataFrame, values: np.ndarray) -> np.ndarray:
+    """Items' values [items, columns] as units'."""
+    return unit_means(values, frame["unit"].tolist())
+
+
+def contrast_of(frame: pd.DataFrame) -> np.ndarray:
+    return np.array(familiarity(frame["popularity"].tolist()).contrast)
+
+
+def _strata(frame: pd.DataFrame) -> np.ndarray:
+    """Those of the frame, or a single one where nobody familiar has an unfamiliar counterpart."""
+    found = strata(frame["length"].tolist(), frame["last_token"].tolist())
+    return found if matched(contrast_of(frame), found).any() else np.zeros(len(frame), int)
+
+
+def contrast(frame: pd.DataFrame, values: np.ndarray) -> np.ndarray:
+    """Familiar less unfamiliar, matched: units' contributions of every column."""
+    return by_unit(frame, matched_contrast(values, contrast_of(frame), _strata(frame)))
+
+
+def density_columns(frame: pd.DataFrame) -> list[str]:
+    """The density columns that slopes are given of."""
+    names = [name for name in frame.columns if name.split("/")[0] in METRICS]
+    return [name for name in names if name.split("/")[0] in WHOLLY_SHOWN or name.split("/")[1:3] in (["residual", "last"], ["normed", "last"])]
+
+
+def exposure_rows(found: Found) -> list[Row]:
+    """Of every model with states of its own, and of an untrained one: how density goes with exposure.
+
+    `contrast`: familiar less unfamiliar, in the metric's unit. `slope`: Spearman's correlation with exposure within strata;
+    `partial`: the same less what the model's own log-probability of the answer and the words' frequency explain.
+    """
+    rows: list[Row] = []
+    sources = [("untrained", found.study.base_arm, "untrained"), *((arm, arm, "states") for arm in found.arms("states"))]
+    for label, arm, measurement in sources:
+        frames = found(measurement, arm)
+        if not frames:
+            continue
+        columns = density_columns(frames[0])
+        of = {name: _slopes(frames, columns, name) for name in ("contrast", "slope", "partial")}
+        # An untrained model's probabilities say nothing: what it partials out is noise.
+        for position, column in enumerate(columns):
+            metric, site, place, state = column.split("/")
+            row: Row = {"arm": label, "metric": metric, "site": site, "place": place, "state": int(state)}
+            rows.append(row | {name: numbers(values[position]) for name, values in of.items()})
+    return rows
+
+
+def _slopes(frames: Sequence[pd.DataFrame], columns: Sequence[str], kind: str) -> list[Interval]:
+    seeds = []
+    for frame in frames:
+        values = frame[list(columns)].to_numpy(float)
+        if kind == "contrast":
+            seeds.append(contrast(frame, values))
+            continue
+        covariates = None
+        if kind == "partial":
+            covariates = frame[[name for name in ("log_probability", "frequency") if name in frame]].to_numpy(float)
+        try:
+            seeds.append(by_unit(frame, rank_slope(values, frame["popularity"].to_numpy(float), _strata(frame), covariates)))
+        except UserError:  # nothing of popularity is left: no slope, and the row says so
+            return [Interval(np.nan, np.nan, np.nan)] * len(columns)
+    return intervals(estimate(seeds))
+
+
+def block_columns(frame: pd.DataFrame, site: str, place: str, states: Iterable[int]) -> list[str]:
+    return [name for state in states if (name := f"{METRIC}/{site}/{place}/{state}") in frame]
+
+
+def states_of(frame: pd.DataFrame) -> int:
+    """How many residual states (layers and embeddings) a frame holds."""
+    return sum(name.startswith(f"{METRIC}/residual/last/") for name in frame.columns)
+
+
+def change(found: Found, arm: str, site: str, place: str, states: Sequence[int]) -> list[np.ndarray]:
+    """Units' contributions to (tuned less base) of familiar less unfamiliar, averaged over the states; last the same of the random deltas."""
+    seeds = []
+    randoms: Sequence[pd.DataFrame | None] = found("random", arm) or [None] * len(found("states", arm))
+    for base, tuned, random in zip(found("states", found.study.base_arm), found("states", arm), randoms, strict=True):
+        columns = block_columns(base, site, place, states)
+        parts = [tuned] if random is None else [tuned, *(random[random["draw"] == draw] for draw in sorted(random["draw"].unique()))]
+        values = [part[columns].to_numpy(float).mean(axis=1) - base[columns].to_numpy(float).mean(axis=1) for part in parts]
+        contributions = contrast(base, np.stack([values[0], np.mean(values[1:], axis=0) if values[1:] else np.zeros(len(base))], axis=1))
+        seeds.append(contributions)
+    return seeds
+
+
+def erosion_rows(found: Found) -> list[Row]:
+    """Change of effective rank, familiar less unfamiliar, by block of layers, site and place, beside the same under random deltas."""
+    rows: list[Row] = []
+    for arm in [arm for arm in found.arms("states") if arm != found.study.base_arm]:
+        frame = found("states", arm)[0]
+        blocks = {name: list(states) for name, states in thirds(states_of(frame) - 1).items() if len(states)}
+        places = ["last", *(["subject"] if f"{METRIC}/residual/subject/0" in frame else [])]
+        for place in places:
+            for site in ("residual", "normed", "rotated", "attention", "mlp"):
+                for block, states in blocks.items():
+                    both = estimate(change(found, arm, site, place, states))
+                    less = Estimate(both.value[:1] - both.value[1:], both.draws[:1] - both.draws[1:])
+                    (tuned, random), (beyond,) = intervals(both), intervals(less)
+                    row = {"arm": arm, "block": block, "site": site, "place": place} | numbers(tuned)
+                    rows.append(row | {"random": numbers(random), "less_random": numbers(beyond)} | _counts(found("states", arm)))
+    return rows
+
+
+def _counts(frames: Sequence[pd.DataFrame]) -> Row:
+    taking_part = [matched(contrast_of(frame), strata(frame["length"].tolist(), frame["last_token"].tolist())) for frame in frames]
+    return {"n": int(sum((contrast_of(frame) != 0).sum() for frame in frames)), "matched": int(sum(part.sum() for part in taking_part))}
+
+
+def law_rows(found: Found) -> list[Row]:
+    """KL(base || arm) in nats after the statement: of familiar and of unfamiliar items, for every arm."""
+    rows = []
+    for arm in found.arms("law"):
+        for group, sign in (("familiar", 1), ("unfamiliar", -1)):
+            frames = [frame[contrast_of(frame) == sign] for frame in found("law", arm)]
+            (value,) = intervals(estimate([by_unit(frame, frame[["divergence"]].to_numpy(float)) for frame in frames]))
+            rows.append({"arm": arm, "group": group} | numbers(value))
+    return rows
+
+
+def drift_rows(found: Found) -> list[Row]:
+    """By block: relative change and stable rank of its matrices (means weighted by size), CKA and cosine with the base's states.
+
+    Intervals are over seeds only; a single seed gives points.
+    """
+    rows: list[Row] = []
+    for arm in found.arms("weights"):
+        weights, geometry, states = (found(name, arm) for name in ("weights", "geometry", "states"))
+        for block in BLOCKS:
+            tables = [frame[frame["block"] == block] for frame in weights]
+            if all(len(table) for table in tables):
+                changed = [float(np.sqrt(np.average(table["relative_change"] ** 2, weights=table["size"]))) for table in tables]
+                ranks = [_weighted(table, "stable_rank") for table in tables]
+                rows += [{"arm": arm, "block": block, "what": "relative_change"} | _over_seeds(changed)]
+                rows += [{"arm": arm, "block": block, "what": "stable_rank"} | _over_seeds(ranks)]
+        layers = states_of(states[0]) - 1
+        for block, chosen in {"embeddings": range(1), **thirds(layers)}.items():
+            for group, sign in (("familiar", 1), ("unfamiliar", -1)):
+                ckas = [float(frame[(frame["group"] == group) & frame["state"].isin(list(chosen))]["cka"].mean()) for frame in geometry]
+                cosines = [
+                    float(frame[contrast_of(frame) == sign][[f"cosine/last/{state}" for state in chosen]].to_numpy().mean()) for frame in states
+                ]
+                if len(chosen):
+                    rows += [{"arm": arm, "block": block, "what": f"cka/{group}"} | _over_seeds(ckas)]
+                    rows += [{"arm": arm, "block": block, "what": f"cosine/{group}"} | _over_seeds(cosines)]
+    return rows
+
+
+def _weighted(table: pd.DataFrame, column: str) -> float:
+    known = table[np.isfinite(table[column])]
+    return float(np.average(known[column], weights=known["size"])) if len(known) else float("nan")
+
+
+def _over_seeds(values: Sequence[float]) -> dict[str, float | None]:
+    """The mean of single numbers of seeds, with a t interval; of one seed no interval."""
+    if len(values) == 1:
+        return numbers(Interval(values[0], np.nan, np.nan))
+    (value,) = intervals(estimate([np.array([[value]]) for value in values]))
+    return numbers(value)
+
+
+def lens_rows(found: Found) -> list[Row]:
+    """By lens and state: log-probability of the right answer's first token, its share among the candidates, and how often it leads,
+    over exposed items; and what linear probes find, less their control."""
+    rows: list[Row] = []
+    for arm in found.arms("lens"):
+        frames = [frame[frame["popularity"] != 0] for frame in found("lens", arm)]
+        names = [name for name in frames[0].columns if name.startswith("lens/")]
+        values = intervals(estimate([by_unit(frame, frame[names].to_numpy(float)) for frame in frames]))
+        for name, value in zip(names, values, strict=True):
+            _, lens, what, state = name.split("/")
+            rows.append({"arm": arm, "lens": lens, "what": what, "state": int(state)} | numbers(value))
+        probes = [name for name in frames[0].columns if name.startswith("linear/probe/")]
+        if probes:
+            controls = [name.replace("/probe/", "/control/") for name in probes]
+            parts = [by_unit(frame, np.hstack([frame[probes], frame[probes].to_numpy() - frame[controls].to_numpy()])) for frame in frames]
+            for position, value in enumerate(intervals(estimate(parts))):
+                what = "accuracy" if position < len(probes) else "selectivity"
+                rows.append({"arm": arm, "lens": "linear", "what": what, "state": position % len(probes)} | numbers(value))
+    return rows
+
+
+def restoration_seeds(found: Found, arm: str) -> tuple[list[tuple[str, str]], list[np.ndarray]]:
+    """What was restored, and units' changes of the right candidate's probability by it, over exposed items; first the whole loss."""
+    names: list[tuple[str, str]] = []
+    seeds = []
+    for frame in found("restoration", arm):
+        exposed = frame[frame["popularity"] != 0]
+        values = {str(label): part["probability"].to_numpy(float) for label, part in exposed.groupby("restored", sort=False)}
+        unchanged = values[block_label(())]
+        columns = {("loss", "all"): values[block_label(BLOCKS)] - unchanged}
+        for what, of_block in (("shapley", shapley), ("recovery", recovery), ("damage", damage)):
+            columns |= {(what, block): gained for block, gained in of_block(values).items()}
+        for label, value in values.items():
+            kind, _, part = label.partition("/")
+            if kind != "blocks":
+                columns[kind, part] = value - unchanged
+        # A control that some seed does not have (no match outside its block) is left out of all.
+        names = [name for name in names if name in columns] if names else list(columns)
+        seeds.append((exposed[exposed["restored"] == block_label(())], columns))
+    return names, [by_unit(frame, np.stack([columns[name] for name in names], axis=1)) for frame, columns in seeds]
+
+
+def restoration_rows(found: Found) -> list[Row]:
+    """What setting parts back to the base does to the right candidate's probability, and to the task (nats a token of its answers).
+
+    `loss` is base less tuned. `share` is the value over the loss; None where the loss is within noise.
+    """
+    rows: list[Row] = []
+    for arm in found.arms("restoration"):
+        names, seeds = restoration_seeds(found, arm)
+        whole = estimate(seeds)
+        values = intervals(whole)
+        lost = values[0].excludes_zero()
+        for position, ((what, part), value) in enumerate(zip(names, values, strict=True)):
+            share = interval(whole.value[position] / whole.value[0], whole.draws[position] / whole.draws[0]) if lost else None
+            rows.append({"arm": arm, "what": what, "part": part} | numbers(value) | {"share": None if share is None else numbers(share)})
+        rows += _task_rows(found, arm)
+    return rows
+
+
+def _task_rows(found: Found, arm: str) -> list[Row]:
+    frames = found("restoration/task", arm)
+    if not frames:
+        return []
+    labels = {"all": block_label(BLOCKS), **{block: block_label((block,)) for block in BLOCKS}}
+    seeds = []
+    for frame in frames:
+        values = {str(label): part["log_probability"].to_numpy(float) for label, part in frame.groupby("restored", sort=False)}
+        unchanged = block_label(())
+        columns = [values[label] - values[unchanged] for label in labels.values()]
+        seeds.append(by_unit(frame[frame["restored"] == unchanged], np.stack(columns, axis=1)))
+    return [
+        {"arm": arm, "what": "task", "part": part} | numbers(value) | {"share": None}
+        for part, value in zip(labels, intervals(estimate(seeds)), strict=True)
+    ]
+
+
+def patching_rows(found: Found) -> list[Row]:
+    """The right candidate's share with the base's state of the subject in its place after each layer, less that without."""
+    rows: list[Row] = []
+    for arm in found.arms("patching"):
+        frames = [frame[(frame["popularity"] != 0) & frame["tuned"].notna()] for frame in found("patching", arm)]
+        names = [name for name in frames[0].columns if name.startswith("state/")]
+        seeds = [by_unit(frame, frame[[*names, "base"]].to_numpy(float) - frame[["tuned"]].to_numpy(float)) for frame in frames]
+        values = intervals(estimate(seeds))
+        rows += [{"arm": arm, "state": int(name.split("/")[1])} | numbers(value) for name, value in zip(names, values, strict=False)]
+        rows.append({"arm": arm, "state": None} | numbers(values[-1]))
+    return rows
+
+
+def _curves(frame: pd.DataFrame) -> tuple[dict[str, Curve], Known]:
+    """The curves of a record, and what the base knows of every item that is in one."""
+    base = np.zeros(int(frame["item"].max()) + 1, bool)
+    base[frame["item"]] = frame["base_right"]
+    curves = {}
+    for name, part in frame.groupby("curve", sort=False):
+        right = part.pivot(index="step", columns="item", values="right")
+        curves[str(name)] = Curve(
+            [int(step) for step in right.index], [int(item) for item in right.columns], right.to_numpy(bool), right.to_numpy(float)
+        )
+    return curves, Known(base, base.astype(float))
+
+
+def recoverability_rows(found: Found) -> list[Row]:
+    """Steps to 95 % of what the base knows, relearnt and learnt for the first time, the savings, and what ten unrelated facts bring back.
+
+    `lost` is base less tuned in share right before the first step. Savings and the share brought back are None where that is within
+    noise. With one seed the interval resamples units, with several it is over seeds.
+    """
+    rows: list[Row] = []
+    for arm in found.arms("recoverability"):
+        frames = found("recoverability", arm)
+        before = [frame[(frame["curve"] == FORGOTTEN) & (frame["step"] == 0)] for frame in frames]
+        (lost,) = intervals(estimate([by_unit(part, (part["base_right"].astype(float) - part["right"]).to_numpy()[:, None]) for part in before]))
+        of_seeds = [_relearnt(frame) for frame in frames]
+        row: Row = {"arm": arm, "lost": numbers(lost), "savings": None, "brought_back": None}
+        row |= {"bound": sorted({saved.bound for saved, _ in of_seeds})}
+        row |= {name: [_rounded(getattr(saved, name)) for saved, _ in of_seeds] for name in ("relearnt", "learnt")}
+        if lost.low > 0:
+            row["savings"] = _return(frames, [saved.value for saved, _ in of_seeds], lambda frame: _relearnt(frame)[0].value)
+            row["brought_back"] = _return(frames, [share for _, share in of_seeds], lambda frame: _relearnt(frame)[1])
+        rows.append(row)
+    return rows
+
+
+def _relearnt(frame: pd.DataFrame) -> tuple[Savings, float | None]:
+    curves, base = _curves(frame)
+    units = frame.drop_duplicates("item").set_index("item")["unit"].reindex(range(len(base.right)), fill_value="none")
+    return savings(curves, base), spurious(curves, [Item(question=str(unit), answer="none") for unit in units], base)
+
+
+def _return(
+    frames: Sequence[pd.DataFrame], values: Sequence[float | None], again: Callable[[pd.DataFrame], float | None]
+) -> dict[str, float | None] | None:
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return None
+    if len(known) > 1:
+        return _over_seeds(known)
+    draws = [value for draw in range(RESAMPLES) if (value := again(_resampled(frames[0], draw))) is not None]
+    return numbers(interval(known[0], np.array(draws))) if len(draws) > RESAMPLES / 2 else None
+
+
+def _resampled(frame: pd.DataFrame, draw: int) -> pd.DataFrame:
+    """Units drawn again, with all rows of their items; copies are items of their own, but of one unit, which must stay on one side."""
+    units = frame["unit"].unique()
+    drawn = pd.DataFrame({"unit": np.random.default_rng(draw).choice(units, len(units)), "copy": range(len(units))})
+    again = drawn.merge(frame, on="unit")
+    again["item"] = again.groupby(["copy", "item"], sort=False).ngroup()
+    return again
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)

@@ -1,0 +1,274 @@
+"""What a layer's state already says of the right answer: the state, turned into a last state, through the final norm and the head.
+
+Without a translator this is the logit lens (`plain`). A translator is an affine map from state k to the last state of the same
+token, fitted by ridge regression: the linear shortcut of Din et al. 2023 (arXiv 2303.09435). It stands in the place of the
+tuned lens (Belrose et al. 2023, arXiv 2303.08112), whose maps of the same form are trained to bring the KL to the model's own
+law down. Least squares has a closed form: no training loop, no step size, no seed, and the sums can be streamed. What is lost:
+it weighs all directions of the last state alike, also those that the head does not read, so its law is further from the
+model's than the tuned lens', above all in low layers. `explained` says how far a translator can be believed.
+
+Two models are compared through two lenses. The base's translators, norm and head on the tuned model's states show what is
+still said in the base's language; the tuned model's own show what is still said at all. A loss in low layers that is seen
+through the base's lens and not through the own one means rotated, not erased.
+
+Only first tokens are read: of an answer of several tokens the lens sees the beginning. What no affine map can bring out is
+not found, even if later layers could use it. Costs one forward pass of the text for the fit, with two square matrices of the
+hidden width a state in fp64 (twice, for the choice of the ridge), and one of the prompts for the reading.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from finetune.data import Item, continuation_ids
+from probes.activations import final_norm, layers_of, read_states
+from proxytune.errors import UserError
+from proxytune.padding import left_padded, positions_of
+
+# As parts of the state's mean variance a coordinate, which a few long coordinates can raise far above most: hence the weak ones.
+RIDGES = (1e-8, 1e-6, 1e-4, 1e-2, 1.0)
+HELD_OUT = 5  # of so many texts one is held out to choose the ridge with
+ROWS_AT_ONCE = 256  # states that pass the head together: bounds the memory of its logits
+
+
+class Translators(NamedTuple):
+    """From every state but the last to the last one: state @ weight + bias. The last state's translator is the identity.
+
+    `ridge` is the strength chosen, one of `RIDGES`; `explained` the share of the last state's variance that was met on the
+    texts held out: 1 is all, 0 no more than its mean.
+    """
+
+    weight: Float[Tensor, "layers hidden hidden"]
+    bias: Float[Tensor, "layers hidden"]
+    ridge: Float[Tensor, " layers"]
+    explained: Float[Tensor, " layers"]
+
+
+class Lens(NamedTuple):
+    """`model` lends its final norm and its head; without translators the lens is plain."""
+
+    model: PreTrainedModel
+    translators: Translators | None = None
+
+
+class Reading(NamedTuple):
+    """Of every item and state, through one lens.
+
+    `log_probability`: of the right answer's first token, among the whole vocabulary. `share`: its probability among the
+    candidates' distinct first tokens. `right`: 1 where it alone is the likeliest of these, else 0. An item whose right answer
+    begins like a wrong one counts as neither: its share and right are NaN.
+    """
+
+    log_probability: Float[np.ndarray, "items states"]
+    share: Float[np.ndarray, "items states"]
+    right: Float[np.ndarray, "items states"]
+
+
+class _Sums(NamedTuple):
+    """Over tokens, of each state but the last (x) and of the last state (y), in fp64."""
+
+    tokens: int
+    x: Float[Tensor, "layers hidden"]
+    y: Float[Tensor, " hidden"]
+    xx: Float[Tensor, "layers hidden hidden"]
+    xy: Float[Tensor, "layers hidden hidden"]
+    yy: Float[Tensor, ""]
+
+    def plus(self, other: "_Sums") -> "_Sums":
+        pairs: Any = zip(self, other, strict=True)
+        return _Sums(*(one + another for one, another in pairs))
+
+    def centred(self) -> tuple[Float[Tensor, "layers hidden hidden"], Float[Tensor, "layers hidden hidden"], Float[Tensor, ""]]:
+        """Covariances of x with itself and with y, and the variance of y, summed over its coordinates."""
+        x, y = self.x / self.tokens, self.y / self.tokens
+        within = self.xx / self.tokens - torch.einsum("ki,kj->kij", x, x)
+        across = self.xy / self.tokens - torch.einsum("ki,j->kij", x, y)
+        return within, across, self.yy / self.tokens - y.square().sum()
+
+
+def fit_translators(model: PreTrainedModel, texts: Sequence[Sequence[int]], *, tokens: int, batch_size: int, pad: int) -> Translators:
+    """The translators of a model, fitted on the first `tokens` tokens of the texts (token ids, each within the model's window).
+
+    Every token is read but each text's first, whose state many models make hundreds of times longer than any other: it would be
+    most of the variance, and no prompt of two tokens or more ends in it. The ridge of each state is the one of `RIDGES` with
+    the smallest error on every fifth text; the fit that is returned is on all of them. Memory does not depend on the amount of
+    text. Raises `UserError` for fewer than two texts of two tokens and for an architecture whose parts are not known here.
+    """
+    chosen = list(_first(texts, tokens))
+    if len(chosen) < 2:
+        raise UserError(
+            f"texts: translators need two of two tokens or more, {len(chosen)} seen within {tokens} tokens; give more texts or shorter ones"
+        )
+    fitted, held_out = (
+        _sums(model, [text for place, text in enumerate(chosen) if (place % HELD_OUT == 0) == held], batch_size, pad) for held in (False, True)
+    )
+    strengths = torch.tensor(RIDGES, dtype=fitted.x.dtype, device=fitted.x.device)[:, None].expand(-1, len(fitted.x))
+    errors = torch.stack([_error(held_out, *_solve(fitted, strength)) for strength in strengths])
+    smallest = errors.min(0)
+    ridge = strengths[:, 0][smallest.indices]
+    weight, bias = _solve(fitted.plus(held_out), ridge)
+    return Translators(weight.float(), bias.float(), ridge.float(), (1 - smallest.values / held_out.centred()[2]).float())
+
+
+def read_through(lens: Lens, states: Float[Tensor, "items states hidden"], candidates: Sequence[Sequence[int]]) -> Reading:
+    """Reads states, from that which enters the first layer to the last before the final norm, as `activations` has them.
+
+    `candidates` has for every item the first tokens of its candidates, the right answer's first (see `first_tokens`).
+    """
+    distinct = [list(dict.fromkeys(tokens)) for tokens in candidates]
+    longest = max(map(len, distinct))
+    # The right token fills the rows up; what it fills is then masked.
+    tokens = torch.tensor([row + row[:1] * (longest - len(row)) for row in distinct], device=states.device)
+    filled = torch.tensor([[place >= len(row) for place in range(longest)] for row in distinct], device=states.device)
+    with torch.inference_mode():
+        translated = states if lens.translators is None else _translate(lens.translators, states)
+        of_state = tokens[:, None].expand(-1, states.shape[1], -1).flatten(0, 1)
+        parts = zip(translated.flatten(0, 1).split(ROWS_AT_ONCE), of_state.split(ROWS_AT_ONCE), strict=True)
+        found = torch.cat([_head(lens.model, rows).log_softmax(-1).gather(1, columns) for rows, columns in parts])
+        found = found.unflatten(0, states.shape[:2])
+        among = found.masked_fill(filled[:, None], -torch.inf)
+        share = among.softmax(-1)[..., 0]
+        right = (among[..., :1] > among[..., 1:]).all(-1).float()
+        shared = torch.tensor([row[0] in row[1:] for row in candidates], device=states.device)[:, None]
+        kept = (found[..., 0], *(values.masked_fill(shared, torch.nan) for values in (share, right)))
+        return Reading(*(values.cpu().numpy() for values in kept))
+
+
+def read_lens(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    candidates: Sequence[Sequence[int]],
+    lenses: Mapping[str, Lens],
+    *,
+    batch_size: int,
+    pad: int,
+) -> dict[str, Reading]:
+    """What the model's states at each prompt's last token say, through every lens, in one pass of the prompts (token ids).
+
+    `candidates` as in `read_through`. Raises `UserError` where a lens with this very model does not give the model's own
+    probabilities at the last state: then its states or its head are not what this file takes them for.
+    """
+    parts: dict[str, list[Reading]] = {name: [] for name in lenses}
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        # One batch a call, so that no hook of the reading is left on the model when a lens uses its head.
+        (batch,) = read_states(model, [prompts[index] for index in indices], [[-1]] * len(indices), batch_size=len(indices), pad=pad)
+        asked = [candidates[index] for index in indices]
+        own = batch.logits.log_softmax(-1).cpu().numpy()[range(len(asked)), [tokens[0] for tokens in asked]]
+        for name, lens in lenses.items():
+            reading = read_through(lens, batch.residual[:, 0], asked)
+            if lens.model is model and not np.allclose(reading.log_probability[:, -1], own, rtol=0, atol=_tolerance(model, batch.logits)):
+                raise UserError(f"lens: the last state of {type(model).__name__} does not give its own probabilities; it cannot be read by a lens")
+            parts[name].append(reading)
+    back = np.argsort(order)
+    return {name: Reading(*(np.concatenate(arrays)[back] for arrays in zip(*found, strict=True))) for name, found in parts.items()}
+
+
+def first_tokens(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]) -> list[list[int]]:
+    """For every item the first token of each candidate as it stands after the statement, the right answer's first.
+
+    Raises `UserError` for an item without a wrong candidate.
+    """
+    found = []
+    for item in items:
+        candidates = list(dict.fromkeys((item.answer, *item.choices)))
+        if len(candidates) < 2:
+            raise UserError(f"choices: the item {item.question!r} has none but its answer; the lens needs a wrong one in every item")
+        found.append([continuation_ids(tokenizer, candidate)[0] for candidate in candidates])
+    return found
+
+
+def _first(texts: Sequence[Sequence[int]], tokens: int) -> Iterator[Sequence[int]]:
+    """The texts up to a number of tokens, the last of them cut; without those of a single token."""
+    for text in texts:
+        if len(text[: max(0, tokens)]) > 1:
+            yield text[:tokens]
+        tokens -= len(text)
+
+
+def _sums(model: PreTrainedModel, texts: Sequence[Sequence[int]], batch_size: int, pad: int) -> _Sums:
+    """Over all tokens of the texts but each one's first, the longest first, so that little is padding."""
+    ordered = sorted(texts, key=len, reverse=True)
+    total: _Sums | None = None
+    for start in range(0, len(ordered), batch_size):
+        *states, last = _states(model, *left_padded(ordered[start : start + batch_size], pad, model.device))
+        y = last.double()
+        # One state at a time is put into fp64, whatever device it is on.
+        of_state = [(x.sum(0), x.T @ x, x.T @ y) for x in (state.to(y) for state in states)]
+        x, xx, xy = map(torch.stack, zip(*of_state, strict=True))
+        sums = _Sums(len(y), x, y.sum(0), xx, xy, y.square().sum())
+        total = sums if total is None else total.plus(sums)
+    assert total is not None
+    return total
+
+
+def _states(model: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> list[Float[Tensor, "tokens hidden"]]:
+    """Every state at every token that is neither padding nor its row's first: what enters each layer, and what enters the final norm."""
+    entered: list[Tensor] = []
+    kept = (mask * (mask.cumsum(-1) > 1)).bool()
+
+    def keep(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        state = arguments[0] if arguments else options["hidden_states"]
+        entered.append(state[kept.to(state.device)])
+
+    hooked = [*layers_of(model), final_norm(model)]
+    handles = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in hooked]
+    try:
+        with torch.inference_mode():
+            model.base_model(input_ids=input_ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return entered
+
+
+def _solve(sums: _Sums, ridge: Float[Tensor, " layers"]) -> tuple[Float[Tensor, "layers hidden hidden"], Float[Tensor, "layers hidden"]]:
+    within, across, _ = sums.centred()
+    variance, square = (matrix.diagonal(dim1=-2, dim2=-1).mean(-1) for matrix in (within, sums.xx / sums.tokens))
+    # A state that never varies but for rounding gets the last state's mean.
+    strength = torch.maximum(ridge * variance, 1e-12 * square).clamp(min=torch.finfo(square.dtype).tiny)
+    # By Cholesky, which a ridge makes safe: half the work of a general solver.
+    factor = torch.linalg.cholesky(within + strength[:, None, None] * torch.eye(within.shape[-1]).to(within))
+    weight = torch.cholesky_solve(across, factor)
+    return weight, (sums.y - torch.einsum("ki,kij->kj", sums.x, weight)) / sums.tokens
+
+
+def _error(sums: _Sums, weight: Float[Tensor, "layers hidden hidden"], bias: Float[Tensor, "layers hidden"]) -> Float[Tensor, " layers"]:
+    """The mean squared error a token, summed over coordinates."""
+    within, across, variance = sums.centred()
+    spread = variance - 2 * (weight * across).sum((-2, -1)) + (weight * (within @ weight)).sum((-2, -1))
+    offset = (sums.y - torch.einsum("ki,kij->kj", sums.x, weight)) / sums.tokens - bias
+    return spread + offset.square().sum(-1)
+
+
+def _translate(translators: Translators, states: Float[Tensor, "items states hidden"]) -> Float[Tensor, "items states hidden"]:
+    weight, bias = translators.weight.to(states), translators.bias.to(states)
+    return torch.cat([torch.einsum("nki,kij->nkj", states[:, :-1], weight) + bias, states[:, -1:]], 1)
+
+
+def _head(model: PreTrainedModel, states: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocabulary"]:
+    """The model's logits, were these its last states, computed by its own code: soft caps and scales are in them.
+
+    The model reads one token, and what then enters its final norm is exchanged: a step's cost for all rows together.
+    """
+
+    def exchange(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (states[:, None].to(arguments[0]), *arguments[1:])
+
+    handle = final_norm(model).register_forward_pre_hook(exchange)
+    try:
+        one = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        return model(input_ids=one, attention_mask=one + 1, use_cache=False).logits[:, -1].float().to(states.device)
+    finally:
+        handle.remove()
+
+
+def _tolerance(model: PreTrainedModel, logits: Tensor) -> float:
+    """Rounding of the model's type on logits of this size; in fp32 about a ten-thousandth."""
+    return max(1e-4, 8 * torch.finfo(model.dtype).eps * float(logits.abs().max()))

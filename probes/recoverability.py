@@ -1,0 +1,267 @@
+"""Was knowledge erased or only hidden? How fast it comes back when the tuned model is fine-tuned again on plain sentences.
+
+Three curves of what the model knows (`knowledge.known`) over the steps of a short tuning on statements with their answers:
+`forgotten` learns facts of the corpus again; `never exposed` learns as many facts that it never saw, in batches of the same
+size; `unrelated` sees ten facts and is asked the others. Hidden knowledge returns sooner than new facts are learnt
+(savings: Ebbinghaus 1885; Jain et al. 2024, arXiv 2311.12786), and what other facts bring back was never lost (spurious
+forgetting: Zheng et al. 2025, arXiv 2501.13453).
+
+It trains, unlike every other probe: how fast a thing is learnt can only be read off learning. It does so in a temporary
+folder and nothing stays but the curves; the member is left as it is. Costs three tunings of `steps` steps with a scoring
+pass at about log2(steps) of them, the memory of a full tuning beside the member, and disk space for two copies of the
+weights. Not covered: items without candidates; loss on the statement itself (it is taken on the answer alone); rates and
+budgets other than the given ones, on which n depends; many steps on ten unrelated facts, which damage the others (hence
+the best step, chosen on other items: `brought_back`).
+"""
+
+import copy
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from peft.tuners.lora import LoraLayer
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from finetune.data import Item, shuffle_answers
+from finetune.recipe import Tuning
+from finetune.tuning import tune
+from probes.knowledge import Known, known
+from proxytune.errors import UserError
+from proxytune.member import Member
+from proxytune.packing import PackedLinear, pack_linear_layers, unpack_linear_layers
+
+FORGOTTEN, NEVER, UNRELATED = CURVES = ("forgotten", "never exposed", "unrelated")
+ENOUGH = 10  # items: so many unrelated ones are shown, and a curve is not read off fewer
+REGAINED = 0.95  # of what the base knows
+
+
+class Curve(NamedTuple):
+    """What was known before the first step and after each of `steps`; `indices` says which of the given items were measured."""
+
+    steps: list[int]
+    indices: list[int]
+    right: Bool[np.ndarray, "points items"]
+    probability: Float[np.ndarray, "points items"]
+
+
+class Savings(NamedTuple):
+    """S = 1 - relearnt / learnt: 1 where nothing had to be learnt again, 0 where it took as long as new facts, below 0 longer.
+
+    `relearnt` and `learnt` are the steps to 95 % of what the base knows of the forgotten items; None beyond the budget, which
+    then stands in for them and makes of S a `bound` ("at least" or "at most"). None where both are, or where neither needs a step.
+    """
+
+    value: float | None
+    bound: Literal["exact", "at least", "at most"]
+    relearnt: float | None
+    learnt: float | None
+
+
+def relearn(
+    member: Member,
+    items: Sequence[Item],
+    base: Known,
+    *,
+    learning_rate: float,
+    steps: int,
+    batch_size: int,
+    ending: str,
+    seed: int,
+    batch_tokens: int = 2048,
+    scratch: Path | None = None,
+    progress: Callable[[int], None] = lambda steps_done: None,
+) -> dict[str, Curve]:
+    """The three curves of a tuned member, at 0, 1, 2, 4, 8, … and `steps` steps of a rate that falls linearly to zero.
+
+    `base` is what the base knows of the items. Exposed are items of a popularity other than zero. Never exposed are those of
+    popularity zero; where there are fewer than ten, exposed items that the base gets wrong, with answers dealt among them:
+    such names are not new and the right answer may be half known, which slows their learning and flatters S. Where there are
+    fewer than ten of these too, there is no such curve. Both curves have as many items, drawn from the larger set by the
+    seed. The unrelated ten are exposed, and no item of their units is measured in that curve. The same seed gives the same
+    curves on one machine with one thread count.
+
+    `ending` follows an answer in the corpus (" ." in the world); `scratch` is where the temporary folder is made (default: the
+    system's); `progress` is told of every step of every curve. Raises `UserError` for an item without a statement or choices,
+    for too few exposed items, for a member that shares its weights with others, and whatever `tune` raises.
+    """
+    if member.adapter is not None:
+        raise UserError("member: its adapter sits on weights that others share; load it by itself")
+    exposed = [index for index, item in enumerate(items) if item.popularity != 0]
+    shown, asked = _apart(items, exposed, seed)
+    plans = {FORGOTTEN: (exposed, items), NEVER: _never_exposed(items, exposed, base, seed), UNRELATED: (asked, items)}
+    count = min((len(indices) for indices, _ in (plans[FORGOTTEN], plans[NEVER]) if len(indices) >= ENOUGH), default=0)
+    curves = {}
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        start = Path(folder) / "start"
+        _save(member.model, start)
+        member.tokenizer.save_pretrained(start)
+        for name, (indices, facts) in plans.items():
+            if len(indices) < ENOUGH:
+                continue
+            measured = indices if name == UNRELATED else _draw(indices, count, seed)
+            learned = [items[index] for index in shown] if name == UNRELATED else [facts[index] for index in measured]
+            watcher = _Reader([facts[index] for index in measured], member, steps, batch_tokens, progress)
+            size = min(batch_size, len(learned))
+            # Half a step less than asked for: the trainer rounds up to whole steps.
+            tuning = Tuning(method="full", learning_rate=learning_rate, batch_size=size, epochs=(steps - 0.5) / math.ceil(len(learned) / size))
+            tune(
+                start,
+                [_sentence(item) for item in learned],
+                tuning,
+                prompt="{question}",
+                ending=ending,
+                seed=seed,
+                out=Path(folder) / "result",  # each overwrites the last
+                field="recoverability",
+                checkpoint_seconds=math.inf,
+                watcher=watcher,
+            )
+            right, probability = (np.stack(column) for column in zip(*watcher.found, strict=True))
+            curves[name] = Curve(watcher.steps, measured, right, probability)
+    return curves
+
+
+def savings(curves: Mapping[str, Curve], base: Known) -> Savings:
+    """Steps to what the base knows, relearnt against learnt for the first time. See `Savings`.
+
+    Meaningless where the tuned model has lost nothing beyond noise: the caller decides.
+    """
+    budget = float(curves[FORGOTTEN].steps[-1])
+    level = REGAINED * float(base.right[curves[FORGOTTEN].indices].mean())
+    relearnt, learnt = (
+        steps_to(curves[name].steps, curves[name].right.mean(axis=1), level) if name in curves else None for name in (FORGOTTEN, NEVER)
+    )
+    if NEVER not in curves or learnt == 0 or (learnt is None and relearnt is None):
+        return Savings(None, "exact", relearnt, learnt)
+    value = 1 - (budget if relearnt is None else relearnt) / (budget if learnt is None else learnt)
+    return Savings(value, "at most" if relearnt is None else "at least" if learnt is None else "exact", relearnt, learnt)
+
+
+def steps_to(steps: Sequence[int], accuracies: Float[np.ndarray, " points"], level: float) -> float | None:
+    """The first step at which the accuracy is `level`, between measured ones by a straight line over log2(step + 1); None if it never is."""
+    (reached,) = np.nonzero(accuracies >= level - 1e-9)
+    if not len(reached):
+        return None
+    after = int(reached[0])
+    if after == 0:
+        return float(steps[0])
+    share = (level - accuracies[after - 1]) / (accuracies[after] - accuracies[after - 1])
+    low, high = (math.log2(steps[point] + 1) for point in (after - 1, after))
+    return float(2 ** (low + min(1.0, share) * (high - low)) - 1)
+
+
+def brought_back(curve: Curve, items: Sequence[Item]) -> Bool[np.ndarray, " measured"]:
+    """Whether each measured item is right at the curve's best step, the best being chosen on the other half of the units.
+
+    Were it chosen on the items themselves, noise alone would bring some back. Step 0 is among the steps: an unchanged model
+    gives exactly what it knew before.
+    """
+    _, numbers = np.unique([_unit(items[index]) for index in curve.indices], return_inverse=True)
+    found = curve.right[0].copy()
+    for half in (0, 1):
+        chosen = numbers % 2 == half
+        if not chosen.all():
+            found[chosen] = curve.right[int(curve.right[:, ~chosen].mean(axis=1).argmax())][chosen]
+    return found
+
+
+def spurious(curves: Mapping[str, Curve], items: Sequence[Item], base: Known) -> float | None:
+    """The share of the loss (base less tuned) that ten unrelated examples bring back; None where nothing was lost.
+
+    1 where all of it comes back: it was not knowledge that was lost. Unstable where the loss is within noise: the caller decides.
+    """
+    curve = curves[UNRELATED]
+    tuned = float(curve.right[0].mean())
+    lost = float(base.right[curve.indices].mean()) - tuned
+    return (float(brought_back(curve, items).mean()) - tuned) / lost if lost > 0 else None
+
+
+def log_steps(steps: int) -> list[int]:
+    """0, 1, 2, 4, 8, … and the last."""
+    return [0, *(2**power for power in range(steps.bit_length()) if 2**power < steps), steps]
+
+
+class _Reader(TrainerCallback):
+    """Reads what is known at log-spaced steps of a tuning."""
+
+    def __init__(self, items: Sequence[Item], member: Member, steps: int, batch_tokens: int, progress: Callable[[int], None]):
+        self.steps, self.found = log_steps(steps), list[Known]()
+        self._items, self._tokenizer, self._batch_tokens, self._progress = items, member.tokenizer, batch_tokens, progress
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any) -> None:
+        self._read(options["model"])
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any) -> None:
+        if state.global_step in self.steps:
+            self._read(options["model"])
+        self._progress(1)
+
+    def _read(self, model: PreTrainedModel) -> None:
+        training = model.training
+        self.found.append(known(Member(model, self._tokenizer), self._items, batch_tokens=self._batch_tokens))
+        model.train(training)
+
+
+def _sentence(item: Item) -> Item:
+    """The item as its plain sentence."""
+    return Item(question=str(item.statement), answer=item.answer)
+
+
+def _unit(item: Item) -> str:
+    return item.unit or item.question
+
+
+def _draw(indices: Sequence[int], count: int, seed: int) -> list[int]:
+    """So many of them in a random order."""
+    order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [indices[place] for place in order[:count]]
+
+
+def _apart(items: Sequence[Item], exposed: Sequence[int], seed: int) -> tuple[list[int], list[int]]:
+    """Ten exposed items of units drawn at random, and the exposed items of all other units."""
+    units = list(dict.fromkeys(_unit(items[index]) for index in _draw(exposed, len(exposed), seed)))
+    taken: set[str] = set()
+    while units and sum(_unit(items[index]) in taken for index in exposed) < ENOUGH:
+        taken.add(units.pop(0))
+    asked = [index for index in exposed if _unit(items[index]) not in taken]
+    if len(asked) < ENOUGH:
+        raise UserError(
+            f"knowledge: {len(exposed)} items with exposure leave {len(asked)} to measure beside the units of {ENOUGH} that are shown; "
+            f"recoverability needs {ENOUGH}, give more"
+        )
+    return [index for index in exposed if _unit(items[index]) in taken][:ENOUGH], asked
+
+
+def _never_exposed(items: Sequence[Item], exposed: Sequence[int], base: Known, seed: int) -> tuple[list[int], Sequence[Item]]:
+    """Which items no corpus held, and all items with the answers that are to be learnt for them."""
+    never = [index for index, item in enumerate(items) if item.popularity == 0]
+    if len(never) >= ENOUGH:
+        return never, items
+    wrong = [index for index in exposed if not base.right[index]]
+    facts = list(items)
+    for index, item in zip(wrong, shuffle_answers([items[index] for index in wrong], seed), strict=True):
+        facts[index] = item
+    return [index for index in wrong if facts[index].answer != items[index].answer], facts
+
+
+def _save(model: PreTrainedModel, folder: Path) -> None:
+    """Saves a model as a folder can hold it: packed layers plain, adapters merged. It is afterwards as it was."""
+    packed = any(isinstance(module, PackedLinear) for module in model.modules())
+    unpack_linear_layers(model)
+    (_merged(model) if any(isinstance(module, LoraLayer) for module in model.modules()) else model).save_pretrained(folder)
+    if packed:
+        pack_linear_layers(model)
+
+
+def _merged(model: PreTrainedModel) -> PreTrainedModel:
+    copied = copy.deepcopy(model)
+    for name, layer in list(copied.named_modules()):
+        if isinstance(layer, LoraLayer):
+            layer.merge()
+            copied.set_submodule(name, layer.get_base_layer())
+    return copied

@@ -1,0 +1,122 @@
+import math
+
+import numpy as np
+import pytest
+
+from probes.verdict import RULE, Clause, measured, state, verdict, worst
+
+HOLDS = {
+    "density": (-0.006, -0.009, -0.003),
+    "density/random": (-0.005, -0.009, -0.001),
+    "density/shuffled": (-0.004, -0.0075, -0.0005),
+    "restoration": (0.06, 0.02, 0.10),
+    "restoration/elsewhere": (0.05, 0.01, 0.09),
+    "freezing": (0.03, 0.01, 0.05),
+    "savings": (0.2, 0.1, 0.3),
+}
+FAILS = {
+    "density": (0.003, 0.001, 0.005),
+    "density/random": (0.0, -0.001, 0.001),
+    "density/shuffled": (-0.001, -0.0015, -0.0005),
+    "restoration": (-0.05, -0.08, -0.02),
+    "restoration/elsewhere": (0.005, 0.001, 0.009),
+    "freezing": (0.0, -0.005, 0.005),
+    "savings": (0.8, 0.7, 0.9),
+}
+CANNOT_TELL = {
+    "density": (-0.006, -0.013, 0.001),
+    "density/random": (-0.001, -0.009, 0.007),
+    "density/shuffled": (0.0, -0.0021, 0.0021),
+    "restoration": (-0.01, -0.04, 0.02),
+    "restoration/elsewhere": (0.01, -0.002, 0.022),
+    "freezing": (0.02, -0.001, 0.041),
+    "savings": (0.45, 0.3, 0.6),
+}
+
+
+def clauses(**changed: tuple[float, float, float] | None) -> list[Clause]:
+    return [measured(name, interval) for name, interval in (HOLDS | {name.replace("_", "/"): value for name, value in changed.items()}).items()]
+
+
+@pytest.mark.parametrize("name", RULE)
+def test_state_of_a_clause(name: str) -> None:
+    assert state(measured(name, HOLDS[name])) == "holds"
+    assert state(measured(name, FAILS[name])) == "fails"
+    assert state(measured(name, CANNOT_TELL[name])) == "cannot tell"
+    assert state(measured(name, None)) == "cannot tell"
+    value, low, high = HOLDS[name]
+    for unknown in ((value, math.nan, high), (value, low, math.nan), (value, -math.inf, math.inf)):
+        assert state(measured(name, unknown)) == "cannot tell"
+
+
+@pytest.mark.parametrize("name", RULE)
+def test_one_clause_is_enough_against(name: str) -> None:
+    others = {key: value for key, value in HOLDS.items() if key != name}
+    rest = [measured(key, value) for key, value in others.items()]
+    assert verdict([*rest, measured(name, HOLDS[name])]) == "supported"
+    assert verdict([*rest, measured(name, FAILS[name])]) == "not supported"
+    assert verdict([*rest, measured(name, CANNOT_TELL[name])]) == "underpowered"
+    assert verdict([*rest, measured(name, None, needs=12, note="nothing was forgotten")]) == "underpowered"
+    assert verdict(rest) == "underpowered"
+
+
+def test_a_refutation_outweighs_what_is_not_known() -> None:
+    assert verdict([]) == "underpowered"
+    assert verdict([measured("savings", FAILS["savings"])]) == "not supported"
+    assert verdict([measured("savings", HOLDS["savings"])]) == "underpowered"
+
+
+def test_worst_of_several_intervals() -> None:
+    assert worst(["holds", "holds"]) == "holds"
+    assert worst(["holds", "cannot tell"]) == "cannot tell"
+    assert worst(["cannot tell", "fails", "holds"]) == "fails"
+    assert worst([]) == "cannot tell"
+
+
+def test_an_effect_that_is_certain_but_too_small_fails() -> None:
+    assert state(measured("density", (-0.001, -0.0019, -0.0001))) == "fails"
+    assert state(measured("density", (-0.001, -0.0021, -0.0001))) == "holds"
+    assert state(measured("freezing", (0.005, 0.001, 0.009))) == "fails"
+
+
+def test_identical_models_refute_rather_than_support() -> None:
+    assert verdict(clauses(density=(0.0, 0.0, 0.0), density_random=(0.0, 0.0, 0.0), restoration=None)) == "not supported"
+
+
+def test_the_opposite_of_the_claim_is_not_supported() -> None:
+    for name, (value, low, high) in HOLDS.items():
+        around = 2 * RULE[name].boundary
+        assert state(measured(name, (around - value, around - high, around - low))) == "fails", name
+
+
+def test_needs_and_note_are_kept_and_names_are_those_of_the_rule() -> None:
+    clause = measured("freezing", (0.02, -0.01, 0.05), needs=9, note="3 seeds")
+    assert (clause.value, clause.low, clause.high, clause.needs, clause.note) == (0.02, -0.01, 0.05, 9, "3 seeds")
+    assert RULE["freezing"].value is None
+    with pytest.raises(KeyError):
+        measured("frozen", (0.02, -0.01, 0.05))
+
+
+def shares(effects: dict[str, float], spread: float, studies: int = 400) -> dict[str, float]:
+    """How often each verdict falls when the clauses have these effects and standard errors of `spread` times what counts."""
+    generator, found = np.random.default_rng(0), {"supported": 0.0, "not supported": 0.0, "underpowered": 0.0}
+    for _ in range(studies):
+        study = []
+        for name, effect in effects.items():
+            error = spread * (0.1 if name == "savings" else abs(RULE[name].threshold))
+            value = float(generator.normal(effect, error))
+            study.append(measured(name, (value, value - 1.96 * error, value + 1.96 * error)))
+        found[verdict(study)] += 1 / studies
+    return found
+
+
+def test_verdicts_of_studies_large_and_small() -> None:
+    true = {name: value for name, (value, _, _) in HOLDS.items()}
+    absent = true | {"freezing": 0.0}
+    assert shares(true, 0.2)["supported"] > 0.99
+    assert shares(absent, 0.2)["not supported"] > 0.9
+    assert shares(true, 5.0)["underpowered"] > 0.8
+    assert shares(absent, 0.2)["supported"] < 0.04
+    barely = {name: clause.threshold for name, clause in RULE.items()}
+    for spread in (0.1, 1.0, 5.0):
+        assert shares(barely, spread)["not supported"] < 0.18
