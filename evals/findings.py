@@ -65,8 +65,9 @@ def estimate(seeds: Sequence[np.ndarray]) -> Estimate:
     return Estimate(np.where(whole, value, np.nan), np.where(whole[:, None], draws, np.nan))
 
 
-def intervals(found: Estimate) -> list[Interval]:
-    return [interval(value, draws) if np.isfinite(value) else Interval(np.nan, np.nan, np.nan) for value, draws in zip(*found, strict=True)]
+def intervals(found: Estimate, bounds: tuple[float, float] = (-np.inf, np.inf)) -> list[Interval]:
+    """Of every column, cut to what it can be (`bounds`)."""
+    return [interval(value, draws, bounds) if np.isfinite(value) else Interval(np.nan, np.nan, np.nan) for value, draws in zip(*found, strict=True)]
 
 
 def by_unit(frame: pd.DataFrame, values: np.ndarray) -> np.ndarray:
@@ -134,6 +135,39 @@ def _slopes(frames: Sequence[pd.DataFrame], columns: Sequence[str], kind: str) -
     return intervals(estimate(seeds))
 
 
+def null_rows(found: Found) -> list[Row]:
+    """The base's density by state, averaged over items, beside what vectors of its own mean and covariance have (`sd` is of one
+    vector), and an untrained model's states: means over seeds, in the residual stream at the last token."""
+    base = found.study.base_arm
+    rows: list[Row] = []
+    frames = [found(name, base) for name in ("states", "untrained", "geometry")]
+    if all(frames):
+        for metric in METRICS:
+            for state in range(states_of(frames[0][0])):
+                column = f"{metric}/residual/last/{state}"
+                trained, untrained = (float(np.mean([frame[column].mean() for frame in part])) for part in frames[:2])
+                drawn = [frame[(frame["group"] == "all") & (frame["state"] == state)].iloc[0] for frame in frames[2]]
+                mean, sd = (float(np.mean([row[f"gaussian_{name}/{metric}"] for row in drawn])) for name in ("mean", "sd"))
+                values = {"base": trained, "gaussian": mean, "gaussian_sd": sd, "untrained": untrained}
+                rows.append({"metric": metric, "state": state} | {name: _finite(value) for name, value in values.items()})
+    return rows
+
+
+def rankme_rows(found: Found) -> list[Row]:
+    """RankMe of the states at the last token, by model, group of items and state: a rank of the matrix, not of one vector."""
+    rows: list[Row] = []
+    for arm in found.arms("geometry"):
+        frames = found("geometry", arm)
+        for group, state in frames[0][["group", "state"]].itertuples(index=False):
+            values = [float(frame[(frame["group"] == group) & (frame["state"] == state)]["rankme"].iloc[0]) for frame in frames]
+            rows.append({"arm": arm, "group": str(group), "state": int(state)} | _over_seeds(values, (1, np.inf)))
+    return rows
+
+
+def _finite(value: float) -> float | None:
+    return round(value, 6) if np.isfinite(value) else None
+
+
 def block_columns(frame: pd.DataFrame, site: str, place: str, states: Iterable[int]) -> list[str]:
     return [name for state in states if (name := f"{METRIC}/{site}/{place}/{state}") in frame]
 
@@ -185,7 +219,7 @@ def law_rows(found: Found) -> list[Row]:
     for arm in found.arms("law"):
         for group, sign in (("familiar", 1), ("unfamiliar", -1)):
             frames = [frame[contrast_of(frame) == sign] for frame in found("law", arm)]
-            (value,) = intervals(estimate([by_unit(frame, frame[["divergence"]].to_numpy(float)) for frame in frames]))
+            (value,) = intervals(estimate([by_unit(frame, frame[["divergence"]].to_numpy(float)) for frame in frames]), (0, np.inf))
             rows.append({"arm": arm, "group": group} | numbers(value))
     return rows
 
@@ -203,8 +237,8 @@ def drift_rows(found: Found) -> list[Row]:
             if all(len(table) for table in tables):
                 changed = [float(np.sqrt(np.average(table["relative_change"] ** 2, weights=table["size"]))) for table in tables]
                 ranks = [_weighted(table, "stable_rank") for table in tables]
-                rows += [{"arm": arm, "block": block, "what": "relative_change"} | _over_seeds(changed)]
-                rows += [{"arm": arm, "block": block, "what": "stable_rank"} | _over_seeds(ranks)]
+                rows += [{"arm": arm, "block": block, "what": "relative_change"} | _over_seeds(changed, (0, np.inf))]
+                rows += [{"arm": arm, "block": block, "what": "stable_rank"} | _over_seeds(ranks, (1, np.inf))]
         layers = states_of(states[0]) - 1
         for block, chosen in {"embeddings": range(1), **thirds(layers)}.items():
             for group, sign in (("familiar", 1), ("unfamiliar", -1)):
@@ -213,8 +247,8 @@ def drift_rows(found: Found) -> list[Row]:
                     float(frame[contrast_of(frame) == sign][[f"cosine/last/{state}" for state in chosen]].to_numpy().mean()) for frame in states
                 ]
                 if len(chosen):
-                    rows += [{"arm": arm, "block": block, "what": f"cka/{group}"} | _over_seeds(ckas)]
-                    rows += [{"arm": arm, "block": block, "what": f"cosine/{group}"} | _over_seeds(cosines)]
+                    rows += [{"arm": arm, "block": block, "what": f"cka/{group}"} | _over_seeds(ckas, (-1, 1))]
+                    rows += [{"arm": arm, "block": block, "what": f"cosine/{group}"} | _over_seeds(cosines, (-1, 1))]
     return rows
 
 
@@ -223,11 +257,11 @@ def _weighted(table: pd.DataFrame, column: str) -> float:
     return float(np.average(known[column], weights=known["size"])) if len(known) else float("nan")
 
 
-def _over_seeds(values: Sequence[float]) -> dict[str, float | None]:
+def _over_seeds(values: Sequence[float], bounds: tuple[float, float] = (-np.inf, np.inf)) -> dict[str, float | None]:
     """The mean of single numbers of seeds, with a t interval; of one seed no interval."""
     if len(values) == 1:
         return numbers(Interval(values[0], np.nan, np.nan))
-    (value,) = intervals(estimate([np.array([[value]]) for value in values]))
+    (value,) = intervals(estimate([np.array([[value]]) for value in values]), bounds)
     return numbers(value)
 
 
@@ -238,9 +272,11 @@ def lens_rows(found: Found) -> list[Row]:
     for arm in found.arms("lens"):
         frames = [frame[frame["popularity"] != 0] for frame in found("lens", arm)]
         names = [name for name in frames[0].columns if name.startswith("lens/")]
-        values = intervals(estimate([by_unit(frame, frame[names].to_numpy(float)) for frame in frames]))
-        for name, value in zip(names, values, strict=True):
+        whole = estimate([by_unit(frame, frame[names].to_numpy(float)) for frame in frames])
+        for position, name in enumerate(names):
             _, lens, what, state = name.split("/")
+            bounds = (-np.inf, 0.0) if what == "log_probability" else (0.0, 1.0)
+            (value,) = intervals(Estimate(whole.value[position : position + 1], whole.draws[position : position + 1]), bounds)
             rows.append({"arm": arm, "lens": lens, "what": what, "state": int(state)} | numbers(value))
         probes = [name for name in frames[0].columns if name.startswith("linear/probe/")]
         if probes:
@@ -323,28 +359,28 @@ def patching_rows(found: Found) -> list[Row]:
 
 def _curves(frame: pd.DataFrame) -> tuple[dict[str, Curve], Known]:
     """The curves of a record, and what the base knows of every item that is in one."""
-    base = np.zeros(int(frame["item"].max()) + 1, bool)
-    base[frame["item"]] = frame["base_right"]
+    count = int(frame["item"].max()) + 1
+    base = Known(np.zeros(count, bool), np.zeros(count))
+    base.right[frame["item"]], base.probability[frame["item"]] = frame["base_right"], frame["base_probability"]
     curves = {}
     for name, part in frame.groupby("curve", sort=False):
-        right = part.pivot(index="step", columns="item", values="right")
-        curves[str(name)] = Curve(
-            [int(step) for step in right.index], [int(item) for item in right.columns], right.to_numpy(bool), right.to_numpy(float)
-        )
-    return curves, Known(base, base.astype(float))
+        right, probability = (part.pivot(index="step", columns="item", values=column) for column in ("right", "probability"))
+        indices = [int(item) for item in right.columns]
+        curves[str(name)] = Curve([int(step) for step in right.index], indices, right.to_numpy(bool), probability.to_numpy(float))
+    return curves, base
 
 
 def recoverability_rows(found: Found) -> list[Row]:
     """Steps to 95 % of what the base knows, relearnt and learnt for the first time, the savings, and what ten unrelated facts bring back.
 
-    `lost` is base less tuned in share right before the first step. Savings and the share brought back are None where that is within
-    noise. With one seed the interval resamples units, with several it is over seeds.
+    `lost` is base less tuned in the right candidate's probability before the first step. Savings and the share brought back are
+    None where that is within noise. With one seed the interval resamples units, with several it is over seeds.
     """
     rows: list[Row] = []
     for arm in found.arms("recoverability"):
         frames = found("recoverability", arm)
         before = [frame[(frame["curve"] == FORGOTTEN) & (frame["step"] == 0)] for frame in frames]
-        (lost,) = intervals(estimate([by_unit(part, (part["base_right"].astype(float) - part["right"]).to_numpy()[:, None]) for part in before]))
+        (lost,) = intervals(estimate([by_unit(part, (part["base_probability"] - part["probability"]).to_numpy()[:, None]) for part in before]))
         of_seeds = [_relearnt(frame) for frame in frames]
         row: Row = {"arm": arm, "lost": numbers(lost), "savings": None, "brought_back": None}
         row |= {"bound": sorted({saved.bound for saved, _ in of_seeds})}

@@ -42,7 +42,7 @@ from proxytune.scoring import Request, score
 RANDOM_DELTAS = 3
 TASK_ITEMS = 32
 PLACES = ("last", "subject")
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -303,11 +303,12 @@ def _recoverability(pair: Pair, asked: Asked, progress: Progress) -> Frames:
         batch_tokens=asked.study.batch_tokens,
         progress=progress,
     )
-    common = common_columns(asked.items).assign(base_right=asked.base_known.right)
+    common = common_columns(asked.items).assign(base_right=asked.base_known.right, base_probability=asked.base_known.probability)
     rows = []
     for name, curve in curves.items():
         for point, step in enumerate(curve.steps):
-            rows.append(common.iloc[curve.indices].assign(curve=name, step=step, item=curve.indices, right=curve.right[point]))
+            these = common.iloc[curve.indices].assign(curve=name, step=step, item=curve.indices)
+            rows.append(these.assign(right=curve.right[point], probability=curve.probability[point]))
     return {"recoverability": pd.concat(rows, ignore_index=True)}
 
 

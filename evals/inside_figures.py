@@ -97,10 +97,10 @@ def relearning_curves(found: Found, arm: str) -> dict[str, Relearning]:
         parts = [frame[frame["curve"] == name] for frame in frames]
         if any(part.empty for part in parts):
             continue
-        tables = [part.pivot(index=["unit", "item"], columns="step", values="right").astype(float) for part in parts]
+        tables = [part.pivot(index=["unit", "item"], columns="step", values="probability").astype(float) for part in parts]
         steps = [int(step) for step in tables[0].columns]
         value, low, high = np.array(intervals(estimate([by_unit(table.reset_index(), table.to_numpy()) for table in tables]))).clip(0, 1).T
-        known = float(np.mean([part.drop_duplicates("item")["base_right"].mean() for part in parts]))
+        known = float(np.mean([part.drop_duplicates("item")["base_probability"].mean() for part in parts]))
         curves[name] = Relearning(steps, value, low, high, known)
     return curves
 
@@ -307,7 +307,7 @@ def _recoverability(title: str, curves: dict[str, dict[str, Relearning]], path: 
         "never exposed": "facts never exposed, taught",
         "unrelated": "exposed facts, ten others taught",
     }
-    figure, panels = _panels(list(curves), 4.2, 3.2, "steps of tuning on plain statements (log scale)", "right among candidates (%)")
+    figure, panels = _panels(list(curves), 4.2, 3.2, "steps of tuning on plain statements (log scale)", "right candidate's probability (%)")
     for arm, axes in panels:
         for number, (name, curve) in enumerate(curves[arm].items()):
             x = np.log2(np.array(curve.steps) + 1)

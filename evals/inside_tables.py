@@ -29,7 +29,7 @@ Columns = dict[str, dict[str, str]]
 
 def inside_tables(results: dict[str, Any]) -> list[Table]:
     """The tables of all that was measured inside, in the order of the evidence: the verdicts last."""
-    parts: list[Callable[[dict[str, Any]], list[Table]]] = [_exposure, _erosion, _drift, _weights, _lens, _linear]
+    parts: list[Callable[[dict[str, Any]], list[Table]]] = [_exposure, _nulls, _erosion, _drift, _weights, _lens, _linear]
     parts += [_shapley, _blocks, _most_changed, _patching, _recoverability, _verdicts]
     return [table for part in parts for table in part(results)]
 
@@ -76,6 +76,30 @@ def _exposure(results: dict[str, Any]) -> list[Table]:
     return _table(
         f"How density goes with exposure (last token, after layer {last} and the final norm)", _arms(results, rows), columns, note, first="model"
     )
+
+
+def _nulls(results: dict[str, Any]) -> list[Table]:
+    rows = results.get("nulls", [])
+    columns: Columns = {}
+    for metric, name in (("e5", "E5"), ("effective_rank", "effective rank")):
+        chosen = [row for row in rows if row["metric"] == metric]
+        columns[f"{name}: base"] = {str(row["state"]): _plain(row["base"]) for row in chosen}
+        columns[f"{name}: Gaussian (sd)"] = {str(row["state"]): f"{_plain(row['gaussian'])} ({_plain(row['gaussian_sd'])})" for row in chosen}
+        columns[f"{name}: untrained"] = {str(row["state"]): _plain(row["untrained"]) for row in chosen}
+    for arm in _arms(results, results.get("rankme", [])):
+        columns[f"RankMe: {arm}"] = {str(row["state"]): cell(row) for row in results["rankme"] if (row["arm"], row["group"]) == (arm, "all")}
+    states = list(dict.fromkeys(str(row["state"]) for row in rows))
+    shown = states if len(states) <= FEW_STATES else [states[place] for place in (0, len(states) // 4, len(states) // 2, 3 * len(states) // 4, -1)]
+    note = (
+        "Density of one state, averaged over items (residual stream, last token). Gaussian: of vectors with the states' own mean and covariance, "
+        "with the standard deviation of one vector. RankMe: of all states together, at most the width; of a tuned model over familiar and unfamiliar "
+        f"items only. {'' if shown == states else 'Some layers of many; all are in the JSON. '}Means over seeds; intervals of RankMe are over seeds."
+    )
+    return _table("Density by layer beside its nulls", shown, columns, note, first="after layer")
+
+
+def _plain(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.3f}"
 
 
 def _erosion(results: dict[str, Any]) -> list[Table]:
@@ -257,14 +281,15 @@ def _patching(results: dict[str, Any]) -> list[Table]:
 def _recoverability(results: dict[str, Any]) -> list[Table]:
     rows = results["recoverability"]
     arms = _by_arm(rows)
-    columns: Columns = {"lost (points right)": _column(rows, 100, inner="lost")}
+    columns: Columns = {"lost (points of probability)": _column(rows, 100, inner="lost")}
     columns["steps, relearnt"] = {arm: _steps(row["relearnt"]) for arm, row in arms.items()}
     columns["steps, learnt anew"] = {arm: _steps(row["learnt"]) for arm, row in arms.items()}
     columns["savings"] = {arm: _savings(row) for arm, row in arms.items()}
     columns["unrelated facts bring back (% of the loss)"] = _column(rows, 100, inner="brought_back")
     note = (
-        "Steps of tuning on plain statements to 95 % of what the base knows: of facts that were exposed, and of facts that never were; n/a: not "
-        "within the steps given. Savings: 1 less their ratio; 1 is nothing to relearn, 0 as slow as new facts. What ten unrelated facts bring back "
+        "Steps of tuning on plain statements to 95 % of the probability that the base gives the right candidate: of facts that were exposed, "
+        "and of facts that never were; n/a: not within the steps given. Savings: 1 less their ratio; 1 is nothing to relearn, 0 as slow as new "
+        "facts. What ten unrelated facts bring back "
         f"was never lost. Both n/a where the loss is within noise. 95 % intervals, {over(results)}."
     )
     return _table("Recoverability: how soon what was lost returns", _arms(results, rows), columns, note)

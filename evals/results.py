@@ -14,7 +14,9 @@ from evals.findings import (
     exposure_rows,
     law_rows,
     lens_rows,
+    null_rows,
     patching_rows,
+    rankme_rows,
     recoverability_rows,
     restoration_rows,
 )
@@ -28,14 +30,15 @@ from probes.forgetting import Familiarity, familiarity
 from proxytune.errors import UserError
 
 SHARE, DIFFERENCE = (0.0, 1.0), (-1.0, 1.0)  # what shares and their differences can be
+WEIGHED = {"density", "restoration", "recoverability"}  # without all of these there is no verdict
 READOUTS = {"statement": "forgetting", "question": "forgetting/question", "choice": "forgetting/choice"}
 Select = Callable[[pd.DataFrame], "np.ndarray[Any, np.dtype[np.bool_]]"]
 
 
 def summarize(study: Study, records: Sequence[Record]) -> dict[str, Any]:
     """The results: `study`, `seeds`, `base` (the base's arm), `kinds` of points, `rows`, `gap_closed`, `against_direct`, `contrasts`, `frontier`,
-    `costs`, and what was found inside: `exposure`, `erosion`, `law`, `drift`, `lens`, `restoration`, `patching`, `recoverability` (see
-    `findings`) and `verdicts`.
+    `costs`, and what was found inside: `exposure`, `nulls`, `rankme`, `erosion`, `law`, `drift`, `lens`, `restoration`, `patching`,
+    `recoverability` (see `findings`) and `verdicts`.
 
     A row is arm, measure, value, low, high, n (items over all seeds), unparsed and, where the value needs a word, note.
     Shares are between 0 and 1; forgetting is the base's share less the arm's. `frontier` has each point's task gain and knowledge
@@ -65,6 +68,8 @@ def summarize(study: Study, records: Sequence[Record]) -> dict[str, Any]:
     found = Found(study, records)
     results |= {
         "exposure": exposure_rows(found) if "density" in study.measures else [],
+        "nulls": null_rows(found) if "density" in study.measures else [],
+        "rankme": rankme_rows(found) if "density" in study.measures else [],
         "erosion": erosion_rows(found) if "density" in study.measures else [],
         "law": law_rows(found),
         "drift": drift_rows(found) if "drift" in study.measures else [],
@@ -72,7 +77,7 @@ def summarize(study: Study, records: Sequence[Record]) -> dict[str, Any]:
         "restoration": restoration_rows(found),
         "patching": patching_rows(found),
         "recoverability": recoverability_rows(found),
-        "verdicts": verdict_rows(found) if "density" in study.measures else [],
+        "verdicts": verdict_rows(found) if set(study.measures) >= WEIGHED else [],
     }
     results["costs"] = _mean_costs(study, records, (*COUNTED, "runs", "flops_a_token", "bytes_a_token"))
     return results

@@ -4,7 +4,8 @@ Three curves of what the model knows (`knowledge.known`) over the steps of a sho
 `forgotten` learns facts of the corpus again; `never exposed` learns as many facts that it never saw, in batches of the same
 size; `unrelated` sees ten facts and is asked the others. Hidden knowledge returns sooner than new facts are learnt
 (savings: Ebbinghaus 1885; Jain et al. 2024, arXiv 2311.12786), and what other facts bring back was never lost (spurious
-forgetting: Zheng et al. 2025, arXiv 2501.13453).
+forgetting: Zheng et al. 2025, arXiv 2501.13453). Known is the right candidate's probability, which moves where a choice does not
+flip.
 
 It trains, unlike every other probe: how fast a thing is learnt can only be read off learning. It does so in a temporary
 folder and nothing stays but the curves; the member is left as it is. Costs three tunings of `steps` steps with a scoring
@@ -132,9 +133,9 @@ def savings(curves: Mapping[str, Curve], base: Known) -> Savings:
     Meaningless where the tuned model has lost nothing beyond noise: the caller decides.
     """
     budget = float(curves[FORGOTTEN].steps[-1])
-    level = REGAINED * float(base.right[curves[FORGOTTEN].indices].mean())
+    level = REGAINED * float(base.probability[curves[FORGOTTEN].indices].mean())
     relearnt, learnt = (
-        steps_to(curves[name].steps, curves[name].right.mean(axis=1), level) if name in curves else None for name in (FORGOTTEN, NEVER)
+        steps_to(curves[name].steps, curves[name].probability.mean(axis=1), level) if name in curves else None for name in (FORGOTTEN, NEVER)
     )
     if NEVER not in curves or learnt == 0 or (learnt is None and relearnt is None):
         return Savings(None, "exact", relearnt, learnt)
@@ -155,18 +156,18 @@ def steps_to(steps: Sequence[int], accuracies: Float[np.ndarray, " points"], lev
     return float(2 ** (low + min(1.0, share) * (high - low)) - 1)
 
 
-def brought_back(curve: Curve, items: Sequence[Item]) -> Bool[np.ndarray, " measured"]:
-    """Whether each measured item is right at the curve's best step, the best being chosen on the other half of the units.
+def brought_back(curve: Curve, items: Sequence[Item]) -> Float[np.ndarray, " measured"]:
+    """Each measured item's probability at the curve's best step, the best being chosen on the other half of the units.
 
     Were it chosen on the items themselves, noise alone would bring some back. Step 0 is among the steps: an unchanged model
     gives exactly what it knew before.
     """
     _, numbers = np.unique([_unit(items[index]) for index in curve.indices], return_inverse=True)
-    found = curve.right[0].copy()
+    found = curve.probability[0].copy()
     for half in (0, 1):
         chosen = numbers % 2 == half
         if not chosen.all():
-            found[chosen] = curve.right[int(curve.right[:, ~chosen].mean(axis=1).argmax())][chosen]
+            found[chosen] = curve.probability[int(curve.probability[:, ~chosen].mean(axis=1).argmax())][chosen]
     return found
 
 
@@ -176,8 +177,8 @@ def spurious(curves: Mapping[str, Curve], items: Sequence[Item], base: Known) ->
     1 where all of it comes back: it was not knowledge that was lost. Unstable where the loss is within noise: the caller decides.
     """
     curve = curves[UNRELATED]
-    tuned = float(curve.right[0].mean())
-    lost = float(base.right[curve.indices].mean()) - tuned
+    tuned = float(curve.probability[0].mean())
+    lost = float(base.probability[curve.indices].mean()) - tuned
     return (float(brought_back(curve, items).mean()) - tuned) / lost if lost > 0 else None
 
 

@@ -20,11 +20,13 @@ from conftest import make_model, make_tokenizer
 
 from evals.compare import run_study
 from evals.figures import draw_figures
+from evals.findings import Found
 from evals.progress import Display
 from evals.records import Record, read_record, write_record
 from evals.results import summarize
 from evals.study import Study, load_study
 from evals.tables import render
+from evals.verdicts import verdict_rows
 from proxytune import UserError
 
 TUNING = {"method": "full", "learning_rate": 3e-3, "epochs": 1, "batch_size": 8}
@@ -84,7 +86,6 @@ def test_every_arm_has_every_measure(unbroken: tuple[Path, list[Record], dict[st
     for measure in ("forgetting/k=30", "forgetting/question/k=3", "forgetting/choice/k=0"):
         assert set(rows(results, measure)) == arms - {"base"}
     assert {entry["arm"] for entry in results["gap_closed"]} == arms - {"base", "full"}
-    assert {entry["arm"] for entry in results["verdicts"]} == {"full", "lora"}
     assert {entry["arm"] for entry in results["exposure"]} == {"untrained", "base", "full", "lora"}
     assert {entry["arm"] for entry in results["erosion"]} == {"full", "lora"}
     for row in results["rows"]:
@@ -128,12 +129,13 @@ def test_identical_states_change_by_exactly_zero_and_a_planted_erosion_is_found(
     familiar = base.items["popularity"] == base.items["popularity"].max()
     planted = base.items.copy()
     planted.loc[familiar, "effective_rank/residual/last/1"] -= 0.01
-    harmed = summarize(study, [replace(r, items=planted) if (r.arm, r.measurement) == ("full", "states") else r for r in same])
+    planted_records = [replace(r, items=planted) if (r.arm, r.measurement) == ("full", "states") else r for r in same]
+    harmed = summarize(study, planted_records)
     assert erosion(harmed, "low")["full"]["value"] == pytest.approx(-0.01, abs=1e-6)
     assert erosion(harmed, "high")["full"]["value"] == 0.0
-    clauses = {entry["arm"]: {clause["clause"]: clause["state"] for clause in entry["clauses"]} for entry in harmed["verdicts"]}
-    assert (clauses["full"]["density"], clauses["lora"]["density"]) == ("holds", "fails")
-    assert {entry["arm"]: entry["verdict"] for entry in harmed["verdicts"]} == {"full": "underpowered", "lora": "not supported"}
+    assert harmed["verdicts"] == []  # too little was asked for one
+    rows_of = {row["arm"]: {clause["clause"]: clause["state"] for clause in row["clauses"]} for row in verdict_rows(Found(study, planted_records))}
+    assert (rows_of["full"]["density"], rows_of["lora"]["density"]) == ("holds", "fails")
 
 
 def test_rows_of_different_protocols_cannot_stand_together(unbroken: tuple[Path, list[Record], dict[str, Any]]) -> None:

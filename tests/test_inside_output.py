@@ -283,7 +283,7 @@ def test_what_was_not_relearnt_in_time_has_no_number() -> None:
     assert (full["steps, relearnt"], full["steps, learnt anew"], full["savings"]) == ("1.8", "n/a", "at least 0.94 [0.94, 0.94]")
     assert (lora["savings"], lora["unrelated facts bring back (% of the loss)"]) == ("n/a", "n/a")
     assert full["unrelated facts bring back (% of the loss)"] == "40.0 [39.8, 40.2]"
-    assert full["lost (points right)"] == "20.0 [19.8, 20.2]"
+    assert full["lost (points of probability)"] == "20.0 [19.8, 20.2]"
 
 
 def test_a_verdict_is_in_the_title_and_each_clause_says_what_counts_and_what_is_needed() -> None:
@@ -351,7 +351,9 @@ def recoverability_record(arm: str, seed: int, curves: tuple[str, ...] = ("forgo
             "curve": curve,
             "step": step,
             "item": item,
-            "right": bool(generator.random() < 0.2 + 0.1 * step),
+            "right": False,
+            "base_probability": 0.9 * (item % 3 > 0),
+            "probability": 0.2 + 0.1 * generator.random() * step,
         }
         for curve in curves
         for step in (0, 1, 2, 4)
@@ -406,8 +408,8 @@ def test_relearning_curves_are_plain_means_and_those_that_a_seed_lacks_are_left_
         assert curve.steps == [0, 1, 2, 4]
         frames = [record.items[record.items["curve"] == name] for record in records]
         for point, step in enumerate(curve.steps):
-            assert curve.value[point] == pytest.approx(np.mean([frame[frame["step"] == step]["right"].mean() for frame in frames]))
-        assert curve.base == pytest.approx(8 / 12)
+            assert curve.value[point] == pytest.approx(np.mean([frame[frame["step"] == step]["probability"].mean() for frame in frames]))
+        assert curve.base == pytest.approx(0.9 * 8 / 12)
         assert (curve.low <= curve.value).all() and (curve.value <= curve.high).all()
         assert (curve.low >= 0).all() and (curve.high <= 1).all()
     assert list(relearning_curves(Found(make_study("full"), records[:1]), "full")) == ["forgotten", "never exposed", "unrelated"]
