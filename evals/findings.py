@@ -146,7 +146,7 @@ def null_rows(found: Found) -> list[Row]:
             for state in range(states_of(frames[0][0])):
                 column = f"{metric}/residual/last/{state}"
                 trained, untrained = (float(np.mean([frame[column].mean() for frame in part])) for part in frames[:2])
-                drawn = [frame[(frame["group"] == "all") & (frame["state"] == state)].iloc[0] for frame in frames[2]]
+                drawn = [frame[(frame["group"] == "both") & (frame["state"] == state)].iloc[0] for frame in frames[2]]
                 mean, sd = (float(np.mean([row[f"gaussian_{name}/{metric}"] for row in drawn])) for name in ("mean", "sd"))
                 values = {"base": trained, "gaussian": mean, "gaussian_sd": sd, "untrained": untrained}
                 rows.append({"metric": metric, "state": state} | {name: _finite(value) for name, value in values.items()})
@@ -160,7 +160,7 @@ def rankme_rows(found: Found) -> list[Row]:
         frames = found("geometry", arm)
         for group, state in frames[0][["group", "state"]].itertuples(index=False):
             values = [float(frame[(frame["group"] == group) & (frame["state"] == state)]["rankme"].iloc[0]) for frame in frames]
-            rows.append({"arm": arm, "group": str(group), "state": int(state)} | _over_seeds(values, (1, np.inf)))
+            rows.append({"arm": arm, "group": str(group), "state": int(state)} | _over_seeds(values, (1.0, np.inf)))
     return rows
 
 
@@ -219,7 +219,7 @@ def law_rows(found: Found) -> list[Row]:
     for arm in found.arms("law"):
         for group, sign in (("familiar", 1), ("unfamiliar", -1)):
             frames = [frame[contrast_of(frame) == sign] for frame in found("law", arm)]
-            (value,) = intervals(estimate([by_unit(frame, frame[["divergence"]].to_numpy(float)) for frame in frames]), (0, np.inf))
+            (value,) = intervals(estimate([by_unit(frame, frame[["divergence"]].to_numpy(float)) for frame in frames]), (0.0, np.inf))
             rows.append({"arm": arm, "group": group} | numbers(value))
     return rows
 
@@ -237,8 +237,8 @@ def drift_rows(found: Found) -> list[Row]:
             if all(len(table) for table in tables):
                 changed = [float(np.sqrt(np.average(table["relative_change"] ** 2, weights=table["size"]))) for table in tables]
                 ranks = [_weighted(table, "stable_rank") for table in tables]
-                rows += [{"arm": arm, "block": block, "what": "relative_change"} | _over_seeds(changed, (0, np.inf))]
-                rows += [{"arm": arm, "block": block, "what": "stable_rank"} | _over_seeds(ranks, (1, np.inf))]
+                rows += [{"arm": arm, "block": block, "what": "relative_change"} | _over_seeds(changed, (0.0, np.inf))]
+                rows += [{"arm": arm, "block": block, "what": "stable_rank"} | _over_seeds(ranks, (1.0, np.inf))]
         layers = states_of(states[0]) - 1
         for block, chosen in {"embeddings": range(1), **thirds(layers)}.items():
             for group, sign in (("familiar", 1), ("unfamiliar", -1)):
@@ -247,8 +247,8 @@ def drift_rows(found: Found) -> list[Row]:
                     float(frame[contrast_of(frame) == sign][[f"cosine/last/{state}" for state in chosen]].to_numpy().mean()) for frame in states
                 ]
                 if len(chosen):
-                    rows += [{"arm": arm, "block": block, "what": f"cka/{group}"} | _over_seeds(ckas, (-1, 1))]
-                    rows += [{"arm": arm, "block": block, "what": f"cosine/{group}"} | _over_seeds(cosines, (-1, 1))]
+                    rows += [{"arm": arm, "block": block, "what": f"cka/{group}"} | _over_seeds(ckas, (-1.0, 1.0))]
+                    rows += [{"arm": arm, "block": block, "what": f"cosine/{group}"} | _over_seeds(cosines, (-1.0, 1.0))]
     return rows
 
 
@@ -386,7 +386,7 @@ def recoverability_rows(found: Found) -> list[Row]:
         row |= {"bound": sorted({saved.bound for saved, _ in of_seeds})}
         row |= {name: [_rounded(getattr(saved, name)) for saved, _ in of_seeds] for name in ("relearnt", "learnt")}
         if lost.low > 0:
-            row["savings"] = _return(frames, [saved.value for saved, _ in of_seeds], lambda frame: _relearnt(frame)[0].value)
+            row["savings"] = _return(frames, [saved.value for saved, _ in of_seeds], lambda frame: _relearnt(frame)[0].value, most=1.0)
             row["brought_back"] = _return(frames, [share for _, share in of_seeds], lambda frame: _relearnt(frame)[1])
         rows.append(row)
     return rows
@@ -399,13 +399,13 @@ def _relearnt(frame: pd.DataFrame) -> tuple[Savings, float | None]:
 
 
 def _return(
-    frames: Sequence[pd.DataFrame], values: Sequence[float | None], again: Callable[[pd.DataFrame], float | None]
+    frames: Sequence[pd.DataFrame], values: Sequence[float | None], again: Callable[[pd.DataFrame], float | None], most: float = np.inf
 ) -> dict[str, float | None] | None:
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return None
     if len(known) > 1:
-        return _over_seeds(known)
+        return _over_seeds(known, (-np.inf, most))
     draws = [value for draw in range(RESAMPLES) if (value := again(_resampled(frames[0], draw))) is not None]
     return numbers(interval(known[0], np.array(draws))) if len(draws) > RESAMPLES / 2 else None
 

@@ -42,7 +42,7 @@ from proxytune.scoring import Request, score
 RANDOM_DELTAS = 3
 TASK_ITEMS = 32
 PLACES = ("last", "subject")
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -210,16 +210,16 @@ def _places(values: np.ndarray) -> list[tuple[int, str, int]]:
 
 
 def _geometry(inside: Inside, nulls: bool) -> pd.DataFrame:
-    """A row for every group of prompts and state: `rankme` of the last model, `cka` with the first, and the Gaussian null."""
-    together: Moments | None = None
-    rows = []
-    for group, moments in inside.moments.items():
-        together = moments if together is None else together.plus(moments)
-        rows += _matrices(group, moments)
-    assert together is not None
-    rows += _matrices("all", together)
-    frame = pd.DataFrame(rows)
+    """A row for every state of the familiar, the unfamiliar and `both` together: `rankme` of the last model, `cka` with the first.
+
+    With `nulls` also the Gaussian null of all items' states. Base and tuned models have the same items in these groups, since RankMe
+    grows with their number.
+    """
+    groups = {name: inside.moments[name] for name in ("familiar", "unfamiliar")}
+    groups["both"] = groups["familiar"].plus(groups["unfamiliar"])
+    frame = pd.DataFrame([row for name, moments in groups.items() for row in _matrices(name, moments)])
     if nulls:
+        together = groups["both"].plus(inside.moments["other"])
         for metric, entry in gaussian_null(together.mean(), together.covariance()).items():
             for name, values in entry.items():
                 frame[f"gaussian_{name}/{metric}"] = frame["state"].map(dict(enumerate(values)))

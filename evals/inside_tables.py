@@ -87,13 +87,13 @@ def _nulls(results: dict[str, Any]) -> list[Table]:
         columns[f"{name}: Gaussian (sd)"] = {str(row["state"]): f"{_plain(row['gaussian'])} ({_plain(row['gaussian_sd'])})" for row in chosen}
         columns[f"{name}: untrained"] = {str(row["state"]): _plain(row["untrained"]) for row in chosen}
     for arm in _arms(results, results.get("rankme", [])):
-        columns[f"RankMe: {arm}"] = {str(row["state"]): cell(row) for row in results["rankme"] if (row["arm"], row["group"]) == (arm, "all")}
+        columns[f"RankMe: {arm}"] = {str(row["state"]): cell(row) for row in results["rankme"] if (row["arm"], row["group"]) == (arm, "both")}
     states = list(dict.fromkeys(str(row["state"]) for row in rows))
     shown = states if len(states) <= FEW_STATES else [states[place] for place in (0, len(states) // 4, len(states) // 2, 3 * len(states) // 4, -1)]
     note = (
         "Density of one state, averaged over items (residual stream, last token). Gaussian: of vectors with the states' own mean and covariance, "
-        "with the standard deviation of one vector. RankMe: of all states together, at most the width; of a tuned model over familiar and unfamiliar "
-        f"items only. {'' if shown == states else 'Some layers of many; all are in the JSON. '}Means over seeds; intervals of RankMe are over seeds."
+        "with the standard deviation of one vector. RankMe: of the states of familiar and unfamiliar items together, at most the width. "
+        f"{'' if shown == states else 'Some layers of many; all are in the JSON. '}Means over seeds; intervals of RankMe are over seeds."
     )
     return _table("Density by layer beside its nulls", shown, columns, note, first="after layer")
 

@@ -66,7 +66,9 @@ def material_for(
         say(f"data: {describe(common)}")
     if common.shared and not data.allow_overlap:
         raise UserError(f"data.test: {describe(common)}; take them out of one, or set data.allow_overlap: true")
-    for field, items, attribute in (("data.knowledge", knowledge, "statement"), ("data.test", test if data.answer == "choose" else [], "choices")):
+    chosen = {"lens", "restoration", "recoverability"} & set(study.measures)
+    needed = [("data.knowledge", knowledge, "statement"), ("data.knowledge", knowledge if chosen else [], "choices")]
+    for field, items, attribute in [*needed, ("data.test", test if data.answer == "choose" else [], "choices")]:
         for item in items:
             if not getattr(item, attribute):
                 raise UserError(f"{field}: the item {item.question!r} has no {attribute}; every item there needs it")

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from conftest import make_model, make_tokenizer
 from peft import LoraConfig, get_peft_model
+from scipy.stats import entropy
 from typer.testing import CliRunner
 
 from evals.cli import app
@@ -107,6 +108,17 @@ def test_a_copy_of_the_base_differs_in_nothing(whole: tuple[Study, Path, list[Re
     assert lens["copy"] == lens["base"] != lens["full"]
     verdict = next(row for row in results["verdicts"] if row["arm"] == "copy")
     assert verdict["verdict"] == "not supported"
+
+
+def test_divergence_is_that_of_the_two_models_laws(whole: tuple[Study, Path, list[Record], dict[str, Any]], place: Path) -> None:
+    _, _, records, _ = whole
+    found = next(record.items for record in records if (record.arm, record.measurement) == ("lora", "law"))
+    base, tuned = (load_member(place / "base", adapter).model for adapter in (None, place / "lora"))
+    for index in (0, 7, 23):
+        ids = make_tokenizer()(f"w3 w{4 + index} w9", return_tensors="pt").input_ids
+        laws = [model(ids).logits[0, -1].double().softmax(-1).detach().numpy() for model in (base, tuned)]
+        assert found["divergence"][index] == pytest.approx(entropy(*laws), rel=1e-4)
+        assert found["divergence"][index] != pytest.approx(entropy(*reversed(laws)), rel=1e-4)
 
 
 def test_restored_blocks_add_up_to_the_loss(whole: tuple[Study, Path, list[Record], dict[str, Any]]) -> None:

@@ -82,7 +82,7 @@ def test_what_was_hidden_returns_sooner_than_new_facts_and_by_itself(base: tuple
 def test_what_was_never_learnt_saves_nothing_and_does_not_return(base: tuple[Member, list[Item], Known]) -> None:
     torch.manual_seed(0)
     untrained = Member(AutoModelForCausalLM.from_config(base[0].model.config).eval(), base[0].tokenizer)
-    curves = curves_of(untrained, base, steps=64)
+    curves = curves_of(untrained, base, steps=128)
     found, share = savings(curves, base[2]), spurious(curves, base[1], base[2])
     assert found.value is not None
     assert abs(found.value) < 0.2
