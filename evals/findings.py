@@ -267,7 +267,8 @@ def _over_seeds(values: Sequence[float], bounds: tuple[float, float] = (-np.inf,
 
 def lens_rows(found: Found) -> list[Row]:
     """By lens and state: log-probability of the right answer's first token, its share among the candidates, and how often it leads,
-    over exposed items; and what linear probes find, less their control."""
+    over exposed items; how much of the last state's variance the arm's own translators explain; and what linear probes find, less
+    their control."""
     rows: list[Row] = []
     for arm in found.arms("lens"):
         frames = [frame[frame["popularity"] != 0] for frame in found("lens", arm)]
@@ -278,6 +279,9 @@ def lens_rows(found: Found) -> list[Row]:
             bounds = (-np.inf, 0.0) if what == "log_probability" else (0.0, 1.0)
             (value,) = intervals(Estimate(whole.value[position : position + 1], whole.draws[position : position + 1]), bounds)
             rows.append({"arm": arm, "lens": lens, "what": what, "state": int(state)} | numbers(value))
+        for layer in range(len(found("translators", arm)[0])):
+            explained = [float(frame["explained"][layer]) for frame in found("translators", arm)]
+            rows.append({"arm": arm, "lens": "own", "what": "explained", "state": layer} | _over_seeds(explained, (-np.inf, 1.0)))
         probes = [name for name in frames[0].columns if name.startswith("linear/probe/")]
         if probes:
             controls = [name.replace("/probe/", "/control/") for name in probes]

@@ -33,7 +33,7 @@ from probes.nulls import gaussian_null, untrained_twin
 from probes.patching import patch_subject
 from probes.readouts import Progress
 from probes.recoverability import relearn
-from probes.restoration import block_label, count_evaluations, restorations, restore
+from probes.restoration import Restoration, block_label, count_evaluations, restorations, restore
 from proxytune.content import content_key
 from proxytune.member import Member, Weights, load_member
 from proxytune.modeling import ProxyTunedForCausalLM
@@ -52,6 +52,12 @@ class Pair:
     label: str
     base: Member
     tuned: Member | None
+
+    @cached_property
+    def plan(self) -> dict[str, Restoration]:
+        """What is set back to the base's, part by part."""
+        assert self.tuned is not None
+        return restorations(self.base, self.tuned)
 
 
 @dataclass(frozen=True)
@@ -90,11 +96,11 @@ class Asked:
         Not the statements if it can be helped: a translator that was fitted on them would know their last states by heart.
         """
         tokenizer, material = self.base.tokenizer, self.material
-        known = dict.fromkeys(str(item.statement) for item in self.items)
-        read = [item for item in (material.train or material.test) if item.statement not in known or item.statement is None]
+        statements = dict.fromkeys(str(item.statement) for item in self.items)
+        read = [item for item in (material.train or material.test) if item.statement not in statements]
         texts = [f"{prompt_text(item, tokenizer, material.prompt)}{answer_space(material.prompt)}{item.answer}" for item in read]
         texts += [f"{item.statement} {item.answer}" for item in read if item.statement is not None]
-        texts = texts or list(known)
+        texts = texts or list(statements)
         order = np.random.default_rng(0).permutation(len(texts))
         window = self.base.model.config.get_text_config().max_position_embeddings
         return [prompt_ids(tokenizer, texts[place])[:window] for place in order]
@@ -132,32 +138,26 @@ class Asked:
             member.model, self.texts, tokens=self.study.lens_tokens, batch_size=self.study.batch_size, pad=int(member.tokenizer.pad_token_id)
         )
 
-    @cached_property
-    def protocol(self) -> str:
-        """A hash of all that decides how models are read."""
-        return content_key(
-            version=VERSION,
-            items=[item.model_dump() for item in self.items],
-            task=[item.model_dump() for item in self.task],
-            texts=self.texts,
-            prompt=self.material.prompt,
-            frequency=self.material.frequency,
-            relearning=self.study.relearning.model_dump(),
-            lens_tokens=self.study.lens_tokens,
-        )
-
 
 Frames = dict[str, pd.DataFrame]
 
 
 @dataclass(frozen=True)
 class Group:
-    """Records that are made together: their names for the base and for a tuned model, and the function that makes them."""
+    """Records that are made together: their names for the base and for a tuned model, and the function that makes them.
+
+    `options` are what decides how, beside the items.
+    """
 
     of_base: tuple[str, ...]
     of_tuned: tuple[str, ...]
     read: Callable[[Pair, Asked, Progress], Frames]
     workload: Callable[[Pair, Asked], int]
+    options: Callable[[Asked], dict[str, Any]]
+
+    def protocol(self, asked: Asked) -> str:
+        """A hash of all that decides how models are read."""
+        return content_key(version=VERSION, items=[item.model_dump() for item in asked.items], **self.options(asked))
 
 
 def groups(measures: Sequence[MeasureName]) -> list[Group]:
@@ -270,13 +270,12 @@ def _reading_columns(name: str, reading: Reading) -> dict[str, Any]:
 def _restoration(pair: Pair, asked: Asked, progress: Progress) -> Frames:
     """What comes back when parts of the tuned model are the base's again: knowledge, at the task's cost, and by patching subjects."""
     assert pair.tuned is not None
-    plan = restorations(pair.base, pair.tuned)
-    found = restore(pair.base, pair.tuned, plan, asked.known, progress=progress)
+    found = restore(pair.base, pair.tuned, pair.plan, asked.known, progress=progress)
     common = common_columns(asked.items)
     frames = [common.assign(restored=label, right=values.right, probability=values.probability) for label, values in found.items()]
     result = {"restoration": pd.concat(frames, ignore_index=True)}
     if asked.task:
-        single = {label: plan[label] for label in (block_label(blocks) for blocks in ((), *((block,) for block in BLOCKS), BLOCKS))}
+        single = {label: pair.plan[label] for label in (block_label(blocks) for blocks in ((), *((block,) for block in BLOCKS), BLOCKS))}
         kept = restore(pair.base, pair.tuned, single, asked.task_log_probability, progress=progress)
         common = common_columns(asked.task)
         result["restoration/task"] = pd.concat([common.assign(restored=label, log_probability=values) for label, values in kept.items()])
@@ -317,15 +316,38 @@ def _reads(pair: Pair, asked: Asked) -> int:
 
 
 def _restored(pair: Pair, asked: Asked) -> int:
-    assert pair.tuned is not None
-    return count_evaluations(restorations(pair.base, pair.tuned)) + (len(BLOCKS) + 2 if asked.task else 0)
+    return count_evaluations(pair.plan) + (len(BLOCKS) + 2 if asked.task else 0)
 
 
 GROUPS = {
-    "density": Group(("states", "untrained", "geometry"), ("states", "random", "geometry", "weights"), _states, _reads),
-    "lens": Group(("lens", "translators"), ("lens", "translators"), _lens, lambda pair, asked: 3),
-    "restoration": Group((), ("restoration", "restoration/task", "patching"), _restoration, _restored),
-    "recoverability": Group((), ("recoverability",), _recoverability, lambda pair, asked: 3 * asked.study.relearning.steps),
+    "density": Group(
+        ("states", "untrained", "geometry"),
+        ("states", "random", "geometry", "weights"),
+        _states,
+        _reads,
+        lambda asked: {"frequency": asked.material.frequency, "random_deltas": RANDOM_DELTAS},
+    ),
+    "lens": Group(
+        ("lens", "translators"),
+        ("lens", "translators"),
+        _lens,
+        lambda pair, asked: 3,
+        lambda asked: {"texts": asked.texts, "tokens": asked.study.lens_tokens},
+    ),
+    "restoration": Group(
+        (),
+        ("restoration", "restoration/task", "patching"),
+        _restoration,
+        _restored,
+        lambda asked: {"task": [item.model_dump() for item in asked.task], "prompt": asked.material.prompt},
+    ),
+    "recoverability": Group(
+        (),
+        ("recoverability",),
+        _recoverability,
+        lambda pair, asked: 3 * asked.study.relearning.steps,
+        lambda asked: {"relearning": asked.study.relearning.model_dump(), "ending": asked.material.ending},
+    ),
 }
 
 
@@ -355,8 +377,9 @@ def _measure_pair(pair: Pair, wanted: Sequence[Group], asked: Asked, out: Path, 
         names = [name for name in (group.of_base if pair.tuned is None else group.of_tuned) if name not in asked.without]
         if not names:
             continue
+        protocol = group.protocol(asked)
         fingerprints = [member.fingerprint for member in (pair.base, pair.tuned) if member is not None]
-        keys = {name: content_key(inside=name, weights=fingerprints, protocol=asked.protocol, seed=seed) for name in names}
+        keys = {name: content_key(inside=name, weights=fingerprints, protocol=protocol, seed=seed) for name in names}
         frames = {name: record[0] for name, key in keys.items() if (record := read_record(out / "records", key)) is not None}
         reused = len(frames) == len(names)
         if not reused:
@@ -366,7 +389,7 @@ def _measure_pair(pair: Pair, wanted: Sequence[Group], asked: Asked, out: Path, 
                 "study": study.study,
                 "arm": pair.label,
                 "seed": seed,
-                "protocol": asked.protocol,
+                "protocol": protocol,
                 "weights": fingerprints,
                 "threads": study.threads,
             }
@@ -374,7 +397,7 @@ def _measure_pair(pair: Pair, wanted: Sequence[Group], asked: Asked, out: Path, 
                 write_record(out / "records", keys[name], frame, provenance | {"measurement": name})
         display.say(f"seed {seed} · {pair.label} · {', '.join(names)}: read{' · from its record' if reused else ''}")
         for name in names:
-            yield Record(pair.label, name, seed, asked.protocol, frames[name], {})
+            yield Record(pair.label, name, seed, protocol, frames[name], {})
 
 
 def _number(popularity: float | None) -> float:
