@@ -15,6 +15,7 @@ from probes.blocks import BLOCKS, thirds
 from probes.verdict import RULE
 
 UNCHANGED = "unchanged by construction"
+LEFT_OUT = " Some layers of many; all are in the JSON."
 FEW_STATES = 7  # so many columns fit a page; of more, the best is shown
 SCALES = {  # of each clause: what its numbers are multiplied by, their digits, and what they are then
     "density": (1000.0, 1, "thousandths of effective rank"),
@@ -29,7 +30,7 @@ Columns = dict[str, dict[str, str]]
 
 def inside_tables(results: dict[str, Any]) -> list[Table]:
     """The tables of all that was measured inside, in the order of the evidence: the verdicts last."""
-    parts: list[Callable[[dict[str, Any]], list[Table]]] = [_exposure, _nulls, _erosion, _drift, _weights, _lens, _linear]
+    parts: list[Callable[[dict[str, Any]], list[Table]]] = [_exposure, _nulls, _rankme, _erosion, _drift, _weights, _lens, _linear]
     parts += [_shapley, _blocks, _most_changed, _patching, _recoverability, _verdicts]
     return [table for part in parts for table in part(results)]
 
@@ -86,16 +87,28 @@ def _nulls(results: dict[str, Any]) -> list[Table]:
         columns[f"{name}: base"] = {str(row["state"]): _plain(row["base"]) for row in chosen}
         columns[f"{name}: Gaussian (sd)"] = {str(row["state"]): f"{_plain(row['gaussian'])} ({_plain(row['gaussian_sd'])})" for row in chosen}
         columns[f"{name}: untrained"] = {str(row["state"]): _plain(row["untrained"]) for row in chosen}
-    for arm in _arms(results, results.get("rankme", [])):
-        columns[f"RankMe: {arm}"] = {str(row["state"]): cell(row) for row in results["rankme"] if (row["arm"], row["group"]) == (arm, "both")}
-    states = list(dict.fromkeys(str(row["state"]) for row in rows))
-    shown = states if len(states) <= FEW_STATES else [states[place] for place in (0, len(states) // 4, len(states) // 2, 3 * len(states) // 4, -1)]
+    states = _some_states(rows)
     note = (
         "Density of one state, averaged over items (residual stream, last token). Gaussian: of vectors with the states' own mean and covariance, "
-        "with the standard deviation of one vector. RankMe: of the states of familiar and unfamiliar items together, at most the width. "
-        f"{'' if shown == states else 'Some layers of many; all are in the JSON. '}Means over seeds; intervals of RankMe are over seeds."
+        f"with the standard deviation of one vector. Means over seeds.{LEFT_OUT if len(states) < len({row['state'] for row in rows}) else ''}"
     )
-    return _table("Density by layer beside its nulls", shown, columns, note, first="after layer")
+    return _table("Density by layer beside its nulls", [str(state) for state in states], columns, note, first="after layer")
+
+
+def _rankme(results: dict[str, Any]) -> list[Table]:
+    rows = [row for row in results.get("rankme", []) if row["group"] == "both"]
+    columns: Columns = {f"layer {state}": _column(rows, 1, state=state) for state in _some_states(rows)}
+    note = (
+        "Exp of the entropy of the singular values of the states of all familiar and unfamiliar items (residual stream, last token): how many "
+        "directions they share, at most the width. Intervals are over seeds; a single seed has none."
+    )
+    return _table("RankMe", _arms(results, rows), columns, note)
+
+
+def _some_states(rows: Sequence[Row]) -> list[int]:
+    """All of few, else five from first to last."""
+    states = sorted({row["state"] for row in rows})
+    return states if len(states) <= FEW_STATES else [states[len(states) * part // 4 - (part == 4)] for part in range(5)]
 
 
 def _plain(value: float | None) -> str:

@@ -415,6 +415,26 @@ def test_relearning_curves_are_plain_means_and_those_that_a_seed_lacks_are_left_
     assert list(relearning_curves(Found(make_study("full"), records[:1]), "full")) == ["forgotten", "never exposed", "unrelated"]
 
 
+def test_layers_stand_beside_their_nulls_and_of_many_some() -> None:
+    def with_states(count: int) -> dict[str, Any]:
+        nulls = [
+            {"metric": metric, "state": state, "base": 0.5 + state, "gaussian": 0.4, "gaussian_sd": 0.04, "untrained": None}
+            for metric in ("e5", "effective_rank")
+            for state in range(count)
+        ]
+        rankme = [{"arm": "base", "group": "both", "state": state} | some(10.0 + state) for state in range(count)]
+        return {section: [] for section in SECTIONS} | {"base": "base", "seeds": [0], "kinds": {"base": "base"}, "nulls": nulls, "rankme": rankme}
+
+    beside, rankme = inside_tables(with_states(3))
+    last = beside.frame.set_index("after layer").loc["2"]
+    assert (last["E5: base"], last["E5: Gaussian (sd)"], last["effective rank: untrained"]) == ("2.500", "0.400 (0.040)", "n/a")
+    assert rankme.frame.set_index("arm").loc["base", "layer 1"].startswith("11.0")
+    many, _ = inside_tables(with_states(31))
+    assert list(many.frame["after layer"]) == ["0", "7", "15", "23", "30"]
+    assert "some layers" in many.note.lower()
+    assert "some layers" not in beside.note.lower()
+
+
 def test_what_was_measured_is_drawn_the_same_way_twice_and_nothing_else(tmp_path: Path) -> None:
     study = make_study("full", "lora")
     measured_there = [
