@@ -20,7 +20,7 @@ from evals.progress import Display
 from evals.records import Record, read_record, write_record
 from evals.study import MeasureName, Study
 from finetune.data import Item, answer_space, continuation_ids, prompt_ids, prompt_text
-from probes.activations import last_and_subject, read_states
+from probes.activations import States, last_and_subject
 from probes.blocks import BLOCKS, blocks_of, check_same_shape, put, random_delta, weights_of
 from probes.drift import weight_drift
 from probes.forgetting import familiarity
@@ -242,16 +242,18 @@ def _lens(pair: Pair, asked: Asked, progress: Progress) -> Frames:
     progress(1)
     pad, ids = int(member.tokenizer.pad_token_id), asked.prompts.ids
     candidates = first_tokens(member.tokenizer, asked.items)
-    readings = read_lens(member.model, ids, candidates, lenses, batch_size=asked.study.batch_size, pad=pad)
+    order, last = list[int](), list[torch.Tensor]()
+
+    def keep(states: States) -> None:
+        order.extend(states.indices)
+        last.append(states.residual[:, 0].cpu())
+
+    readings = read_lens(member.model, ids, candidates, lenses, batch_size=asked.study.batch_size, pad=pad, watch=keep)
     progress(1)
     columns: dict[str, Any] = {}
     for name, reading in readings.items():
         columns |= _reading_columns(name, reading)
-    order, states = [], []
-    for batch in read_states(member.model, ids, [[-1]] * len(ids), batch_size=asked.study.batch_size, pad=pad):
-        order += batch.indices
-        states.append(batch.residual[:, 0].cpu())
-    probed = linear_probe(torch.cat(states)[np.argsort(order)], asked.items, asked.seed)
+    probed = linear_probe(torch.cat(last)[np.argsort(order)], asked.items, asked.seed)
     progress(1)
     if probed is not None:
         for name, values in probed._asdict().items():

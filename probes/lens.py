@@ -16,7 +16,7 @@ not found, even if later layers could use it. Costs one forward pass of the text
 hidden width a state in fp64 (twice, for the choice of the ridge), and one of the prompts for the reading.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.data import Item, continuation_ids
-from probes.activations import final_norm, layers_of, read_states
+from probes.activations import States, final_norm, layers_of, read_states
 from proxytune.errors import UserError
 from proxytune.padding import left_padded, positions_of
 
@@ -147,19 +147,20 @@ def read_lens(
     *,
     batch_size: int,
     pad: int,
+    watch: Callable[[States], None] = lambda states: None,
 ) -> dict[str, Reading]:
     """What the model's states at each prompt's last token say, through every lens, in one pass of the prompts (token ids).
 
-    `candidates` as in `read_through`. Raises `UserError` where a lens with this very model does not give the model's own
-    probabilities at the last state: then its states or its head are not what this file takes them for.
+    `candidates` as in `read_through`; `watch` is given each batch's states, for others that want the same pass. Raises
+    `UserError` where a lens with this very model does not give the model's own probabilities at the last state: then its
+    states or its head are not what this file takes them for.
     """
     parts: dict[str, list[Reading]] = {name: [] for name in lenses}
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        # One batch a call, so that no hook of the reading is left on the model when a lens uses its head.
-        (batch,) = read_states(model, [prompts[index] for index in indices], [[-1]] * len(indices), batch_size=len(indices), pad=pad)
-        asked = [candidates[index] for index in indices]
+    order: list[int] = []
+    for batch in read_states(model, prompts, [[-1]] * len(prompts), batch_size=batch_size, pad=pad):
+        order += batch.indices
+        watch(batch)
+        asked = [candidates[index] for index in batch.indices]
         own = batch.logits.log_softmax(-1).cpu().numpy()[range(len(asked)), [tokens[0] for tokens in asked]]
         for name, lens in lenses.items():
             reading = read_through(lens, batch.residual[:, 0], asked)
