@@ -375,7 +375,7 @@ def _curves(frame: pd.DataFrame) -> tuple[dict[str, Curve], Known]:
 
 
 def recoverability_rows(found: Found) -> list[Row]:
-    """Steps to 95 % of what the base knows, relearnt and learnt for the first time, the savings, and what ten unrelated facts bring back.
+    """Steps to regain what was lost and to gain as much for the first time, the savings, and what ten unrelated facts bring back.
 
     `lost` is base less tuned in the right candidate's probability before the first step. Savings and the share brought back are
     None where that is within noise. With one seed the interval resamples units, with several it is over seeds.

@@ -300,9 +300,9 @@ def _recoverability(results: dict[str, Any]) -> list[Table]:
     columns["savings"] = {arm: _savings(row) for arm, row in arms.items()}
     columns["unrelated facts bring back (% of the loss)"] = _column(rows, 100, inner="brought_back")
     note = (
-        "Steps of tuning on plain statements to 95 % of the probability that the base gives the right candidate: of facts that were exposed, "
-        "and of facts that never were; n/a: not within the steps given. Savings: 1 less their ratio; 1 is nothing to relearn, 0 as slow as new "
-        "facts. What ten unrelated facts bring back "
+        "Steps of tuning on plain statements: until facts that were exposed have 95 % of the probability that the base gives them, and until facts "
+        "that never were have gained as much; n/a: not within the steps given. Savings: 1 less their ratio; 1 is nothing to relearn, 0 as slow as "
+        "new facts. What ten unrelated facts bring back "
         f"was never lost. Both n/a where the loss is within noise. 95 % intervals, {over(results)}."
     )
     return _table("Recoverability: how soon what was lost returns", _arms(results, rows), columns, note)

@@ -51,10 +51,12 @@ class Curve(NamedTuple):
 
 
 class Savings(NamedTuple):
-    """S = 1 - relearnt / learnt: 1 where nothing had to be learnt again, 0 where it took as long as new facts, below 0 longer.
+    """S = 1 - relearnt / learnt: 1 where it comes back at once, 0 where it takes as long as new facts, below 0 longer.
 
-    `relearnt` and `learnt` are the steps to 95 % of what the base knows of the forgotten items; None beyond the budget, which
-    then stands in for them and makes of S a `bound` ("at least" or "at most"). None where both are, or where neither needs a step.
+    `relearnt` are the steps that the forgotten items take to 95 % of what the base knows of them; `learnt` those in which facts
+    that were never exposed gain as much. (Taken to the same level, S would count all that was never lost as saved.) None beyond
+    the budget, which then stands in for them and makes of S a `bound` ("at least" or "at most"). S is None where both are, and
+    where there is nothing to regain.
     """
 
     value: float | None
@@ -128,16 +130,18 @@ def relearn(
 
 
 def savings(curves: Mapping[str, Curve], base: Known) -> Savings:
-    """Steps to what the base knows, relearnt against learnt for the first time. See `Savings`.
+    """Steps to regain what was lost, against steps to gain as much for the first time. See `Savings`.
 
     Meaningless where the tuned model has lost nothing beyond noise: the caller decides.
     """
-    budget = float(curves[FORGOTTEN].steps[-1])
-    level = REGAINED * float(base.probability[curves[FORGOTTEN].indices].mean())
-    relearnt, learnt = (
-        steps_to(curves[name].steps, curves[name].probability.mean(axis=1), level) if name in curves else None for name in (FORGOTTEN, NEVER)
-    )
-    if NEVER not in curves or learnt == 0 or (learnt is None and relearnt is None):
+    forgotten = curves[FORGOTTEN]
+    budget, known = float(forgotten.steps[-1]), forgotten.probability.mean(axis=1)
+    level = REGAINED * float(base.probability[forgotten.indices].mean())
+    relearnt, learnt = steps_to(forgotten.steps, known, level), None
+    if NEVER in curves:
+        new = curves[NEVER].probability.mean(axis=1)
+        learnt = steps_to(curves[NEVER].steps, new, new[0] + max(0.0, level - known[0]))
+    if NEVER not in curves or relearnt == 0 or (learnt is None and relearnt is None):
         return Savings(None, "exact", relearnt, learnt)
     value = 1 - (budget if relearnt is None else relearnt) / (budget if learnt is None else learnt)
     return Savings(value, "at most" if relearnt is None else "at least" if learnt is None else "exact", relearnt, learnt)

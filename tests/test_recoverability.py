@@ -58,10 +58,7 @@ def test_an_unchanged_model_has_nothing_to_relearn(base: tuple[Member, list[Item
     for curve in curves.values():
         assert np.allclose(curve.probability[0], base[2].probability[curve.indices], atol=1e-6)
     assert curves[FORGOTTEN].right[0].mean() > 0.95
-    found = savings(curves, base[2])
-    assert (found.value, found.bound, found.relearnt) == (1.0, "exact", 0.0)
-    assert found.learnt is not None
-    assert found.learnt > 2
+    assert savings(curves, base[2]) == (None, "exact", 0.0, 0.0)
     assert spurious(curves, base[1], base[2]) is None
 
 
@@ -234,6 +231,13 @@ def test_savings_are_bounded_where_the_budget_ends() -> None:
         (curve(1, 1, 1, 1, 1), curve(1, 1, 1, 1, 1), (None, "exact", 0.0, 0.0)),
     ):
         assert tuple(savings({FORGOTTEN: forgotten, NEVER: new}, base)) == pytest.approx(expected)
+
+
+def test_what_was_never_lost_is_not_saved() -> None:
+    base = Known(np.ones(100, bool), np.ones(100))
+    hardly_lost, new = curve(0.9, 0.92, 0.95, 1, 1), curve(0, 0.05, 0.1, 0.5, 0.95)
+    # New facts take 8 steps to the level and 1 to gain as much as was lost.
+    assert tuple(savings({FORGOTTEN: hardly_lost, NEVER: new}, base)) == pytest.approx((-1.0, "exact", 2.0, 1.0))
 
 
 def test_noise_brings_nothing_back_but_would_where_the_step_is_chosen_on_the_items_themselves() -> None:
