@@ -180,13 +180,13 @@ def states_of(frame: pd.DataFrame) -> int:
 def change(found: Found, arm: str, site: str, place: str, states: Sequence[int]) -> list[np.ndarray]:
     """Units' contributions to (tuned less base) of familiar less unfamiliar, averaged over the states; last the same of the random deltas."""
     seeds = []
-    randoms: Sequence[pd.DataFrame | None] = found("random", arm) or [None] * len(found("states", arm))
-    for base, tuned, random in zip(found("states", found.study.base_arm), found("states", arm), randoms, strict=True):
+    for base, tuned, random in zip(found("states", found.study.base_arm), found("states", arm), found("random", arm), strict=True):
         columns = block_columns(base, site, place, states)
-        parts = [tuned] if random is None else [tuned, *(random[random["draw"] == draw] for draw in sorted(random["draw"].unique()))]
-        values = [part[columns].to_numpy(float).mean(axis=1) - base[columns].to_numpy(float).mean(axis=1) for part in parts]
-        contributions = contrast(base, np.stack([values[0], np.mean(values[1:], axis=0) if values[1:] else np.zeros(len(base))], axis=1))
-        seeds.append(contributions)
+        before = base[columns].to_numpy(float).mean(axis=1)
+        changed = tuned[columns].to_numpy(float).mean(axis=1) - before
+        # Draws stand one after the other, each in the items' order.
+        drawn = random[columns].to_numpy(float).mean(axis=1).reshape(-1, len(base)).mean(axis=0) - before
+        seeds.append(contrast(base, np.stack([changed, drawn], axis=1)))
     return seeds
 
 

@@ -66,6 +66,7 @@ def summarize(study: Study, records: Sequence[Record]) -> dict[str, Any]:
         for measurement, measure in READOUTS.items():
             _forgetting_rows(results, study, records, arms, measurement, measure)
     found = Found(study, records)
+    relearnt = recoverability_rows(found)
     results |= {
         "exposure": exposure_rows(found) if "density" in study.measures else [],
         "nulls": null_rows(found) if "density" in study.measures else [],
@@ -76,8 +77,8 @@ def summarize(study: Study, records: Sequence[Record]) -> dict[str, Any]:
         "lens": lens_rows(found),
         "restoration": restoration_rows(found),
         "patching": patching_rows(found),
-        "recoverability": recoverability_rows(found),
-        "verdicts": verdict_rows(found) if set(study.measures) >= WEIGHED else [],
+        "recoverability": relearnt,
+        "verdicts": verdict_rows(found, relearnt) if set(study.measures) >= WEIGHED else [],
     }
     results["costs"] = _mean_costs(study, records, (*COUNTED, "runs", "flops_a_token", "bytes_a_token"))
     return results

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from evals.findings import Found, by_unit, change, estimate, intervals, recoverability_rows, restoration_seeds, states_of
+from evals.findings import Found, by_unit, change, estimate, intervals, restoration_seeds, states_of
 from evals.statistics import Estimate
 from evals.study import Direct, Study
 from finetune.recipe import Tuning
@@ -20,10 +20,10 @@ from probes.verdict import SMALLEST_DENSITY, SMALLEST_KNOWLEDGE, Clause, measure
 CLAIM = "direct tuning erodes what lower layers hold"
 
 
-def verdict_rows(found: Found) -> list[dict[str, Any]]:
-    """For every tuned base that is no control itself: `arm`, `claim`, `verdict` and its `clauses`."""
+def verdict_rows(found: Found, recoverability: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For every tuned base that is no control itself: `arm`, `claim`, `verdict` and its `clauses`. Savings come from the rows of recoverability."""
     rows = []
-    relearnt = {row["arm"]: row for row in recoverability_rows(found)}
+    relearnt = {row["arm"]: row for row in recoverability}
     for arm in [arm for arm in found.arms("states") if arm != found.study.base_arm and not _is_control(found.study, arm)]:
         clauses = [*_density(found, arm), *_restoration(found, arm), _freezing(found, arm), _savings(relearnt.get(arm))]
         shown = [
@@ -39,11 +39,7 @@ def _density(found: Found, arm: str) -> list[Clause]:
     low = list(thirds(states_of(found("states", arm)[0]) - 1)["low"])
     seeds = change(found, arm, "residual", "last", low)
     both = estimate(seeds)
-    clauses = [_clause("density", both, 0, None, seeds, SMALLEST_DENSITY)]
-    if found.has("random", arm):
-        clauses.append(_clause("density/random", both, 0, 1, seeds, SMALLEST_DENSITY))
-    else:
-        clauses.append(measured("density/random", None, note="random deltas were not read"))
+    clauses = [_clause("density", both, 0, None, seeds, SMALLEST_DENSITY), _clause("density/random", both, 0, 1, seeds, SMALLEST_DENSITY)]
     twin = _shuffled(found.study, arm)
     if twin is None:
         return [*clauses, measured("density/shuffled", None, note="no arm is the same with shuffled: true")]

@@ -134,7 +134,9 @@ def test_identical_states_change_by_exactly_zero_and_a_planted_erosion_is_found(
     assert erosion(harmed, "low")["full"]["value"] == pytest.approx(-0.01, abs=1e-6)
     assert erosion(harmed, "high")["full"]["value"] == 0.0
     assert harmed["verdicts"] == []  # too little was asked for one
-    rows_of = {row["arm"]: {clause["clause"]: clause["state"] for clause in row["clauses"]} for row in verdict_rows(Found(study, planted_records))}
+    rows_of = {
+        row["arm"]: {clause["clause"]: clause["state"] for clause in row["clauses"]} for row in verdict_rows(Found(study, planted_records), [])
+    }
     assert (rows_of["full"]["density"], rows_of["lora"]["density"]) == ("holds", "fails")
 
 

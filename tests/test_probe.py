@@ -131,7 +131,7 @@ def test_restored_blocks_add_up_to_the_loss(whole: tuple[Study, Path, list[Recor
 
 def test_each_clause_finds_its_control(whole: tuple[Study, Path, list[Record], dict[str, Any]]) -> None:
     study, _, records, _ = whole
-    rows = {row["arm"]: {clause["clause"]: clause for clause in row["clauses"]} for row in verdict_rows(Found(study, records))}
+    rows = {row["arm"]: {clause["clause"]: clause for clause in row["clauses"]} for row in verdict_rows(Found(study, records), [])}
     assert rows["full"]["density/shuffled"]["note"] == "less full-shuffled"
     assert rows["full"]["freezing"]["note"] == "full-frozen less full"
     assert rows["full"]["freezing"]["value"] is not None
