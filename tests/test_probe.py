@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from evals.cli import app
 from evals.compare import run_study
 from evals.findings import Found, restoration_seeds
+from evals.material import material_for
 from evals.probe import INSIDE, Probe, probe_study
 from evals.progress import Display
 from evals.records import Record
@@ -162,6 +163,31 @@ def test_a_merged_adapter_is_the_model_with_the_adapter(place: Path) -> None:
     ids = make_tokenizer()("w3 w4 w5", return_tensors="pt").input_ids
     np.testing.assert_allclose(adapted(ids).logits.detach(), merged(ids).logits.detach(), atol=1e-4)
     assert not np.allclose(merged(ids).logits.detach(), load_member(place / "base").model(ids).logits.detach(), atol=1e-2)
+
+
+def test_a_corpus_gives_the_popularity(place: Path, tmp_path: Path) -> None:
+    """Subject and answer of the item stand together in so many lines; the file's own popularity no longer counts."""
+    (tmp_path / "text.txt").write_text("w4 likes w30\n" * 3 + "w5 likes w31\nw5 likes w32\nw6 is alone\n")
+    data = {"knowledge": "items.jsonl", "corpus": str(tmp_path / "text.txt"), "prompt": "{question}"}
+    study, folder = study_of(place, data=data, measures=["density"], arms={"base": {"kind": "base"}, "copy": {"kind": "direct", "path": "copy"}})
+    said: list[str] = []
+    material = material_for(study, folder, 0, tmp_path, say=said.append)
+    assert [item.popularity for item in material.knowledge[:4]] == [3, 1, 0, 0]
+    assert material.frequency is not None
+    assert list(material.frequency[:4]) == [3, 2, 1, 0]
+    assert any("2 of 40 statements stand in it" in line for line in said)
+
+
+def test_items_without_choices_are_refused_before_anything_is_read(place: Path, tmp_path: Path) -> None:
+    items = [json.loads(line) for line in (place / "items.jsonl").read_text().splitlines()]
+    (tmp_path / "bare.jsonl").write_text("".join(json.dumps({**item, "choices": []}) + "\n" for item in items))
+    for measure, refused in (("density", False), ("restoration", True)):
+        study, folder = study_of(place, data={"knowledge": str(tmp_path / "bare.jsonl")}, measures=[measure], arms={"base": {"kind": "base"}})
+        if refused:
+            with pytest.raises(UserError, match=r"data\.knowledge: the item 'w4 w20' has no choices"):
+                material_for(study, folder, 0, tmp_path)
+        else:
+            assert len(material_for(study, folder, 0, tmp_path).knowledge) == 40
 
 
 def run(*arguments: object) -> Any:
