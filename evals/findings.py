@@ -15,7 +15,7 @@ from evals.statistics import Estimate, Interval, bootstrap_means, interval
 from evals.study import Study
 from finetune.data import Item
 from probes.blocks import BLOCKS, thirds
-from probes.density import METRICS
+from probes.density import METRICS, SITES
 from probes.exposure import matched, matched_contrast, rank_slope, strata, unit_means
 from probes.forgetting import familiarity
 from probes.knowledge import Known
@@ -50,8 +50,13 @@ class Found:
 
 
 def numbers(value: Interval) -> dict[str, float | None]:
+    """A value and its interval's ends for JSON."""
+    return {name: finite(number) for name, number in value._asdict().items()}
+
+
+def finite(number: float) -> float | None:
     """Rounded for JSON; None for what is not a number."""
-    return {name: None if not np.isfinite(number) else round(float(number), 6) + 0.0 for name, number in value._asdict().items()}
+    return round(float(number), 6) + 0.0 if np.isfinite(number) else None
 
 
 def estimate(seeds: Sequence[np.ndarray]) -> Estimate:
@@ -110,7 +115,6 @@ def exposure_rows(found: Found) -> list[Row]:
             continue
         columns = density_columns(frames[0])
         of = {name: _slopes(frames, columns, name) for name in ("contrast", "slope", "partial")}
-        # An untrained model's probabilities say nothing: what it partials out is noise.
         for position, column in enumerate(columns):
             metric, site, place, state = column.split("/")
             row: Row = {"arm": label, "metric": metric, "site": site, "place": place, "state": int(state)}
@@ -149,7 +153,7 @@ def null_rows(found: Found) -> list[Row]:
                 drawn = [frame[(frame["group"] == "both") & (frame["state"] == state)].iloc[0] for frame in frames[2]]
                 mean, sd = (float(np.mean([row[f"gaussian_{name}/{metric}"] for row in drawn])) for name in ("mean", "sd"))
                 values = {"base": trained, "gaussian": mean, "gaussian_sd": sd, "untrained": untrained}
-                rows.append({"metric": metric, "state": state} | {name: _finite(value) for name, value in values.items()})
+                rows.append({"metric": metric, "state": state} | {name: finite(value) for name, value in values.items()})
     return rows
 
 
@@ -162,10 +166,6 @@ def rankme_rows(found: Found) -> list[Row]:
             values = [float(frame[(frame["group"] == group) & (frame["state"] == state)]["rankme"].iloc[0]) for frame in frames]
             rows.append({"arm": arm, "group": str(group), "state": int(state)} | _over_seeds(values, (1.0, np.inf)))
     return rows
-
-
-def _finite(value: float) -> float | None:
-    return round(value, 6) if np.isfinite(value) else None
 
 
 def block_columns(frame: pd.DataFrame, site: str, place: str, states: Iterable[int]) -> list[str]:
@@ -197,14 +197,15 @@ def erosion_rows(found: Found) -> list[Row]:
         frame = found("states", arm)[0]
         blocks = {name: list(states) for name, states in thirds(states_of(frame) - 1).items() if len(states)}
         places = ["last", *(["subject"] if f"{METRIC}/residual/subject/0" in frame else [])]
+        counts = _counts(found("states", arm))
         for place in places:
-            for site in ("residual", "normed", "rotated", "attention", "mlp"):
+            for site in SITES:
                 for block, states in blocks.items():
                     both = estimate(change(found, arm, site, place, states))
                     less = Estimate(both.value[:1] - both.value[1:], both.draws[:1] - both.draws[1:])
                     (tuned, random), (beyond,) = intervals(both), intervals(less)
                     row = {"arm": arm, "block": block, "site": site, "place": place} | numbers(tuned)
-                    rows.append(row | {"random": numbers(random), "less_random": numbers(beyond)} | _counts(found("states", arm)))
+                    rows.append(row | {"random": numbers(random), "less_random": numbers(beyond)} | counts)
     return rows
 
 

@@ -80,7 +80,7 @@ def density_change(found: Found, arm: str) -> Change:
 
 
 class Relearning(NamedTuple):
-    """Share right after each step, with its interval's ends, and what the base knows of the same items."""
+    """The right candidate's probability after each step, with its interval's ends, and what the base knows of the same items."""
 
     steps: list[int]
     value: Float[np.ndarray, " steps"]

@@ -12,9 +12,11 @@ from evals.findings import (
     drift_rows,
     erosion_rows,
     exposure_rows,
+    finite,
     law_rows,
     lens_rows,
     null_rows,
+    numbers,
     patching_rows,
     rankme_rows,
     recoverability_rows,
@@ -132,11 +134,7 @@ def _exposed(frame: pd.DataFrame) -> "np.ndarray[Any, np.dtype[np.bool_]]":
 def _row(arm: str, measure: str, value: Interval, frames: Sequence[pd.DataFrame], select: Select) -> dict[str, Any]:
     chosen = [frame[select(frame)] for frame in frames]
     unparsed = int(sum(frame["unparsed"].sum() for frame in chosen)) if all("unparsed" in frame for frame in chosen) else 0
-    return {"arm": arm, "measure": measure} | _numbers(value) | {"n": sum(map(len, chosen)), "unparsed": unparsed}
-
-
-def _numbers(value: Interval) -> dict[str, float]:
-    return {name: round(number, 6) + 0.0 for name, number in value._asdict().items()}
+    return {"arm": arm, "measure": measure} | numbers(value) | {"n": sum(map(len, chosen)), "unparsed": unparsed}
 
 
 def _share_rows(results: dict[str, Any], records: Sequence[Record], arms: Sequence[str], measurement: str, measure: str) -> Estimate:
@@ -148,9 +146,9 @@ def _share_rows(results: dict[str, Any], records: Sequence[Record], arms: Sequen
     return estimate
 
 
-def _less(estimate: Estimate, arm: int, other: int) -> dict[str, float]:
+def _less(estimate: Estimate, arm: int, other: int) -> dict[str, float | None]:
     """The paired difference of two arms."""
-    return _numbers(interval(estimate.value[arm] - estimate.value[other], estimate.draws[arm] - estimate.draws[other], DIFFERENCE))
+    return numbers(interval(estimate.value[arm] - estimate.value[other], estimate.draws[arm] - estimate.draws[other], DIFFERENCE))
 
 
 def _direct_rows(results: dict[str, Any], study: Study, arms: Sequence[str], measure: str, estimate: Estimate) -> None:
@@ -174,14 +172,10 @@ def _contrast_rows(
         first, second = (right[[pair[side] for pair in pairs]] for side in (0, 1))
         p = mcnemar(first, second)
         detectable = minimum_detectable_effect(right.shape[1], (first != second).mean(axis=1))
-        numbers = zip(p, holm(p), detectable, strict=True)
-        tests = [{"p": round(float(one), 6), "p_holm": round(float(all_), 6), "detectable": _finite(least)} for one, all_, least in numbers]
+        tested = zip(p, holm(p), detectable, strict=True)
+        tests = [{"p": round(float(one), 6), "p_holm": round(float(all_), 6), "detectable": finite(least)} for one, all_, least in tested]
     for (arm, other), (position, place), test in zip(study.contrasts, pairs, tests, strict=True):
         results["contrasts"].append({"arm": arm, "less": other, "measure": measure} | _less(estimate, position, place) | test)
-
-
-def _finite(number: float) -> float | None:
-    return round(float(number), 6) if np.isfinite(number) else None
 
 
 def _gap_rows(results: dict[str, Any], study: Study, arms: Sequence[str], estimate: Estimate) -> None:
@@ -193,10 +187,10 @@ def _gap_rows(results: dict[str, Any], study: Study, arms: Sequence[str], estima
             continue
         gap = gap_closed(estimate, position, base, direct)
         if gap is None:
-            numbers: dict[str, float | None] = {"value": None, "low": None, "high": None, "capped": None}
+            closed: dict[str, float | None] = {"value": None, "low": None, "high": None, "capped": None}
         else:
-            numbers = {**_numbers(gap), "capped": round(min(gap.value, 1.0), 6)}
-        results["gap_closed"].append({"arm": arm, "measure": "task"} | numbers)
+            closed = {**numbers(gap), "capped": round(min(gap.value, 1.0), 6)}
+        results["gap_closed"].append({"arm": arm, "measure": "task"} | closed)
 
 
 def _frontier_rows(results: dict[str, Any], study: Study, task: Estimate, known: Estimate) -> None:

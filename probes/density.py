@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from probes.activations import States, final_norm
 
 METRICS = ("e1", "e5", "e10", "effective_rank", "hoyer", "gini", "participation_ratio")
-DENSER_IS_LOWER = ("e1", "e5", "e10", "hoyer", "gini")
 SITES = ("residual", "normed", "rotated", "attention", "mlp")
 
 
