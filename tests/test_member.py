@@ -1,9 +1,11 @@
 """Loading says in one line what cannot be loaded, and shares what is the same."""
 
 import json
+import random
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -260,3 +262,40 @@ def test_code_in_a_folder_is_not_run_whatever_standard_input_says(lora_family: P
     automatic = AutoConfig if kind == "model" else AutoTokenizer
     automatic.from_pretrained(place, trust_remote_code=True)
     assert trace.exists()
+
+
+def damaged(content: bytes, number: int) -> bytes:
+    """The content cut off somewhere, or with one bit turned over."""
+    place = random.Random(number).randrange(len(content))
+    return content[:place] if number % 2 else content[:place] + bytes([content[place] ^ 1 << number % 8]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize("cases", [6, pytest.param(120, marks=pytest.mark.slow)])
+def test_a_damaged_file_is_refused_or_another_identity(lora_family: Path, tmp_path: Path, cases: int) -> None:
+    """Of folders that are not ours: never a traceback, and never other numbers under the same fingerprint."""
+    small, ids = tmp_path / "small", torch.tensor([[3, 4, 5]])
+    adapter = tmp_path / "polite"
+    for place in (small, adapter):
+        shutil.copytree(lora_family / place.name, place)
+    load_member(small).model.generation_config.save_pretrained(small)
+    whole = load_member(small, adapter)
+    outcomes, lines = Counter[str](), list[str]()
+    with torch.inference_mode():
+        right = whole.model(ids).logits
+        for file in [*small.iterdir(), *(file for file in adapter.iterdir() if file.name != "README.md")]:
+            content = file.read_bytes()
+            for number in range(cases):
+                file.write_bytes(damaged(content, number))
+                try:
+                    member = load_member(small, adapter)
+                    same = member.fingerprint == whole.fingerprint
+                    outcomes["the same" if same else "another"] += 1
+                    if same:
+                        assert torch.equal(member.model(ids).logits, right), (file.name, number)
+                        assert member.tokenizer("w3 w4")["input_ids"] == [3, 4]
+                except UserError as error:
+                    outcomes["refused"] += 1
+                    lines.append(str(error))
+            file.write_bytes(content)
+    assert outcomes["refused"] > outcomes["another"] > 0
+    assert not any("\n" in line for line in lines)
