@@ -29,23 +29,26 @@ class AdapterSwitch:
     """
 
     def __init__(self, model: PreTrainedModel):
-        self._names: ContextVar[list[str] | None] = ContextVar("adapter_names", default=None)
         for module in model.modules():
             if isinstance(module, LoraLayer):
                 module.register_forward_pre_hook(self._tell, with_kwargs=True)
 
     def _tell(self, module: Any, arguments: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        names = self._names.get()
-        return None if names is None else (arguments, options | {"adapter_names": names})
+        switch, names = _RUNNING.get()
+        return (arguments, options | {"adapter_names": names}) if switch is self else None
 
     @contextmanager
     def rows(self, names: Sequence[str]) -> Iterator[None]:
         """Within it, and in this thread, the model's batch rows pass through these adapters, `UNTOUCHED` for none."""
-        before = self._names.set(list(names))
+        before = _RUNNING.set((self, list(names)))
         try:
             yield
         finally:
-            self._names.reset(before)
+            _RUNNING.reset(before)
+
+
+# The switch whose model runs in this thread, and its rows. A variable of the module: one of the switch could not be copied with its model.
+_RUNNING: ContextVar[tuple[AdapterSwitch | None, list[str]]] = ContextVar("running", default=(None, []))
 
 
 def is_adapter(path: str | Path) -> bool:
