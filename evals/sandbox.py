@@ -8,10 +8,11 @@ Guaranteed: nothing that the solution does in its own process (exits, patches, p
 the values it answers reach the tests, rebuilt there from exact built-in types; it sees no file but a Python without packages and an empty folder,
 no network, no environment variable, no key, no process of the host; it makes only the system calls that `confinement` names, the others fail as calls
 that the kernel does not have; what its processes map comes to no more than the limit in all; at the end of the time all it has started is killed.
-Not guaranteed: that a solution does not know the tests' answers, or that a kernel with a hole keeps it in. The tests are trusted. Beside the memory
-limit the kernel holds the files of the empty folder (`DISK` bytes, and `NAMES` files with what is made in a tenth of a second) and what is under way in
-pipes and local sockets (a few hundred KiB for each of at most 32 descriptors, and as many in flight); control groups are not used, since few users may
-make them. Processes are counted per sandbox from Linux 5.14 on (before: per user). A run that is killed leaves its folder until the next run starts.
+Not guaranteed: that a solution does not know the tests' answers, or that a kernel with a hole keeps it in. The tests are trusted. The kernel holds
+more beside the memory limit: the files of the empty folder (`DISK` bytes, and `NAMES` files with those made in `LOOK` seconds), what is under way in
+pipes and local sockets (a few hundred KiB for each of at most 32 descriptors, and as many in flight) and its own records of what is mapped. Control
+groups, which would count these too, are not used, since few users may make them. Processes are counted per sandbox from Linux 5.14 on (before: per
+user). A run that is killed leaves its folder until the next run of this user starts.
 Arguments are copies, so that a test of a change in place fails. A solution's own objects can be given attributes and handed back to it, no more.
 """
 
@@ -28,6 +29,7 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -93,9 +95,9 @@ def run_programs(
 ) -> list[Verdict]:
     """The verdicts, in the order of `programs`; two run at once on each core.
 
-    A program has `seconds` of wall time and `memory` bytes in all, shared out evenly where there may be several processes: `processes` of them, threads
-    included (a single one may have a second thread). Calls `progress(1)` after each. Raises `UserError` where bubblewrap or libseccomp is missing or
-    does not isolate; programs are never run without.
+    A program has `seconds` of wall time, `processes` processes or threads at once (a single process may have a second thread) and `memory` bytes in
+    all, of which each process gets an even share. Its tests have as much. Calls `progress(1)` after each. Raises `UserError` where bubblewrap or
+    libseccomp is missing or does not isolate; programs are never run without.
     """
     if missing := [name for name in ("bwrap", "ldd") if shutil.which(name) is None]:
         raise UserError(f"sandbox: programs run only in bubblewrap's sandboxes, and '{missing[0]}' is not on the PATH; {INSTALL}")
