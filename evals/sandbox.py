@@ -10,9 +10,9 @@ no network, no environment variable, no key, no process of the host; it makes on
 that the kernel does not have; what its processes map comes to no more than the limit in all; at the end of the time all it has started is killed.
 Not guaranteed: that a solution does not know the tests' answers, or that a kernel with a hole keeps it in. The tests are trusted. The kernel holds
 more beside the memory limit: the files of the empty folder (`DISK` bytes, and `NAMES` files with those made in `LOOK` seconds), what is under way in
-pipes and local sockets (a few hundred KiB for each of at most 32 descriptors, and as many in flight) and its own records of what is mapped. Control
-groups, which would count these too, are not used, since few users may make them. Processes are counted per sandbox from Linux 5.14 on (before: per
-user). A run that is killed leaves its folder until the next run of this user starts.
+pipes and pairs of sockets (some tens of MiB) and its own records of what is mapped and locked. Control groups, which would count these too, are not
+used, since few users may make them. Processes are counted per sandbox from Linux 5.14 on (before: per user). A run that is killed leaves its folder
+until the next run of this user starts.
 Arguments are copies, so that a test of a change in place fails. A solution's own objects can be given attributes and handed back to it, no more.
 """
 

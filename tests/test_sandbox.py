@@ -121,6 +121,11 @@ UNMAPPED = {
         "    held = libc.shmget(0, 2 ** 24, 0o1600)\n    if held < 0: raise PermissionError\n    place = libc.shmat(held, None, 0)\n"
         "    ctypes.memset(place, 1, 2 ** 24)\n    libc.shmdt(ctypes.c_void_p(place))"
     ),
+    "waiting_connections": (
+        "with socket.socket(socket.AF_UNIX) as server:\n    server.bind(chr(0) + 'waiting')\n    server.listen(4096)\n    for _ in range({} * 100):\n"
+        "        with socket.socket(socket.AF_UNIX) as end:\n            end.connect(chr(0) + 'waiting')\n            end.setblocking(False)\n"
+        "            end.send(bytes(160_000))"
+    ),
     "attributes": "open('/tmp/f', 'w').close()\nfor number in range({} * 200): os.setxattr('/tmp/f', f'user.{{number}}', bytes(2 ** 16))",
 }
 EMPTY_FILES = "for number in range({}): os.close(os.open(f'/tmp/{{number}}', os.O_CREAT | os.O_WRONLY))\ntime.sleep(0.5)"
@@ -341,7 +346,7 @@ def test_memory_that_no_process_maps(case: str) -> None:
 
 
 @needs_bubblewrap
-@pytest.mark.parametrize("case", ["memory_files", "system_v"])
+@pytest.mark.parametrize("case", ["memory_files", "system_v", "waiting_connections"])
 def test_the_filter_is_what_refuses_memory(case: str, unfiltered: None) -> None:
     assert outcome(attempt(UNMAPPED[case].format(1)), memory=2**27) == "failed"  # 'reached'
 
