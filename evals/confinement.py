@@ -28,7 +28,8 @@ read write readv writev pread64 pwrite64 preadv pwritev preadv2 pwritev2 lseek s
 open openat creat close close_range dup dup2 dup3 pipe pipe2 flock fsync fdatasync sync_file_range truncate ftruncate fallocate
 stat lstat fstat newfstatat statx statfs fstatfs access faccessat faccessat2 getdents getdents64 getcwd chdir fchdir
 rename renameat renameat2 mkdir mkdirat rmdir link linkat unlink unlinkat symlink symlinkat readlink readlinkat mknod mknodat
-chmod fchmod fchmodat fchmodat2 umask utime utimes utimensat futimesat getxattr lgetxattr fgetxattr listxattr llistxattr flistxattr
+chmod fchmod fchmodat fchmodat2 chown lchown fchown fchownat umask utime utimes utimensat futimesat getxattr lgetxattr fgetxattr listxattr
+llistxattr flistxattr
 mmap munmap mprotect mremap madvise brk msync mincore membarrier map_shadow_stack arch_prctl
 execve execveat exit exit_group wait4 waitid getpid getppid gettid getuid geteuid getgid getegid getresuid getresgid getgroups
 getpgrp getpgid setpgid getsid setsid prlimit64 getrlimit setrlimit getrusage times sysinfo uname getpriority setpriority

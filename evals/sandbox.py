@@ -298,9 +298,10 @@ def reached(port: int, folder: str) -> list[str]:
 def _confine(task: dict[str, Any]) -> None:
     """Limits this process, the sandbox's first, and all that it will start. Forgets what variables bubblewrap has set."""
     os.environ.clear()
-    processes = task["processes"]  # where it is one, the filter of system calls lets only threads be started, which share their memory
-    limits = {"AS": task["memory"] // processes, "CPU": task["seconds"], "NPROC": max(processes, 2), "FSIZE": DISK, "NOFILE": 32}
-    limits |= {"CORE": 0, "MSGQUEUE": 0}
+    processes = task["processes"]
+    tasks = max(processes, 2) + 1  # one more than promised, since a thread that has ended counts until the kernel has cleared it away
+    share = task["memory"] // (tasks if processes > 1 else 1)  # a single process may start only threads, which have their memory in common
+    limits = {"AS": share, "CPU": task["seconds"], "NPROC": tasks, "FSIZE": DISK, "NOFILE": 32, "CORE": 0, "MSGQUEUE": 0}
     for name, most in limits.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
 

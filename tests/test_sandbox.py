@@ -1,5 +1,6 @@
 import ctypes
 import os
+import platform
 import re
 import resource
 import shutil
@@ -177,6 +178,11 @@ HONEST = {
     "thread": (
         "import concurrent.futures\ndef f(x):\n    with concurrent.futures.ThreadPoolExecutor(1) as pool:\n        return list(pool.map(abs, x))",
         "assert f([-1, 2]) == [1, 2]",
+    ),
+    "threads_in_turn": (
+        "import threading\ndef f(x):\n    held = []\n    for n in x:\n        one = threading.Thread(target=held.append, args=(n,))\n"
+        "        one.start()\n        one.join()\n    return held",
+        "assert f([*range(50)]) == [*range(50)]",
     ),
     "event_loop": (
         "import asyncio\nasync def add(a, b):\n    await asyncio.sleep(0.01)\n    return a + b\ndef f(a, b): return asyncio.run(add(a, b))",
@@ -360,7 +366,7 @@ def test_empty_files_are_memory() -> None:
 @needs_bubblewrap
 def test_memory_is_that_of_all_processes() -> None:
     assert outcome(attempt(TWO_PROCESSES), memory=2**27, processes=2) == "out of memory"
-    assert verdict(attempt(TWO_PROCESSES), "assert f() == 'reached'", memory=2**28, processes=2).passed
+    assert verdict(attempt(TWO_PROCESSES), "assert f() == 'reached'", memory=2**29, processes=2).passed
 
 
 @needs_bubblewrap
@@ -390,6 +396,18 @@ def test_calls_that_no_program_needs_are_refused() -> None:
 def test_the_filter_is_what_refuses_calls(unfiltered: None) -> None:
     calls = ["ptrace", "unshare", "prctl", "mount"]
     assert verdict(refusals(calls), f"assert f() == {calls}").passed
+
+
+@needs_bubblewrap
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="this machine has one kind of calls")
+def test_the_other_calls_of_a_machine_end_the_program() -> None:
+    solution = (
+        "import ctypes, mmap\ndef f(code):\n    page = mmap.mmap(-1, 4096, prot=7)\n    page.write(code)\n"
+        "    return ctypes.CFUNCTYPE(ctypes.c_long)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()"
+    )
+    native, of_32_bits = b"\xb8\x27\0\0\0\x0f\x05\xc3", b"\xb8\x14\0\0\0\xcd\x80\xc3"  # getpid
+    assert verdict(solution, f"assert f({native!r}) > 0").passed
+    assert not verdict(solution, f"assert f({of_32_bits!r}) > 0").passed
 
 
 @needs_bubblewrap
