@@ -1,9 +1,11 @@
-"""What confines the sandboxes beside bubblewrap: a filter of system calls, a session keyring and a folder that no killed run leaves for good."""
+"""What confines the sandboxes beside bubblewrap: a filter of system calls, a session keyring, a count of what the kernel holds for a program, and a
+folder that no killed run leaves for good."""
 
 import ctypes
 import errno
 import fcntl
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -20,6 +22,7 @@ JOIN_SESSION_KEYRING = 1  # of keyctl
 NAMESPACES = 0x7E020000  # the flags of clone that make one
 THREAD = 0x00010000
 THREAD_NAMES = (15, 16)  # of prctl
+NAME = 2048  # bytes, about, of the record of a file, folder or link, an empty one too
 
 # What a Python without packages needs. What is not here fails as a call that the kernel does not have: keys, tracing, mounts, namespaces, memory
 # in no process and no file (memfd_create, shmget, vmsplice), sizes of buffers, io_uring, bpf and all that later kernels add.
@@ -99,6 +102,22 @@ def leave_session_keyring() -> None:
     library = _library()
     number = library.resolve_syscall(library.Arch.NATIVE, "keyctl")
     ctypes.CDLL(None).syscall(ctypes.c_long(number), ctypes.c_long(JOIN_SESSION_KEYRING), None)
+
+
+def records_held(first: str, folder: str) -> int:
+    """Bytes, about, that the kernel holds for the files of a sandbox's `folder` and for the page tables of its processes, of which `first` is the
+    first (a number of the host's). Raises `OSError` where it has ended or is not to be looked into."""
+    files = os.statvfs(f"/proc/{first}/root/{folder}")
+    held = NAME * (files.f_files - files.f_ffree)
+    processes = [first]
+    while processes:
+        process = Path("/proc", processes.pop())
+        with suppress(OSError):  # it has ended
+            tables = re.search(r"VmPTE:\s+(\d+) kB", (process / "status").read_text())
+            held += 1024 * int(tables[1]) if tables else 0
+            for thread in process.glob("task/*/children"):
+                processes += thread.read_text().split()
+    return held
 
 
 def new_folder() -> "tempfile.TemporaryDirectory[str]":

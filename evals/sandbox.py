@@ -9,8 +9,9 @@ the values it answers reach the tests, rebuilt there from exact built-in types; 
 no network, no environment variable, no key, no process of the host; it makes only the system calls that `confinement` names, the others fail as calls
 that the kernel does not have; what its processes map comes to no more than the limit in all; at the end of the time all it has started is killed.
 Not guaranteed: that a solution does not know the tests' answers, or that a kernel with a hole keeps it in. The tests are trusted. The kernel holds
-more beside the memory limit: the files of the empty folder (`DISK` bytes, and `NAMES` files with those made in `LOOK` seconds), what is under way in
-pipes and pairs of sockets (some tens of MiB) and its own records of what is mapped and locked. Control groups, which would count these too, are not
+more beside the memory limit: the files of the empty folder (`DISK` bytes); the records of these files and the tables of mapped pages (`RECORDS` bytes
+and what is made between two looks, `LOOK` seconds apart; the tables of the first process only where the kernel lists no children); what is under way
+in pipes and pairs of sockets, locks and lists of what is mapped (some tens of MiB). Control groups, which would count these too, are not
 used, since few users may make them. Processes are counted per sandbox from Linux 5.14 on (before: per user). A run that is killed leaves its folder
 until the next run of this user starts.
 Arguments are copies, so that a test of a change in place fails. A solution's own objects can be given attributes and handed back to it, no more.
@@ -39,15 +40,15 @@ from pathlib import Path
 from subprocess import PIPE, STDOUT
 from typing import IO, Any, NamedTuple
 
-from evals.confinement import leave_session_keyring, new_folder, write_filter
+from evals.confinement import leave_session_keyring, new_folder, records_held, write_filter
 from proxytune.errors import UserError
 
 MEBIBYTE = 2**20
 OUTPUT = MEBIBYTE  # bytes that a solution may print
 ANSWER = 4 * MEBIBYTE  # characters that one answer may have once written as JSON
 DISK = 16 * MEBIBYTE  # bytes, of the empty folder and of every file
-NAMES = 4096  # files, folders and links that the empty folder may hold: each takes memory of the kernel's, an empty one too
-LOOK = 0.1  # seconds between two looks at how many they are
+RECORDS = 32 * MEBIBYTE  # bytes that the kernel may hold for the records of files and the tables of mapped pages
+LOOK = 0.1  # seconds between two looks at these
 NOBODY = 65534  # the user that sandboxes of root run as, for the kernel does not count the processes of root
 FILTERS = ("one process", "several processes")
 PYTHON = ("-I", "-S", "-E")
@@ -75,7 +76,7 @@ class Sandbox(NamedTuple):
 
     prints: IO[bytes]
     told: int
-    first: list[int]
+    first: list[str]
 
 
 class Verdict(NamedTuple):
@@ -158,8 +159,8 @@ def _start(code: str, ends: list[int], task: dict[str, Any], stack: ExitStack) -
 
 
 def _watch(judge: Sandbox, solver: Sandbox, deadline: float) -> bytes:
-    """What the judge says, or that there is no time left or that the solver makes too many files or prints too much (what it prints is thrown
-    away)."""
+    """What the judge says, or that there is no time left or that the solver makes too many records of the kernel's or prints too much (what it
+    prints is thrown away)."""
     printed = 0
     judged, said = judge.prints.fileno(), solver.prints.fileno()
     poll = select.poll()
@@ -178,21 +179,20 @@ def _watch(judge: Sandbox, solver: Sandbox, deadline: float) -> bytes:
         elif judged in ready:
             return os.read(judged, 256)
         if time.monotonic() > look:
-            if (_names(solver) or 0) > NAMES:
+            if (_records(solver) or 0) > RECORDS:
                 return b"out of memory"
             look = time.monotonic() + LOOK
     return b"timed out"
 
 
-def _names(sandbox: Sandbox) -> int | None:
-    """How many files, folders and links the empty folder holds; None where the sandbox has not started, has ended or is not to be looked into."""
+def _records(sandbox: Sandbox) -> int | None:
+    """Bytes that the kernel holds for a sandbox's files and page tables; None where it has not started, has ended or is not to be looked into."""
     try:
         if not sandbox.first and (told := re.search(rb'"child-pid": (\d+)', os.read(sandbox.told, 4096))):
-            sandbox.first.append(int(told[1]))
-        held = os.statvfs(f"/proc/{sandbox.first[0]}/root/tmp")
+            sandbox.first.append(told[1].decode())
+        return records_held(sandbox.first[0], "tmp")
     except (OSError, IndexError):
         return None
-    return held.f_files - held.f_ffree
 
 
 @cache
@@ -253,12 +253,12 @@ def _prove_isolation() -> None:
         said = os.read(sandbox.prints.fileno(), 4096).decode(errors="replace").strip()
         if said != "ready":
             raise UserError(f"sandbox: bubblewrap starts no sandbox here ({' '.join(said.split()) or 'it says nothing'}); {INSTALL}")
-        counted = _names(sandbox) is not None
+        counted = _records(sandbox) is not None
     with socket.create_server(("127.0.0.1", 0)) as server:
         test = f"assert reached({server.getsockname()[1]}, {_files().name!r}) == []"
         verdict = _run(Program(inspect.getsource(reached), test, "reached"), 20.0, {"memory": 512 * MEBIBYTE, "processes": 1, "seconds": 20})
     if not verdict.passed or not counted:
-        why = f"the trial {verdict.reason}" if counted else "the files that they make cannot be counted"
+        why = f"the trial {verdict.reason}" if counted else "what the kernel holds for them cannot be counted"
         raise UserError(f"sandbox: bubblewrap does not keep programs in here ({why}); {INSTALL}")
 
 

@@ -129,7 +129,14 @@ UNMAPPED = {
     ),
     "attributes": "open('/tmp/f', 'w').close()\nfor number in range({} * 200): os.setxattr('/tmp/f', f'user.{{number}}', bytes(2 ** 16))",
 }
-EMPTY_FILES = "for number in range({}): os.close(os.open(f'/tmp/{{number}}', os.O_CREAT | os.O_WRONLY))\ntime.sleep(0.5)"
+RECORDS = {
+    "empty_files": "for number in range({}): os.close(os.open(f'/tmp/{{number}}', os.O_CREAT | os.O_WRONLY))\ntime.sleep(0.5)",
+    "page_tables": (
+        "libc = ctypes.CDLL(None, use_errno=True)\nlibc.mmap.restype, libc.mmap.argtypes = ctypes.c_size_t, [ctypes.c_size_t] * 6\n"
+        "for number in range({}): ctypes.string_at(libc.mmap(2 ** 36 + number * 2 ** 30, 4096, 1, 0x22, 2 ** 32 - 1, 0), 1)\ntime.sleep(0.5)"
+    ),
+}
+RECORDS["page_tables_of_a_child"] = f"if os.fork(): time.sleep(1)\nelse:\n{indent(RECORDS['page_tables'], '    ')}\n    os._exit(0)"
 TWO_PROCESSES = (
     "end, other = os.pipe()\ntry:\n    child = os.fork()\n    held = bytearray(b'1') * (80 * 2 ** 20)\n    if child == 0: os.write(other, b'1')\n"
     "finally:\n    if child == 0: os._exit(0)\nos.close(other)\nif not os.read(end, 1): raise MemoryError"
@@ -358,9 +365,10 @@ def test_the_filter_is_what_refuses_memory(case: str, unfiltered: None) -> None:
 
 
 @needs_bubblewrap
-def test_empty_files_are_memory() -> None:
-    assert outcome(attempt(EMPTY_FILES.format(100_000))) == "out of memory"
-    assert verdict(attempt(EMPTY_FILES.format(1_000)), "assert f() == 'reached'").passed
+@cases(RECORDS)
+def test_records_of_the_kernel_are_memory(case: str) -> None:
+    assert outcome(attempt(case.format(60_000)), processes=2) == "out of memory"
+    assert verdict(attempt(case.format(1_000)), "assert f() == 'reached'", processes=2).passed
 
 
 @needs_bubblewrap
