@@ -6,14 +6,14 @@ and writes a random token, made for this run, to a pipe that the solver has neve
 
 Guaranteed: nothing that the solution does in its own process (exits, patches, prints, walks of the stack, hooks) can make up a verdict, since only
 the values it answers reach the tests, rebuilt there from exact built-in types; it sees no file but a Python without packages and an empty folder,
-no network, no environment variable, no key, no process of the host; it makes only the system calls that `confinement` names, the others fail as calls
-that the kernel does not have; what its processes map comes to no more than the limit in all; at the end of the time all it has started is killed.
+no network (not even one of its own), no environment variable, no key, no process of the host; of all system calls only those that `confinement` names
+do anything; what its processes map comes to no more than the limit in all; at the end of the time all it has started is killed.
 Not guaranteed: that a solution does not know the tests' answers, or that a kernel with a hole keeps it in. The tests are trusted. The kernel holds
 more beside the memory limit: the files of the empty folder (`DISK` bytes); the records of these files and the tables of mapped pages (`RECORDS` bytes
 and what is made between two looks, `LOOK` seconds apart; the tables of the first process only where the kernel lists no children); what is under way
-in pipes and pairs of sockets, locks and lists of what is mapped (some tens of MiB). Control groups, which would count these too, are not
-used, since few users may make them. Processes are counted per sandbox from Linux 5.14 on (before: per user). A run that is killed leaves its folder
-until the next run of this user starts.
+in pipes and pairs of sockets, locks and lists of what is mapped (some tens of MiB). Control groups, which would count these too, are not used, since
+few users may make them. Processes are counted per sandbox from Linux 5.14 on (before: per user). A process that is killed leaves its folder of
+temporary files until another one of this user runs programs.
 Arguments are copies, so that a test of a change in place fails. A solution's own objects can be given attributes and handed back to it, no more.
 """
 
