@@ -6,9 +6,14 @@ and writes a random token, made for this run, to a pipe that the solver has neve
 
 Guaranteed: nothing that the solution does in its own process (exits, patches, prints, walks of the stack, hooks) can make up a verdict, since only
 the values it answers reach the tests, rebuilt there from exact built-in types; it sees no file but a Python without packages and an empty folder,
-no network, no environment variable, no process of the host; at the end of the time all it has started is killed.
-Not guaranteed: that a solution does not know the tests' answers, or that a kernel with a hole keeps it in. The tests are trusted. Memory is limited
-per process (System V shared memory beside it is not counted) and processes per sandbox from Linux 5.14 on (before: per user).
+no network (not even one of its own), no environment variable, no key, no process of the host; of all system calls only those that `confinement` names
+do anything; what its processes map comes to no more than the limit in all; at the end of the time all it has started is killed.
+Not guaranteed: that a solution does not know the tests' answers, or that a kernel with a hole keeps it in. The tests are trusted. The kernel holds
+more beside the memory limit: the files of the empty folder (`DISK` bytes); the records of these files and the tables of mapped pages (`RECORDS` bytes
+and what is made between two looks, `LOOK` seconds apart; the tables of the first process only where the kernel lists no children); what is under way
+in pipes and pairs of sockets, locks and lists of what is mapped (some tens of MiB). Control groups, which would count these too, are not used, since
+few users may make them. Processes are counted per sandbox from Linux 5.14 on (before: per user). A process that is killed leaves its folder of
+temporary files until another one of this user runs programs.
 Arguments are copies, so that a test of a change in place fails. A solution's own objects can be given attributes and handed back to it, no more.
 """
 
@@ -35,13 +40,17 @@ from pathlib import Path
 from subprocess import PIPE, STDOUT
 from typing import IO, Any, NamedTuple
 
+from evals.confinement import leave_session_keyring, new_folder, records_held, write_filter
 from proxytune.errors import UserError
 
 MEBIBYTE = 2**20
 OUTPUT = MEBIBYTE  # bytes that a solution may print
 ANSWER = 4 * MEBIBYTE  # characters that one answer may have once written as JSON
 DISK = 16 * MEBIBYTE  # bytes, of the empty folder and of every file
+RECORDS = 32 * MEBIBYTE  # bytes that the kernel may hold for the records of files and the tables of mapped pages
+LOOK = 0.1  # seconds between two looks at these
 NOBODY = 65534  # the user that sandboxes of root run as, for the kernel does not count the processes of root
+FILTERS = ("one process", "several processes")
 PYTHON = ("-I", "-S", "-E")
 REASONS = ("failed", "timed out", "out of memory", "too much output", "forged")
 NOT_STARTED = "the solver has not started"
@@ -62,6 +71,14 @@ class Program(NamedTuple):
     setup: str = ""
 
 
+class Sandbox(NamedTuple):
+    """What a sandbox prints, and where bubblewrap tells which process is its first."""
+
+    prints: IO[bytes]
+    told: int
+    first: list[str]
+
+
 class Verdict(NamedTuple):
     """Whether the tests ran to their end, and 'passed' or one of `REASONS`."""
 
@@ -74,20 +91,21 @@ def run_programs(
     *,
     seconds: float = 10.0,
     memory: int = 512 * MEBIBYTE,
-    processes: int = 2,
+    processes: int = 1,
     progress: Callable[[int], None] = lambda steps: None,
 ) -> list[Verdict]:
     """The verdicts, in the order of `programs`; two run at once on each core.
 
-    A program has `seconds` of wall time, `memory` bytes for each process and `processes` processes or threads at once. Calls `progress(1)` after
-    each. Raises `UserError` where bubblewrap is missing or does not isolate; programs are never run without.
+    A program has `seconds` of wall time, `processes` processes or threads at once (a single process may have a second thread) and `memory` bytes in
+    all, of which each process gets an even share. Its tests have as much. Calls `progress(1)` after each. Raises `UserError` where bubblewrap or
+    libseccomp is missing or does not isolate; programs are never run without.
     """
     if missing := [name for name in ("bwrap", "ldd") if shutil.which(name) is None]:
         raise UserError(f"sandbox: programs run only in bubblewrap's sandboxes, and '{missing[0]}' is not on the PATH; {INSTALL}")
-    _prove_isolation()
     limits = {"memory": memory, "processes": processes, "seconds": int(seconds) + 1}
     verdicts = []
     with ThreadPoolExecutor(2 * len(os.sched_getaffinity(0))) as pool:  # half of them wait for the kernel to set up or take down a sandbox
+        pool.submit(_prove_isolation).result()  # in one of these threads, which give up their keyrings
         for verdict in pool.map(lambda program: _run(program, seconds, limits), programs):
             verdicts.append(verdict)
             progress(1)
@@ -95,6 +113,7 @@ def run_programs(
 
 
 def _run(program: Program, seconds: float, limits: dict[str, int]) -> Verdict:
+    leave_session_keyring()
     token = secrets.token_hex(16)
     deadline = time.monotonic() + seconds
     request, ask = os.pipe()
@@ -116,49 +135,76 @@ def _run(program: Program, seconds: float, limits: dict[str, int]) -> Verdict:
     return Verdict(False, said if said in REASONS else "failed")
 
 
-def _start(code: str, ends: list[int], task: dict[str, Any], stack: ExitStack) -> IO[bytes]:
-    """Starts a sandbox that runs `code`, is told `task`, holds the pipes' `ends` and dies with `stack`; returns what it prints."""
+def _start(code: str, ends: list[int], task: dict[str, Any], stack: ExitStack) -> Sandbox:
+    """Starts a sandbox that runs `code`, is told `task`, holds the pipes' `ends` and dies with `stack`."""
     user: dict[str, Any] = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
-    command = [*_sandbox(), "-c", code]
+    filtered = os.open(os.path.join(_files().name, FILTERS[task.get("processes", 1) > 1]), os.O_RDONLY)
+    told, tell = os.pipe()
+    stack.callback(os.close, told)
+    os.set_blocking(told, False)
+    command = [*_sandbox(filtered, tell), "-c", code]
     try:
-        process = subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=STDOUT, pass_fds=ends, cwd="/", env={}, **user)
+        process = subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=STDOUT, pass_fds=[*ends, filtered, tell], cwd="/", env={}, **user)
     except OSError as error:
         raise UserError(f"sandbox: '{command[0]}' cannot be started ({error}); {INSTALL}") from error
+    finally:
+        os.close(filtered)
+        os.close(tell)
     stack.enter_context(process)
     stack.callback(process.kill)  # and with it, by --die-with-parent, all that runs in its sandbox
     assert process.stdin is not None and process.stdout is not None
     with suppress(BrokenPipeError), process.stdin as stdin:
         stdin.write(json.dumps(task).encode())
-    return process.stdout
+    return Sandbox(process.stdout, told, [])
 
 
-def _watch(judge: IO[bytes], solver: IO[bytes], deadline: float) -> bytes:
-    """What the judge says, or that there is no time left or that the solver prints too much (what it prints is thrown away)."""
+def _watch(judge: Sandbox, solver: Sandbox, deadline: float) -> bytes:
+    """What the judge says, or that there is no time left or that the solver makes too many records of the kernel's or prints too much (what it
+    prints is thrown away)."""
     printed = 0
+    judged, said = judge.prints.fileno(), solver.prints.fileno()
     poll = select.poll()
-    for stream in (judge, solver):
+    for stream in (judged, said):
         poll.register(stream, select.POLLIN)
+    look = time.monotonic() + LOOK
     while (left := deadline - time.monotonic()) > 0:
-        ready = [number for number, _ in poll.poll(1000 * left)]
-        if solver.fileno() in ready:
-            read = len(os.read(solver.fileno(), OUTPUT))
+        ready = [number for number, _ in poll.poll(1000 * min(left, LOOK))]
+        if said in ready:
+            read = len(os.read(said, OUTPUT))
             printed += read
             if printed > OUTPUT:
                 return b"too much output"
             if not read:
-                poll.unregister(solver)
-        elif judge.fileno() in ready:
-            return os.read(judge.fileno(), 256)
+                poll.unregister(said)
+        elif judged in ready:
+            return os.read(judged, 256)
+        if time.monotonic() > look:
+            if (_records(solver) or 0) > RECORDS:
+                return b"out of memory"
+            look = time.monotonic() + LOOK
     return b"timed out"
+
+
+def _records(sandbox: Sandbox) -> int | None:
+    """Bytes that the kernel holds for a sandbox's files and page tables; None where it has not started, has ended or is not to be looked into."""
+    try:
+        if not sandbox.first and (told := re.search(rb'"child-pid": (\d+)', os.read(sandbox.told, 4096))):
+            sandbox.first.append(told[1].decode())
+        return records_held(sandbox.first[0], "tmp")
+    except (OSError, IndexError):
+        return None
 
 
 @cache
 def _files() -> "tempfile.TemporaryDirectory[str]":
-    """A folder with this Python, its standard library and the libraries that they load, for the sandboxes to have as their only files."""
-    folder = tempfile.TemporaryDirectory(prefix="sandbox-")
-    root, base = Path(folder.name), Path(sys.base_prefix)
-    (root / "tmp").mkdir()
-    (root / "lib").mkdir()
+    """A folder with the filters and, in `root`, what the sandboxes have as their only files: this Python, its standard library and the libraries
+    that they load."""
+    folder = new_folder()
+    for several, name in enumerate(FILTERS):
+        write_filter(Path(folder.name, name), bool(several))
+    root, base = Path(folder.name, "root"), Path(sys.base_prefix)
+    for name in ("", "tmp", "lib"):
+        (root / name).mkdir()
     standard = Path(sysconfig.get_path("stdlib", vars={"installed_base": str(base)}))
     copied = root / "python" / standard.relative_to(base)
     shutil.copytree(standard, copied, ignore=LEFT_OUT)
@@ -177,18 +223,20 @@ def _files() -> "tempfile.TemporaryDirectory[str]":
     imports = "from __future__ import annotations\nimport builtins, json, os, resource, sys\nfrom functools import partial"
     constants = f"ANSWER, DISK, NOT_STARTED = {ANSWER}, {DISK}, {NOT_STARTED!r}"
     harness.write_text("\n\n".join([imports, constants, *parts]))
-    for path in (root, *root.rglob("*")):
+    for path in (root.parent, root, *root.rglob("*")):
         path.chmod(0o755)  # the sandboxes' user is another one
     # A first run outside, of our own code only, leaves it and what it imports compiled.
     subprocess.run([python, *PYTHON, "-c", "import harness"], env={"LD_LIBRARY_PATH": str(root / "lib")}, capture_output=True)
     return folder
 
 
-def _sandbox() -> list[str]:
-    """The command that starts a Python in a sandbox, to which Python's arguments are to be added."""
+def _sandbox(filtered: int, tell: int) -> list[str]:
+    """The command that starts a Python in a sandbox, to which Python's arguments are to be added. It is the first process there, since one of
+    bubblewrap's own would have no limits. `filtered` is open on the filter, `tell` is where bubblewrap tells what it has started."""
     isolation = f"--unshare-all --unshare-user --disable-userns --cap-drop ALL --uid {NOBODY} --gid {NOBODY} --hostname sandbox --new-session"
-    files = f"--ro-bind {_files().name} / --size {DISK} --tmpfs /tmp --chdir /tmp --clearenv --setenv LD_LIBRARY_PATH /lib"
-    return [str(shutil.which("bwrap")), *isolation.split(), "--die-with-parent", *files.split(), "/python/bin/python", *PYTHON]
+    confined = f"--as-pid-1 --die-with-parent --seccomp {filtered} --info-fd {tell}"
+    files = f"--ro-bind {_files().name}/root / --size {DISK} --tmpfs /tmp --chdir /tmp --clearenv --setenv LD_LIBRARY_PATH /lib"
+    return [str(shutil.which("bwrap")), *isolation.split(), *confined.split(), *files.split(), "/python/bin/python", *PYTHON]
 
 
 @cache
@@ -201,14 +249,17 @@ def _prove_isolation() -> None:
             f"sandbox: this Python cannot be copied for the sandboxes ({error}); free some space or set TMPDIR to another folder"
         ) from error
     with ExitStack() as stack:
-        said = os.read(_start("print('ready', flush=True)", [], {}, stack).fileno(), 4096).decode(errors="replace").strip()
-    if said != "ready":
-        raise UserError(f"sandbox: bubblewrap starts no sandbox here ({' '.join(said.split()) or 'it says nothing'}); {INSTALL}")
+        sandbox = _start("import time; print('ready', flush=True); time.sleep(9)", [], {}, stack)
+        said = os.read(sandbox.prints.fileno(), 4096).decode(errors="replace").strip()
+        if said != "ready":
+            raise UserError(f"sandbox: bubblewrap starts no sandbox here ({' '.join(said.split()) or 'it says nothing'}); {INSTALL}")
+        counted = _records(sandbox) is not None
     with socket.create_server(("127.0.0.1", 0)) as server:
         test = f"assert reached({server.getsockname()[1]}, {_files().name!r}) == []"
         verdict = _run(Program(inspect.getsource(reached), test, "reached"), 20.0, {"memory": 512 * MEBIBYTE, "processes": 1, "seconds": 20})
-    if not verdict.passed:
-        raise UserError(f"sandbox: bubblewrap does not keep programs in here (the trial {verdict.reason}); {INSTALL}")
+    if not verdict.passed or not counted:
+        why = f"the trial {verdict.reason}" if counted else "what the kernel holds for them cannot be counted"
+        raise UserError(f"sandbox: bubblewrap does not keep programs in here ({why}); {INSTALL}")
 
 
 # What follows runs in the sandboxes, from a file of its own: it may name nothing of the above.
@@ -229,10 +280,13 @@ def reached(port: int, folder: str) -> list[str]:
         if os.fork() == 0:
             os._exit(0)
 
+    def memory() -> None:
+        os.memfd_create("memory")
+
     found = [path for path in (folder, "/proc", "/sys", "/home", "/etc/passwd") if os.path.exists(path)]
     found += os.environ
     found += ["processes"] if os.getpid() > 4 else []
-    for attempt in (network, write, fork):
+    for attempt in (network, write, fork, memory):
         try:
             attempt()
             found.append(attempt.__name__)
@@ -242,9 +296,12 @@ def reached(port: int, folder: str) -> list[str]:
 
 
 def _confine(task: dict[str, Any]) -> None:
-    """Limits this process and all that it will start; the sandbox's own first process counts too. Forgets what variables bubblewrap has set."""
+    """Limits this process, the sandbox's first, and all that it will start. Forgets what variables bubblewrap has set."""
     os.environ.clear()
-    limits = {"AS": task["memory"], "CPU": task["seconds"], "NPROC": task["processes"] + 1, "FSIZE": DISK, "NOFILE": 32, "CORE": 0, "MSGQUEUE": 0}
+    processes = task["processes"]
+    tasks = max(processes, 2) + 1  # one more than promised, since a thread that has ended counts until the kernel has cleared it away
+    share = task["memory"] // (tasks if processes > 1 else 1)  # a single process may start only threads, which have their memory in common
+    limits = {"AS": share, "CPU": task["seconds"], "NPROC": tasks, "FSIZE": DISK, "NOFILE": 32, "CORE": 0, "MSGQUEUE": 0}
     for name, most in limits.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
 
