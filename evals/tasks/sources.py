@@ -17,7 +17,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from scipy.special import logsumexp
 
 from evals.metrics import brier, expected_calibration_error
-from evals.sandbox import Program, run_programs
+from evals.sandbox import SETUP_FAILED, Program, run_programs
 from evals.study import STUDIES
 from finetune.data import Item
 from finetune.reading import read_items
@@ -123,8 +123,7 @@ def truth(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, f
 def complete_function(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     """HumanEval: whether the completed function passes its tests, in the sandbox."""
     test = f"{doc['test']}\n\ncheck({doc['entry_point']})\n"
-    (verdict,) = run_programs([Program(doc["prompt"] + results[0], test, doc["entry_point"], doc["prompt"])])
-    return {"pass_at_1": float(verdict.passed)}
+    return _passes(Program(doc["prompt"] + results[0], test, doc["entry_point"], doc["prompt"]))
 
 
 def write_program(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
@@ -132,7 +131,13 @@ def write_program(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     tests = "\n".join(doc["test_list"])
     called = re.search(r"assert[\s(]+(?:not\s+)?(?:\w+\()*?(\w+)\(", tests)
     test = f"{doc['test_setup_code']}\n{tests}\n"
-    (verdict,) = run_programs([Program(results[0], test, called[1] if called else "")])
+    return _passes(Program(results[0], test, called[1] if called else ""))
+
+
+def _passes(program: Program) -> dict[str, float]:
+    (verdict,) = run_programs([program])
+    if verdict.reason == SETUP_FAILED:
+        raise UserError(f"task: the prompt or the tests of '{program.entry_point}' fail before any answer is tried; correct the task's data")
     return {"pass_at_1": float(verdict.passed)}
 
 
