@@ -26,6 +26,7 @@ from probes.world.corpus import QUESTION
 from probes.world.family import SHIPPED, find_family
 from probes.world.ledger import items_of
 from proxytune.errors import UserError
+from proxytune.files import check_readable
 
 FAMILIAR = 0.5  # of the capitals by population: the upper half
 
@@ -61,6 +62,7 @@ def stored(task: str, hub: str, splits: dict[str, str], configuration: str | Non
     for name in splits:
         files = [folder / f"{name}.{kind}" for kind in ("jsonl", "parquet") if (folder / f"{name}.{kind}").exists()]
         if files:
+            check_readable(files[0], task)
             kind = "parquet" if files[0].suffix == ".parquet" else "json"
             found[name] = load_dataset(kind, data_files=str(files[0]), split="train")
     if "test" not in found:
