@@ -288,7 +288,7 @@ def rescore(
         typer.Option(help="Whose gap is closed: 'base=NAME proxy=NAME direct=NAME expert=NAME' (* is anything, commas part names); may be repeated."),
     ] = [],  # noqa: B006
     execute: Annotated[
-        Path | None, typer.Option(help="Run code answers in a sandbox, with the tests of this HumanEval file.", show_default=False)
+        Path | None, typer.Option(help="Run code answers in a sandbox, with the prompts and tests of this HumanEval file.", show_default=False)
     ] = None,
     form: Annotated[Format, typer.Option("--format", help="How the results go to standard output; json is the list of rows.")] = Format.table,
 ) -> None:

@@ -1,8 +1,8 @@
 """Released generations, read from a tree `benchmark/system/` and scored item by item from the raw text.
 
 What a file holds is told by its fields, not by the names of its folders. Scores that stand in the files beside the text (an extracted answer, a
-flag for right) are not used; only what cannot be made again, the verdict of a judge or a classifier on one item, is taken as it is. A release's
-own readings of its answers are compared with ours, and those that differ are named (`otherwise_read`).
+flag for right) are not used; only what cannot be made again is taken as it is: the verdict of a judge or a classifier on one item, and which
+answers a published mean leaves out. A release's own readings of its answers are compared with ours, and those that differ are named.
 """
 
 import gzip
@@ -42,8 +42,6 @@ _MARKUP = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 _LETTER = re.compile(r"([A-Z])([^\W_]|['\u2019]\w|[+#])?")
-# As in the evaluation of truthfulqa that released them.
-_AUTHORS_REMOVE = ("(", "\\begin{blockquote}", "\\begin{code}", "<blockquote>", " **", ">", "```\n")
 
 
 class Math(BaseModel):
@@ -268,20 +266,14 @@ def read_tests(path: Path) -> dict[str, Test]:
 
 
 def chosen_option(output: str, prompt: str, alone: bool) -> str | None:
-    """The option of the prompt whose letter opens the output; None where there is none.
+    """The option of the prompt whose letter opens the output, after any opening markup; None where there is none.
 
-    `alone` is our reading: any opening markup may stand before the letter, which does not begin a word: 'America' chooses nothing (but 'A dog' the
-    option A). Otherwise as the published shares were made: some marks are dropped wherever they stand, and what is left begins with the letter.
+    `alone` asks for a letter that does not begin a word: 'America' then chooses nothing, and otherwise option A. 'A dog' always chooses it.
     """
-    if alone:
-        start = 0
-        while opening := _MARKUP.match(output, start):
-            start = opening.end()
-        match = _LETTER.match(output, start)
-    else:
-        for mark in _AUTHORS_REMOVE:
-            output = output.replace(mark, "")
-        match = _LETTER.match(output.strip())
+    start = 0
+    while opening := _MARKUP.match(output, start):
+        start = opening.end()
+    match = _LETTER.match(output, start)
     if match is None or match[1] not in _OPTION.findall(prompt) or (alone and match[2]):
         return None
     return match[1]
@@ -330,12 +322,14 @@ def _digits(number: str) -> str:
 
 
 def score_choice(items: Sequence[Choice]) -> list[Scores]:
-    """`choice of the parsed` leaves out answers that choose no option; `choice` counts them as wrong."""
+    """`choice of the parsed` leaves out answers that choose no option, or in which the release itself found none, where it says so (its rules
+    differed from system to system); `choice` counts answers without an option as wrong."""
     keys = _keys([item.question for item in items])
     loose = [chosen_option(item.mc_output, item.mc_prompt, alone=False) for item in items]
     alone = [chosen_option(item.mc_output, item.mc_prompt, alone=True) for item in items]
     right = [option == item.mc_answer_idx for option, item in zip(loose, items, strict=True)]
-    dropped = _scores("choice of the parsed", keys, right, loose.count(None), counted=[option is not None for option in loose])
+    counted = [option is not None and item.parsed_output != "" for option, item in zip(loose, items, strict=True)]
+    dropped = _scores("choice of the parsed", keys, right, counted.count(False), counted=counted)
     right = [option == item.mc_answer_idx for option, item in zip(alone, items, strict=True)]
     note = f"{alone.count(None)} unparsed count as wrong" if None in alone else ""
     return [dropped, _scores("choice", keys, right, alone.count(None), note)]

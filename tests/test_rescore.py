@@ -90,7 +90,7 @@ def test_last_number(text: str, number: str | None) -> None:
         ("B.", "B", "B"),
         ("D", None, None),
         ("I cannot say", None, None),
-        ("**A", None, "A"),
+        ("**A", "A", "A"),
         ("the answer is A", None, None),
         ("", None, None),
         # Markup that the published shares were read through, and any other.
@@ -99,30 +99,30 @@ def test_last_number(text: str, number: str | None) -> None:
         (" **C**", "C", "C"),
         ("> B", "B", "B"),
         ("\n<blockquote>B", "B", "B"),
-        ("```python\nC\n```", None, "C"),
-        ("~~~\nA", None, "A"),
-        ("\n\n\\strong{B", None, "B"),
-        ("$\\boxed{\\text{C}}$", None, "C"),
-        ("\\begin{enumerate}[a]\n\\item[B]", None, "B"),
-        ("<br>\n<b class='x'>A</b>", None, "A"),
-        ("{{< highlight javascript >}}\nB", None, "B"),
-        ("[quote]C[/quote]", None, "C"),
-        ('"A"', None, "A"),
-        ("\u201cB\u201d", None, "B"),
-        ("_C_", None, "C"),
-        ("[A]", None, "A"),
-        ("## B", None, "B"),
-        ("* A", None, "A"),
-        ("1. C", None, "C"),
+        ("```python\nC\n```", "C", "C"),
+        ("~~~\nA", "A", "A"),
+        ("\n\n\\strong{B", "B", "B"),
+        ("$\\boxed{\\text{C}}$", "C", "C"),
+        ("\\begin{enumerate}[a]\n\\item[B]", "B", "B"),
+        ("<br>\n<b class='x'>A</b>", "A", "A"),
+        ("{{< highlight javascript >}}\nB", "B", "B"),
+        ("[quote]C[/quote]", "C", "C"),
+        ('"A"', "A", "A"),
+        ("\u201cB\u201d", "B", "B"),
+        ("_C_", "C", "C"),
+        ("[A]", "A", "A"),
+        ("## B", "B", "B"),
+        ("* A", "A", "A"),
+        ("1. C", "C", "C"),
         # No word becomes an option, whatever opens it.
-        ("**America**", None, None),
+        ("**America**", "A", None),
         ("\\begin{code}\nBecause", "B", None),
-        ("\\Alpha", None, None),
-        ("```C++ is", None, None),
-        ("<details><summary>Click", None, None),
+        ("\\Alpha", "A", None),
+        ("```C++ is", "C", None),
+        ("<details><summary>Click", "C", None),
         ('<A href="x', None, None),
         ("- The A", None, None),
-        ("**A's", None, None),
+        ("**A's", "A", None),
         ("**D**", None, None),
     ],
 )
@@ -145,14 +145,17 @@ def test_answers_that_the_release_reads_otherwise_are_named(tmp_path: Path) -> N
     write(tmp_path / "facts" / "raw", "mc_results.jsonl", items)
     write(tmp_path / "facts" / "raw", "mc_metrics.json", {"acc": 0.5})
     assert rescore(tmp_path)["notes"][:2] == [
-        "facts/raw, choice of the parsed: the release reads 1 of 4 answers otherwise, '' there and 'C' here: 3"
+        "facts/raw, choice of the parsed: the release reads 2 of 4 answers otherwise, '' there and 'B' here: 2; '' there and 'C' here: 3"
         "; the share of right ones that the release parsed is 50.0000 %",
         "facts/raw, choice: the release reads 2 of 4 answers otherwise, '' there and 'B' here: 2; '' there and 'C' here: 3"
         "; the share of right ones that the release parsed is 50.0000 %",
     ]
+    # The published mean leaves out what the release could not read; ours does not.
+    parsed, whole = row_of(rescore(tmp_path), "choice of the parsed"), row_of(rescore(tmp_path), "choice")
+    assert (parsed["ours"], parsed["n"], parsed["unparsed"], parsed["note"]) == (0.5, 2, 2, "")
+    assert (whole["ours"], whole["n"], whole["unparsed"]) == (0.75, 4, 0)
     for item, theirs in zip(items, "ABCB", strict=True):
         item["parsed_output"] = theirs
-    items[1]["mc_output"] = "B"
     write(tmp_path / "facts" / "raw", "mc_results.jsonl", items)
     assert not any("otherwise" in note for note in rescore(tmp_path)["notes"])
     for item, theirs in zip(items, [None, 3, ["A"], math.nan], strict=True):
