@@ -123,19 +123,23 @@ def _run(study: "Study", folder: Path, place: Path, shown: Path, form: Format) -
 
     from evals.compare import run_study
     from evals.figures import draw_figures
-    from evals.items import write_items
+    from evals.items import FILE, write_items
     from evals.progress import Display
     from evals.results import measured_costs, summarize
     from evals.tables import render
+    from proxytune.files import check_writable
 
+    written = (shown / "results.json", shown / "costs.json")
+    for path in (place / "study.json", *written, shown / FILE):
+        check_writable(path, "out")  # before hours of work, not after
     with Display() as display:
         records = run_study(study, folder, place, display)
         shown.mkdir(parents=True, exist_ok=True)
         with display.bar("intervals and figures", None):
             results, measured = summarize(study, records), measured_costs(study, records)
-            files = [shown / "results.json", shown / "costs.json", *draw_figures(study, records, results, shown)]
-            files[0].write_text(render(results, "json") + "\n")
-            files[1].write_text(json.dumps(measured, indent=1) + "\n")
+            files = [*written, *draw_figures(study, records, results, shown)]
+            written[0].write_text(render(results, "json") + "\n")
+            written[1].write_text(json.dumps(measured, indent=1) + "\n")
         print(render(results, form, shutil.get_terminal_size((160, 24)).columns, measured))
         said = any("text" in record.items for record in records)
         if said:
@@ -284,7 +288,7 @@ def rescore(
         typer.Option(help="Whose gap is closed: 'base=NAME proxy=NAME direct=NAME expert=NAME' (* is anything, commas part names); may be repeated."),
     ] = [],  # noqa: B006
     execute: Annotated[
-        Path | None, typer.Option(help="Run code answers in a sandbox, with the tests of this HumanEval file.", show_default=False)
+        Path | None, typer.Option(help="Run code answers in a sandbox, with the prompts and tests of this HumanEval file.", show_default=False)
     ] = None,
     form: Annotated[Format, typer.Option("--format", help="How the results go to standard output; json is the list of rows.")] = Format.table,
 ) -> None:
@@ -303,7 +307,7 @@ def rescore(
         code = None if execute is None else execute_in_sandbox(display)
         results = score(folder, code, display.say, humaneval=execute, roles=[read_roles(text) for text in roles])
     width = shutil.get_terminal_size((160, 24)).columns
-    print(json.dumps(results["rows"], indent=1) if form is Format.json else draw(rescore_tables(results), form, width))
+    print(json.dumps(results["rows"], indent=1, allow_nan=False) if form is Format.json else draw(rescore_tables(results), form, width))
     for note in results["notes"]:
         print(note, file=sys.stderr)
 

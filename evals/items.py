@@ -8,6 +8,7 @@ import pandas as pd
 from evals.records import Record
 from evals.tables import Table
 from proxytune.errors import UserError
+from proxytune.files import check_readable, check_writable
 
 FILE = "items.parquet"
 STATES = ("right", "wrong", "unparsed")
@@ -23,14 +24,17 @@ def all_items(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def write_items(records: Sequence[Record], folder: Path) -> Path:
-    """Puts all items into one Parquet file, whole or not at all."""
+    """Puts all items into one Parquet file, whole or not at all. Raises `UserError` where a link is in its place."""
     partial = folder / f".{FILE}"
+    for path in (folder / FILE, partial):
+        check_writable(path, "out")
     all_items(records).to_parquet(partial, index=False)
     return partial.replace(folder / FILE)
 
 
 def read_items_of(folder: Path) -> pd.DataFrame:
     """The file that `compare` has written. Raises `UserError` where there is none."""
+    check_readable(folder / FILE, "folder")
     try:
         return pd.read_parquet(folder / FILE)
     except (OSError, ValueError) as error:

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from proxytune.errors import UserError
+from proxytune.files import check_writable
 
 PROVENANCE = b"proxytune"
 
@@ -32,11 +33,13 @@ class Record:
 
 
 def write_record(folder: Path, key: str, items: pd.DataFrame, provenance: dict[str, Any]) -> None:
-    """Writes `items` (one row an item) and its provenance. Raises `UserError` where the folder cannot be written."""
+    """Writes `items` (one row an item) and its provenance. Raises `UserError` where the folder cannot be written or a link is in the way."""
     table = pa.Table.from_pandas(items, preserve_index=False)
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), PROVENANCE: json.dumps(provenance, sort_keys=True).encode()})
     target = _path(folder, key)
     partial = target.with_suffix(f".{os.getpid()}.partial")
+    for path in (target, partial):
+        check_writable(path, "out")
     try:
         pq.write_table(table, partial, write_page_checksum=True)
         partial.replace(target)

@@ -1,12 +1,14 @@
 """Released generations, read from a tree `benchmark/system/` and scored item by item from the raw text.
 
 What a file holds is told by its fields, not by the names of its folders. Scores that stand in the files beside the text (an extracted answer, a
-flag for right) are not used; only what cannot be made again, the verdict of a judge or a classifier on one item, is taken as it is.
+flag for right) are not used; only what cannot be made again is taken as it is: the verdict of a judge or a classifier on one item, and which
+answers a published mean leaves out. A release's own readings of its answers are compared with ours, and those that differ are named.
 """
 
 import gzip
 import json
 import re
+import sys
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,9 +24,24 @@ from evals.metrics import pass_at_k
 from evals.sandbox import Program
 from probes.readouts import last_number
 from proxytune.errors import UserError
+from proxytune.files import check_readable
 
 _OPTION = re.compile(r"^([A-Z])\. ", re.MULTILINE)
-_CHOSEN = re.compile(r"(?:\\begin\{blockquote\})?\s*\(?([A-Z])(\w?)")
+# What may stand before the letter of an option. Lengths are bounded, so that no output takes long.
+_MARKUP = re.compile(
+    r"""
+    \s+
+    | \\(?:begin|end)\{[^{}]{0,200}\}(?:\[[^\]]{0,200}\])?      # LaTeX environments
+    | \\[a-zA-Z]+\*?(?=[\s{(\[$])                               # LaTeX commands; their arguments are read
+    | </?[a-zA-Z][^<>]{0,200}> | <!--.{0,200}?-->             # tags and comments of HTML
+    | \{\{?[<%].{0,200}?[%>]\}?\} | \[/?[a-z]{1,20}\]          # short codes of site generators and forums
+    | (?:`{3,}|~{3,})(?:[\w+.\#-]{0,30}[a-z][\w+.\#-]{0,30}(?=\s))?  # code fences, with a language
+    | \d{1,3}[.)](?=\s)                                         # numbered lists
+    | (?!<[a-zA-Z/])[^\w\s] | _                                 # emphasis, headings, quotations, brackets, bullets
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+_LETTER = re.compile(r"([A-Z])([^\W_]|['\u2019]\w|[+#])?")
 
 
 class Math(BaseModel):
@@ -41,18 +58,26 @@ class Math(BaseModel):
 
 
 class Choice(BaseModel):
+    """`parsed_output` is how the release itself reads the output ('' where it finds no option), if it says."""
+
     question: str = Field(alias="Question")
     mc_prompt: str
     mc_answer_idx: str
     mc_output: str
+    parsed_output: Any = None
 
 
 class Judged(BaseModel):
     """Probabilities that two judges gave to `true` and `informative`; none where a judge was not asked."""
 
     question: str = Field(alias="Question")
-    true: float | None = Field(alias="GPT-true")
-    informative: float | None = Field(alias="GPT-info")
+    true: float | None = Field(alias="GPT-true", ge=0, le=1)
+    informative: float | None = Field(alias="GPT-info", ge=0, le=1)
+
+    @field_validator("true", "informative", mode="before")
+    @classmethod
+    def _not_a_number_is_none(cls, value: Any) -> Any:
+        return None if isinstance(value, float) and isnan(value) else value
 
 
 class Toxicity(BaseModel):
@@ -75,11 +100,12 @@ class Sample(BaseModel):
 
 
 class Test(BaseModel):
-    """What a completion is tried with: `test` defines `check`, which takes the function named `entry_point`."""
+    """What a completion of `prompt` is tried with: `test` defines `check`, which takes the function named `entry_point`."""
 
     __test__ = False
 
     task_id: str
+    prompt: str
     test: str
     entry_point: str
 
@@ -124,14 +150,17 @@ class Scores(NamedTuple):
 def read_tree(folder: Path) -> tuple[list[Source], list[str]]:
     """Every system on every benchmark below the folder, sorted by name, and a line about each file or system that has nothing to score.
 
-    Raises `UserError` where there is no such folder, or a file is not what its name says (file, line and field are named).
+    Raises `UserError` where there is no such folder, a link leads out of it, or a file is not what its name says (file, line and field are named).
     """
     if not folder.is_dir():
         raise UserError(f"results: '{folder}' is no folder; give the folder that holds benchmark/system/predictions.jsonl")
     sources: list[Source] = []
     notes: list[str] = []
-    for benchmark in _folders(folder):
-        systems = _folders(benchmark)
+    for benchmark in _folders(folder, folder):
+        systems = _folders(benchmark, folder)
+        for system in systems:
+            for name in {name for kind in KINDS.values() for name in (kind.items, kind.metrics)}:
+                check_readable(system / name, "results", within=folder)
         found = [source for system in systems for source in _with_items(system, notes)]
         for system in systems:
             # What a metrics file without items measures is known only from the benchmark's other systems.
@@ -149,8 +178,11 @@ def read_tree(folder: Path) -> tuple[list[Source], list[str]]:
     return sources, notes
 
 
-def _folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+def _folders(folder: Path, root: Path) -> list[Path]:
+    found = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    for path in found:
+        check_readable(path, "results", within=root)
+    return found
 
 
 def _with_items(system: Path, notes: list[str]) -> list[Source]:
@@ -169,14 +201,16 @@ def _with_items(system: Path, notes: list[str]) -> list[Source]:
 
 
 def _fields(model: type[BaseModel]) -> set[str]:
-    return {field.alias or name for name, field in model.model_fields.items()}
+    return {field.alias or name for name, field in model.model_fields.items() if field.is_required()}
 
 
 def _published(path: Path) -> dict[str, float]:
     if not path.is_file():
         return {}
     entry = _parsed(_content(path), path)
-    return {key: float(value) for key, value in entry.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+    numbers = {key: value for key, value in entry.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+    # Means over nothing are written as NaN: nothing was published. A number beyond all floats is no share either.
+    return {key: float(value) for key, value in numbers.items() if abs(value) <= sys.float_info.max}
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -208,7 +242,7 @@ def _parsed(text: bytes, path: Path, line: int = 1, kind: type = dict) -> Any:
     except json.JSONDecodeError as error:
         where = f"{path}:{line + error.lineno - 1}"
         raise UserError(f"{where}: is not JSON ({error.msg} at column {error.colno}); download the file again or remove it") from error
-    except (UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # other bytes than UTF-8, numbers of thousands of digits
         raise UserError(f"{path}:{line}: is not JSON ({type(error).__name__}); download the file again or remove it") from error
     if not isinstance(entry, kind):
         raise UserError(f"{path}:{line}: needs a JSON {'object' if kind is dict else 'array'}, not {type(entry).__name__}; download the file again")
@@ -226,19 +260,44 @@ def _validated(model: type[BaseModel], entry: Any, place: str) -> Any:
 
 
 def read_tests(path: Path) -> dict[str, Test]:
-    """The tests of code problems by task_id, from JSONL (or .jsonl.gz) with task_id, test and entry_point. Raises `UserError`."""
+    """The tests of code problems by task_id, from JSONL (or .jsonl.gz) with task_id, prompt, test and entry_point. Raises `UserError`."""
+    check_readable(path, "humaneval")
     return {test.task_id: test for test in (_validated(Test, entry, place) for place, entry in _lines(path))}
 
 
 def chosen_option(output: str, prompt: str, alone: bool) -> str | None:
-    """The option of the prompt whose letter opens the output, after a quotation's start and a bracket; None where there is none.
+    """The option of the prompt whose letter opens the output, after any opening markup; None where there is none.
 
-    `alone` asks for a letter that does not begin a word: 'America' then chooses nothing, and otherwise option A.
+    `alone` asks for a letter that does not begin a word: 'America' then chooses nothing, and otherwise option A. 'A dog' always chooses it.
     """
-    match = _CHOSEN.match(output.strip())
+    start = 0
+    while opening := _MARKUP.match(output, start):
+        start = opening.end()
+    match = _LETTER.match(output, start)
     if match is None or match[1] not in _OPTION.findall(prompt) or (alone and match[2]):
         return None
     return match[1]
+
+
+def otherwise_read(source: Source) -> list[str]:
+    """A line for each reading of choices by which an answer's option is not the one that the release itself read; names the items, counted from 1."""
+    if source.kind != "choice":
+        return []
+    read = {place: item for place, item in enumerate(source.items, 1) if isinstance(item.parsed_output, str)}
+    lines = []
+    for metric, alone in (("choice of the parsed", False), ("choice", True)):
+        places: defaultdict[str, list[int]] = defaultdict(list)
+        for place, item in read.items():
+            option = chosen_option(item.mc_output, item.mc_prompt, alone) or ""
+            if item.parsed_output != option:
+                places[f"{item.parsed_output[:20]!r} there and {option!r} here"].append(place)
+        if places:
+            named = "; ".join(f"{how}: {', '.join(map(str, where))}" for how, where in places.items())
+            right = [item.parsed_output == item.mc_answer_idx for item in read.values() if item.parsed_output]
+            share = f"; the share of right ones that the release parsed is {100 * sum(right) / len(right):.4f} %" if right else ""
+            count = sum(map(len, places.values()))
+            lines.append(f"{source.benchmark}/{source.system}, {metric}: the release reads {count} of {len(read)} answers otherwise, {named}{share}")
+    return lines
 
 
 def score_math(items: Sequence[Math]) -> list[Scores]:
@@ -263,12 +322,14 @@ def _digits(number: str) -> str:
 
 
 def score_choice(items: Sequence[Choice]) -> list[Scores]:
-    """`choice of the parsed` leaves out answers that choose no option; `choice` counts them as wrong."""
+    """`choice of the parsed` leaves out answers that choose no option, or in which the release itself found none, where it says so (its rules
+    differed from system to system); `choice` counts answers without an option as wrong."""
     keys = _keys([item.question for item in items])
     loose = [chosen_option(item.mc_output, item.mc_prompt, alone=False) for item in items]
     alone = [chosen_option(item.mc_output, item.mc_prompt, alone=True) for item in items]
     right = [option == item.mc_answer_idx for option, item in zip(loose, items, strict=True)]
-    dropped = _scores("choice of the parsed", keys, right, loose.count(None), counted=[option is not None for option in loose])
+    counted = [option is not None and item.parsed_output != "" for option, item in zip(loose, items, strict=True)]
+    dropped = _scores("choice of the parsed", keys, right, counted.count(False), counted=counted)
     right = [option == item.mc_answer_idx for option, item in zip(alone, items, strict=True)]
     note = f"{alone.count(None)} unparsed count as wrong" if None in alone else ""
     return [dropped, _scores("choice", keys, right, alone.count(None), note)]
@@ -320,15 +381,25 @@ def score_preference(items: Sequence[Preference]) -> list[Scores]:
     return [_scores("win rate", _keys([item.instruction for item in items]), right, counted.count(False), counted=counted)]
 
 
-def programs_of(items: Sequence[Sample], tests: Mapping[str, Test]) -> list[Program]:
-    """One program a sample: its tests reach their end where the sample passes. Raises `UserError` where a task has no test."""
-    missing = sorted({item.task_id for item in items} - tests.keys())
+def programs_of(source: Source, tests: Mapping[str, Test]) -> list[Program]:
+    """One program a sample: its tests reach their end where the sample passes.
+
+    Prompt and tests are the benchmark's, for they run beside the verdict. Raises `UserError` where a task has no test, or a released prompt is
+    another than the benchmark's.
+    """
+    missing = sorted({item.task_id for item in source.items} - tests.keys())
     if missing:
         raise UserError(f"humaneval: no test for task '{missing[0]}' ({len(missing)} tasks lack one); give the file with all the tasks")
-    found = [(item, tests[item.task_id]) for item in items]
-    return [
-        Program(item.prompt + item.completion, f"{test.test}\n\ncheck({test.entry_point})\n", test.entry_point, item.prompt) for item, test in found
-    ]
+    programs = []
+    for item in source.items:
+        test = tests[item.task_id]
+        if item.prompt != test.prompt:
+            raise UserError(
+                f"{source.benchmark}/{source.system}: prompt: that of task '{item.task_id}' is not the benchmark's; "
+                "give the benchmark's file that these answers were made with, or leave the system out"
+            )
+        programs.append(Program(test.prompt + item.completion, f"{test.test}\n\ncheck({test.entry_point})\n", test.entry_point, test.prompt))
+    return programs
 
 
 def score_code(items: Sequence[Sample], verdicts: Sequence[bool], ks: Sequence[int]) -> list[Scores]:

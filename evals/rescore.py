@@ -7,6 +7,7 @@ reproduced to all digits) and `ours` (unparsed answers are wrong, numbers are co
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import combinations, product
+from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +16,8 @@ import pandas as pd
 
 from evals.metrics import holm, mcnemar
 from evals.progress import Display
-from evals.released import SCORERS, Scores, Source, Test, programs_of, read_tests, read_tree, score_code
-from evals.sandbox import Program, run_programs
+from evals.released import SCORERS, Scores, Source, Test, otherwise_read, programs_of, read_tests, read_tree, score_code
+from evals.sandbox import SETUP_FAILED, Program, run_programs
 from evals.statistics import Estimate, bootstrap_means, gap_closed, interval
 from evals.tables import Table
 from proxytune.errors import UserError
@@ -70,14 +71,15 @@ def rescore(
     humaneval: Path | None = None,
     roles: Mapping[str, str] | Sequence[Mapping[str, str]] = (),
 ) -> dict[str, Any]:
-    """The results: `rows`, `gap_closed`, `gap_summary`, `mcnemar`, `notes` (a line each on what was left out).
+    """The results: `rows`, `gap_closed`, `gap_summary`, `mcnemar`, `notes` (a line each on what was left out or is read otherwise).
 
     A row is benchmark, system, metric, ours, published, difference, n (items in the mean), unparsed, low, high, note; `ours` is None where there is
-    nothing to score. Code is executed only by `code`, from programs to verdicts in their order, with the tests that `humaneval` holds (JSONL
-    with task_id, test, entry_point). `roles` gives each of base, proxy, direct and expert a pattern of system names (`*` is anything, a comma parts
-    alternatives); every triple of base, proxy or expert, and direct that matches on one benchmark has its gap closed. Several mappings are taken
-    apart. Without roles there is no gap, and the exact tests are between all systems. Calls `progress` with a line for each system.
-    Raises `UserError` where a file is malformed, a role is unknown or a pattern matches no system.
+    nothing to score. Code is executed only by `code`, from programs to verdicts in their order, with the prompts and tests of `humaneval` (JSONL
+    with task_id, prompt, test, entry_point). `roles` gives each of base, proxy, direct and expert a pattern of system names (`*` is anything, a
+    comma parts alternatives); every triple of base, proxy or expert, and direct that matches on one benchmark has its gap closed. Several mappings
+    are taken apart. Without roles there is no gap, and the exact tests are between all systems. Calls `progress` with a line for each system.
+    Raises `UserError` where a file is malformed, no file or a link out of the folder, where a released prompt is not the benchmark's, a role is
+    unknown or a pattern matches no system.
     """
     sources, notes = read_tree(folder)
     mappings = [mapping for mapping in ([roles] if isinstance(roles, Mapping) else roles) if mapping]
@@ -87,6 +89,7 @@ def rescore(
     for source in sources:
         progress(f"{source.benchmark}/{source.system}")
         scored += _scored(source, code, tests)
+        notes += otherwise_read(source)
     results: dict[str, Any] = {"rows": [_row(entry) for entry in scored], "gap_closed": [], "gap_summary": [], "mcnemar": [], "notes": notes}
     if not mappings:
         notes.append("no roles were given: no gap closed, and exact tests between all systems")
@@ -98,11 +101,20 @@ def rescore(
 
 
 def execute_in_sandbox(display: Display) -> CodeRunner:
-    """A runner for `rescore` that isolates every program (see `sandbox`) and shows how far it is."""
+    """A runner for `rescore` that isolates every program (see `sandbox`) and shows how far it is.
+
+    It raises `UserError` where what is not the answer's (its prompt, its tests) fails by itself: that is no wrong answer.
+    """
 
     def run(programs: Sequence[Program]) -> list[bool]:
         with display.bar("running code answers", len(programs)) as progress:
-            return [verdict.passed for verdict in run_programs(programs, progress=progress)]
+            verdicts = run_programs(programs, progress=progress)
+        for program, verdict in zip(programs, verdicts, strict=True):
+            if verdict.reason == SETUP_FAILED:
+                raise UserError(
+                    f"code: the benchmark's prompt or tests of '{program.entry_point}' fail before any answer is tried; correct the file of tests"
+                )
+        return [verdict.passed for verdict in verdicts]
 
     return run
 
@@ -144,7 +156,7 @@ def _scored(source: Source, code: CodeRunner | None, tests: Mapping[str, Test] |
     ks = sorted({1, *ks})
     if code is None or tests is None:
         return [_beside(source, f"pass@{k}", None, "not executed" if code is None else "not executed: no tests were given") for k in ks]
-    programs = programs_of(source.items, tests)
+    programs = programs_of(source, tests)
     different = list(dict.fromkeys(programs))
     verdicts = code(different)
     if len(verdicts) != len(different):
@@ -173,7 +185,7 @@ def _row(entry: Scored) -> dict[str, Any]:
     if not row["n"]:
         return row | {"note": "no item could be scored"}
     estimate = _estimate([entry.scores])
-    share = interval(estimate.value[0], estimate.draws[0])
+    share = interval(estimate.value[0], estimate.draws[0], (0.0, 1.0))
     row |= {"ours": share.value, "low": round(share.low, 6), "high": round(share.high, 6)}
     if entry.published is not None:
         row["difference"] = share.value - entry.published
@@ -183,13 +195,14 @@ def _row(entry: Scored) -> dict[str, Any]:
 
 
 def _estimate(scores: Sequence[Scores]) -> Estimate:
-    """Means over the counted items of metrics that have the same items, resampled together."""
-    both = bootstrap_means([np.stack([entry.right for entry in scores] + [entry.counted for entry in scores])])
-    right, counted = np.split(both.draws, 2)
-    value = np.divide(*np.split(both.value, 2))
-    # A draw that holds no counted item says nothing of the mean.
-    draws = np.divide(right, counted, out=np.repeat(value[:, None], right.shape[1], axis=1), where=counted > 0)
-    return Estimate(value, draws)
+    """Means over the counted items of metrics that have the same items, resampled together as in compare.
+
+    Every mean is over its own counted items. What is resampled are the items that all of the metrics count, at least one.
+    """
+    both = np.all([entry.counted > 0 for entry in scores], axis=0)
+    common = bootstrap_means([np.stack([entry.right[both] for entry in scores])], shares=True)
+    value = np.array([entry.right.mean() / entry.counted.mean() for entry in scores])
+    return Estimate(value, common.draws + (value - common.value)[:, None])
 
 
 def _paired(scores: Sequence[Scores]) -> list[Scores]:
@@ -232,13 +245,14 @@ def _roles_named(mapping: Mapping[str, str]) -> str:
 def _gap(base: Scored, arm: Scored, direct: Scored) -> dict[str, Any]:
     row: dict[str, Any] = {"value": None, "low": None, "high": None, "capped": None, "published": None, "n": 0, "within_noise": False, "note": ""}
     if base.published is not None and arm.published is not None and direct.published is not None and direct.published != base.published:
-        row["published"] = (arm.published - base.published) / (direct.published - base.published)
+        published = (arm.published - base.published) / (direct.published - base.published)
+        row["published"] = published if isfinite(published) else None
     scores = [entry.scores for entry in (base, arm, direct) if entry.scores is not None]
     if len(scores) < 3:
         return row | {"note": "not every arm has items"}
     paired = _paired(scores)
     row["n"] = len(paired[0].keys)
-    if any(not entry.counted.any() for entry in paired):
+    if not np.all([entry.counted > 0 for entry in paired], axis=0).any():
         return row | {"note": "no item in common could be scored"}
     if row["n"] < max(len(entry.keys) for entry in scores):
         row["note"] = f"on the {row['n']} items in common"
@@ -310,7 +324,9 @@ def rescore_tables(results: Mapping[str, Any]) -> list[Table]:
     if results["mcnemar"]:
         tables.append(_test_table(results["mcnemar"]))
     if results["notes"]:
-        tables.append(Table("Left out", pd.DataFrame({"what": list(results["notes"])}), "Lines on what the tree did not allow."))
+        tables.append(
+            Table("Notes", pd.DataFrame({"what": list(results["notes"])}), "What was left out, and answers that the release reads otherwise.")
+        )
     return tables
 
 

@@ -52,7 +52,8 @@ LOOK = 0.1  # seconds between two looks at these
 NOBODY = 65534  # the user that sandboxes of root run as, for the kernel does not count the processes of root
 FILTERS = ("one process", "several processes")
 PYTHON = ("-I", "-S", "-E")
-REASONS = ("failed", "timed out", "out of memory", "too much output", "forged")
+SETUP_FAILED = "setup failed"
+REASONS = ("failed", "timed out", "out of memory", "too much output", "forged", SETUP_FAILED)
 NOT_STARTED = "the solver has not started"
 LEFT_OUT = shutil.ignore_patterns("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "tkinter", "config-*", "*.a")
 INSTALL = (
@@ -80,7 +81,8 @@ class Sandbox(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Whether the tests ran to their end, and 'passed' or one of `REASONS`."""
+    """Whether the tests ran to their end, and 'passed' or one of `REASONS`. `SETUP_FAILED` is no fault of the solution's: the trusted setup
+    fails by itself, or the tests do not compile."""
 
     passed: bool
     reason: str
@@ -221,7 +223,7 @@ def _files() -> "tempfile.TemporaryDirectory[str]":
     harness = copied / "harness.py"
     parts = [inspect.getsource(part) for part in (_confine, encode, decode, Remote, solve, judge)]
     imports = "from __future__ import annotations\nimport builtins, json, os, resource, sys\nfrom functools import partial"
-    constants = f"ANSWER, DISK, NOT_STARTED = {ANSWER}, {DISK}, {NOT_STARTED!r}"
+    constants = f"ANSWER, DISK, NOT_STARTED, SETUP_FAILED = {ANSWER}, {DISK}, {NOT_STARTED!r}, {SETUP_FAILED!r}"
     harness.write_text("\n\n".join([imports, constants, *parts]))
     for path in (root.parent, root, *root.rglob("*")):
         path.chmod(0o755)  # the sandboxes' user is another one
@@ -442,11 +444,15 @@ def judge(ask: int, reply: int) -> None:
     try:
         if not replies.readline():
             end(NOT_STARTED)
+        try:
+            exec(task["setup"], scope)
+            test = compile(task["test"], "test", "exec")
+        except BaseException:
+            end(SETUP_FAILED)
         defined = receive()
-        exec(task["setup"], scope)
         scope |= {name: stub(name) for name in defined if name not in scope and not hasattr(builtins, name)}
         scope[task["entry_point"]] = stub(task["entry_point"])
-        exec(task["test"], scope)
+        exec(test, scope)
     except MemoryError:
         end("out of memory")
     except BaseException:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 from finetune.data import check_prompt
 from finetune.recipe import EarlyStopping, Tuning
 from proxytune.errors import UserError
+from proxytune.files import check_readable
 
 STUDIES = Path(__file__).parent / "studies"
 MeasureName = Literal["task", "knowledge", "forgetting", "density", "drift", "lens", "restoration", "recoverability"]
@@ -246,6 +247,7 @@ def load_study(path: Path | None) -> tuple[Study, Path]:
     Raises `UserError` with the field, the rule and the value for a file that is missing, is not YAML or breaks a rule.
     """
     path = path or STUDIES / "world.yaml"
+    check_readable(path, "study")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

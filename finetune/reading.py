@@ -17,6 +17,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from finetune.data import Item, Turn
 from proxytune.errors import UserError
+from proxytune.files import check_readable
 
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.+-]+){0,2}")
 FILE_ENDINGS = (".jsonl", ".json", ".parquet")
@@ -77,6 +78,7 @@ def _rows(source: str | Path, field: str) -> list[tuple[str, Row]]:
         if HUB_NAME.fullmatch(str(source)) and path.suffix not in FILE_ENDINGS:
             return _hub_rows(str(source), field)
         raise UserError(f"{field}: there is no file '{source}'; paths count from the study file's folder")
+    check_readable(path, field)
     if path.suffix == ".parquet":
         try:
             # Streaming neither copies the file into a cache nor draws a progress bar.

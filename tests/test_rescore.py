@@ -1,17 +1,21 @@
 import gzip
 import json
 import math
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import beta
 
+from evals.progress import Display
 from evals.released import chosen_option, read_tree
-from evals.rescore import read_roles, rescore, rescore_tables
+from evals.rescore import execute_in_sandbox, read_roles, rescore, rescore_tables
 from evals.sandbox import Program
 from evals.statistics import bootstrap_means, gap_closed
 from evals.tables import draw
@@ -86,14 +90,78 @@ def test_last_number(text: str, number: str | None) -> None:
         ("B.", "B", "B"),
         ("D", None, None),
         ("I cannot say", None, None),
-        ("**A", None, None),
+        ("**A", "A", "A"),
         ("the answer is A", None, None),
         ("", None, None),
+        # Markup that the published shares were read through, and any other.
+        ("\n\n\\begin{code}\nA", "A", "A"),
+        ("```\nB\n```", "B", "B"),
+        (" **C**", "C", "C"),
+        ("> B", "B", "B"),
+        ("\n<blockquote>B", "B", "B"),
+        ("```python\nC\n```", "C", "C"),
+        ("~~~\nA", "A", "A"),
+        ("\n\n\\strong{B", "B", "B"),
+        ("$\\boxed{\\text{C}}$", "C", "C"),
+        ("\\begin{enumerate}[a]\n\\item[B]", "B", "B"),
+        ("<br>\n<b class='x'>A</b>", "A", "A"),
+        ("{{< highlight javascript >}}\nB", "B", "B"),
+        ("[quote]C[/quote]", "C", "C"),
+        ('"A"', "A", "A"),
+        ("\u201cB\u201d", "B", "B"),
+        ("_C_", "C", "C"),
+        ("[A]", "A", "A"),
+        ("## B", "B", "B"),
+        ("* A", "A", "A"),
+        ("1. C", "C", "C"),
+        # No word becomes an option, whatever opens it.
+        ("**America**", "A", None),
+        ("\\begin{code}\nBecause", "B", None),
+        ("\\Alpha", "A", None),
+        ("```C++ is", "C", None),
+        ("<details><summary>Click", "C", None),
+        ('<A href="x', None, None),
+        ("- The A", None, None),
+        ("**A's", "A", None),
+        ("**D**", None, None),
     ],
 )
 def test_chosen_option(output: str, loose: str | None, alone: str | None) -> None:
     assert chosen_option(output, PROMPT, alone=False) == loose
     assert chosen_option(output, PROMPT, alone=True) == alone
+
+
+@pytest.mark.parametrize("piece", ["<!--", "{{<", "\\begin{", "```", "**", " _", "<a ", "[quote"])
+def test_no_output_takes_long_to_read(piece: str) -> None:
+    start = time.perf_counter()
+    assert chosen_option(piece * 20_000, PROMPT, alone=True) is None
+    assert time.perf_counter() - start < 5
+
+
+def test_answers_that_the_release_reads_otherwise_are_named(tmp_path: Path) -> None:
+    items = [
+        item | {"parsed_output": theirs} for item, theirs in zip(choice_items(["A", "**B", "> C", "B"], "ABCA"), ["A", "", "", "B"], strict=True)
+    ]
+    write(tmp_path / "facts" / "raw", "mc_results.jsonl", items)
+    write(tmp_path / "facts" / "raw", "mc_metrics.json", {"acc": 0.5})
+    assert rescore(tmp_path)["notes"][:2] == [
+        "facts/raw, choice of the parsed: the release reads 2 of 4 answers otherwise, '' there and 'B' here: 2; '' there and 'C' here: 3"
+        "; the share of right ones that the release parsed is 50.0000 %",
+        "facts/raw, choice: the release reads 2 of 4 answers otherwise, '' there and 'B' here: 2; '' there and 'C' here: 3"
+        "; the share of right ones that the release parsed is 50.0000 %",
+    ]
+    # The published mean leaves out what the release could not read; ours does not.
+    parsed, whole = row_of(rescore(tmp_path), "choice of the parsed"), row_of(rescore(tmp_path), "choice")
+    assert (parsed["ours"], parsed["n"], parsed["unparsed"], parsed["note"]) == (0.5, 2, 2, "")
+    assert (whole["ours"], whole["n"], whole["unparsed"]) == (0.75, 4, 0)
+    for item, theirs in zip(items, "ABCB", strict=True):
+        item["parsed_output"] = theirs
+    write(tmp_path / "facts" / "raw", "mc_results.jsonl", items)
+    assert not any("otherwise" in note for note in rescore(tmp_path)["notes"])
+    for item, theirs in zip(items, [None, 3, ["A"], math.nan], strict=True):
+        item["parsed_output"] = theirs
+    write(tmp_path / "facts" / "raw", "mc_results.jsonl", items)
+    assert not any("otherwise" in note for note in rescore(tmp_path)["notes"])
 
 
 # Metrics known by hand
@@ -187,7 +255,7 @@ def code_tree(root: Path) -> Path:
     write(root / "programs" / "raw", "predictions.jsonl", items)
     write(root / "programs" / "raw", "metrics.json", {"pass@2": 0.5})
     lines = [
-        json.dumps({"task_id": task, "test": f"def check(f):\n    assert f() == {value}\n", "entry_point": "f"})
+        json.dumps({"task_id": task, "prompt": "def f():\n", "test": f"def check(f):\n    assert f() == {value}\n", "entry_point": "f"})
         for task, value in {"t/0": 1, "t/1": 2}.items()
     ]
     path = root.parent / "tests.jsonl.gz"
@@ -223,12 +291,55 @@ def test_code_errors(tmp_path: Path) -> None:
     tests = code_tree(tmp_path / "tree")
     with pytest.raises(UserError, match="3 verdicts on 4 programs"):
         rescore(tmp_path / "tree", lambda programs: [True] * 3, humaneval=tests)
-    tests.write_bytes(gzip.compress(json.dumps({"task_id": "t/0", "test": "", "entry_point": "f"}).encode()))
+    tests.write_bytes(gzip.compress(json.dumps({"task_id": "t/0", "prompt": "", "test": "", "entry_point": "f"}).encode()))
     with pytest.raises(UserError, match="no test for task 't/1'"):
         rescore(tmp_path / "tree", lambda programs: [True] * len(programs), humaneval=tests)
     tests.write_bytes(b"no gzip")
     with pytest.raises(UserError, match="cannot be read"):
         rescore(tmp_path / "tree", lambda programs: [True] * len(programs), humaneval=tests)
+
+
+def test_the_prompt_is_the_benchmarks_own(tmp_path: Path) -> None:
+    """A released prompt runs nowhere: on the tests' side it could redefine what they compare with."""
+    tests = code_tree(tmp_path / "tree")
+    path = tmp_path / "tree" / "programs" / "raw" / "predictions.jsonl"
+    released = path.read_text()
+    path.write_text(released.replace("def f():\\n", "class Equal:\\n    pass\\ndef f():\\n"))
+    with pytest.raises(UserError, match=r"^programs/raw: prompt: that of task 't/0' is not the benchmark's; give the benchmark's file"):
+        rescore(tmp_path / "tree", lambda programs: [True] * len(programs), humaneval=tests)
+    path.write_text(released)
+    seen: list[Program] = []
+
+    def run(programs: Sequence[Program]) -> list[bool]:
+        seen.extend(programs)
+        return [True] * len(programs)
+
+    assert row_of(rescore(tmp_path / "tree", run, humaneval=tests), "pass@1")["ours"] == 1
+    assert {program.setup for program in seen} == {"def f():\n"}
+
+
+def code_pair(root: Path, prompt: str, test: str) -> Path:
+    """A right and a wrong answer to one task; what is given is the benchmark's."""
+    items = [{"task_id": "t/0", "prompt": prompt, "completion": f"    return {value}"} for value in (1, 2)]
+    write(root / "tree" / "programs" / "raw", "predictions.jsonl", items)
+    write(root, "tests.jsonl", [{"task_id": "t/0", "prompt": prompt, "test": test, "entry_point": "f"}])
+    return root / "tests.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "test"),
+    [
+        ("import nothing_such\n\ndef f():\n    'One.'\n", "def check(f):\n    assert f() == 1\n"),
+        ("def f(:\n", "def check(f):\n    assert f() == 1\n"),
+        ("def f():\n    'One.'\n", "def check(f:\n"),
+    ],
+)
+def test_a_benchmark_that_fails_by_itself_is_no_failed_answer(tmp_path: Path, prompt: str, test: str) -> None:
+    run = execute_in_sandbox(Display())
+    with pytest.raises(UserError, match="the benchmark's prompt or tests of 'f' fail before any answer is tried"):
+        rescore(tmp_path / "tree", run, humaneval=code_pair(tmp_path, prompt, test))
+    tests = code_pair(tmp_path, "def f():\n    'One.'\n", "def check(f):\n    assert f() == 1\n")
+    assert row_of(rescore(tmp_path / "tree", run, humaneval=tests), "pass@1")["ours"] == 0.5
 
 
 # Comparisons
@@ -251,12 +362,75 @@ def test_gap_closed_is_the_house_statistic(tmp_path: Path) -> None:
     results = rescore(tmp_path, roles=ROLES)
     (row,) = [row for row in results["gap_closed"] if row["metric"] == "equal number"]
     assert (row["role"], row["base"], row["arm"], row["direct"], row["n"]) == ("proxy", "raw", "steered-1", "tuned", 40)
-    expected = gap_closed(bootstrap_means([np.stack([systems[name] for name in ("raw", "steered-1", "tuned")]).astype(float)]), 1, 0, 2)
+    right = np.stack([systems[name] for name in ("raw", "steered-1", "tuned")]).astype(float)
+    expected = gap_closed(bootstrap_means([right], shares=True), 1, 0, 2)
     assert expected is not None
     assert row["value"] == pytest.approx(0.5)
     assert row["published"] == pytest.approx(0.5)
     assert row["capped"] == row["value"]
     assert (row["low"], row["high"]) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+def test_intervals_are_those_of_compare(tmp_path: Path) -> None:
+    """Beta(x + 1, n - x + 1) for x of n right: an interval also where all are right, as a plain bootstrap has not."""
+    for right, wrong in ((1, 0), (5, 0), (30, 10)):
+        write_math(tmp_path / str(right), "raw", patterned((True, right), (False, wrong)))
+        row = row_of(rescore(tmp_path / str(right)), "equal number")
+        low, high = beta.ppf([0.025, 0.975], right + 1, wrong + 1)
+        assert row["ours"] == right / (right + wrong)
+        assert row["low"] == pytest.approx(low, abs=0.02)
+        assert row["high"] == (pytest.approx(high, abs=0.02) if wrong else 1)
+    assert row["low"] < row["ours"] < row["high"]
+
+
+def test_what_is_left_out_of_the_mean_is_not_resampled(tmp_path: Path) -> None:
+    """99 answers without a letter do not narrow the interval of the one that has one."""
+    write(tmp_path / "facts" / "raw", "mc_results.jsonl", choice_items(["A"] + ["dunno"] * 99, "A" * 100))
+    parsed = row_of(rescore(tmp_path), "choice of the parsed")
+    assert (parsed["ours"], parsed["n"], parsed["high"]) == (1, 1, 1)
+    assert parsed["low"] == pytest.approx(beta.ppf(0.025, 2, 1), abs=0.02)
+
+
+def test_systems_with_other_items_left_out_keep_their_own_means(tmp_path: Path) -> None:
+    outputs = {"raw": ["A"] * 10 + ["B"] * 30, "steered": ["A"] * 20 + ["B"] * 20, "tuned": ["A"] * 30 + ["B"] * 10}
+    outputs["steered"][0] = outputs["tuned"][1] = "dunno"
+    for system, said in outputs.items():
+        write(tmp_path / "facts" / system, "mc_results.jsonl", choice_items(said, "A" * 40))
+    results = rescore(tmp_path, roles=ROLES)
+    (gap,) = [row for row in results["gap_closed"] if row["metric"] == "choice of the parsed"]
+    shares = {system: row_of(results, "choice of the parsed", system)["ours"] for system in outputs}
+    assert shares == {"raw": 10 / 40, "steered": 19 / 39, "tuned": 29 / 39}
+    assert gap["value"] == pytest.approx((shares["steered"] - shares["raw"]) / (shares["tuned"] - shares["raw"]))
+    assert gap["low"] < gap["value"] < gap["high"]
+    for system in ("raw", "tuned"):
+        outputs[system][2:] = ["dunno"] * 38
+        write(tmp_path / "facts" / system, "mc_results.jsonl", choice_items(outputs[system], "A" * 40))
+    outputs["steered"][1] = "dunno"
+    write(tmp_path / "facts" / "steered", "mc_results.jsonl", choice_items(outputs["steered"], "A" * 40))
+    (gap,) = [row for row in rescore(tmp_path, roles=ROLES)["gap_closed"] if row["metric"] == "choice of the parsed"]
+    assert (gap["value"], gap["note"]) == (None, "no item in common could be scored")
+
+
+def test_numbers_that_json_does_not_know_are_nowhere(tmp_path: Path) -> None:
+    three(tmp_path)
+    for system, published in {"raw": math.nan, "steered-1": math.inf, "tuned": 10**400}.items():
+        (tmp_path / "sums" / system / "metrics.json").write_text(json.dumps({"exact_match": published}))
+    results = rescore(tmp_path, roles=ROLES)
+    json.dumps(results, allow_nan=False)
+    assert {row["published"] for row in results["rows"]} == {None}
+    for system, published in {"raw": 0.0, "steered-1": 1.0, "tuned": 5e-324}.items():
+        (tmp_path / "sums" / system / "metrics.json").write_text(json.dumps({"exact_match": published}))
+    results = rescore(tmp_path, roles=ROLES)
+    json.dumps(results, allow_nan=False)
+    assert [row["published"] for row in results["gap_closed"]] == [None, None]
+    assert row_of(results, "exact match", "steered-1")["published"] == 1
+    (tmp_path / "sums" / "raw" / "metrics.json").write_text(f'{{"exact_match": {"9" * 5000}}}')
+    with pytest.raises(UserError, match=r"metrics.json:1: is not JSON \(ValueError\)"):
+        rescore(tmp_path)
+    write(tmp_path / "facts" / "raw", "open_results.jsonl", [{"Question": "q", "GPT-true": math.inf, "GPT-info": 0.5}])
+    (tmp_path / "sums" / "raw" / "metrics.json").unlink()
+    with pytest.raises(UserError, match=r"open_results.jsonl:1: GPT-true: .*not inf"):
+        rescore(tmp_path)
 
 
 def test_gap_is_capped_or_not_available(tmp_path: Path) -> None:
@@ -345,6 +519,45 @@ def test_roles_are_checked(tmp_path: Path, roles: dict[str, str], message: str) 
 
 
 # Trees that are not whole
+
+
+def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
+    three(tmp_path / "tree")
+    outside = tmp_path / "outside"
+    write_math(outside, "secret", [True, False], published=0.5)
+    for name, target in {
+        "sums/raw/metrics.json": outside / "sums" / "secret" / "metrics.json",
+        "sums/raw/predictions.jsonl": outside / "sums" / "secret" / "predictions.jsonl",
+        "sums/linked": outside / "sums" / "secret",
+        "linked": outside / "sums",
+        "sums/raw/open_results.jsonl": tmp_path / "nowhere",
+    }.items():
+        link = tmp_path / "tree" / name
+        kept = link.read_bytes() if link.exists() else None
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+        with pytest.raises(UserError, match=rf"^results: '.*{name}' leads out of '.*tree' by a link; put a copy of the file in its place"):
+            rescore(tmp_path / "tree")
+        link.unlink()
+        if kept is not None:
+            link.write_bytes(kept)
+    # A link to the whole folder, and links inside of it, lead nowhere else.
+    (tmp_path / "tree" / "sums" / "again").symlink_to(tmp_path / "tree" / "sums" / "raw")
+    (tmp_path / "link").symlink_to(tmp_path / "tree")
+    assert row_of(rescore(tmp_path / "link"), "exact match", "again")["ours"] == 0.2
+
+
+@pytest.mark.parametrize("name", ["predictions.jsonl", "metrics.json", "annotations.json"])
+def test_pipes_and_devices_are_no_data(tmp_path: Path, name: str) -> None:
+    three(tmp_path)
+    path = tmp_path / "sums" / "raw" / name
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=rf"^results: '.*{name}' is a pipe, a socket or a device, not a file"):
+        rescore(tmp_path)
+    path.unlink()
+    with pytest.raises(UserError, match=r"^humaneval: '/dev/null' is a pipe, a socket or a device"):
+        rescore(tmp_path, lambda programs: [], humaneval=Path("/dev/null"))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from scipy.special import logsumexp
 
 from evals.metrics import brier, expected_calibration_error
-from evals.sandbox import Program, run_programs
+from evals.sandbox import SETUP_FAILED, Program, run_programs
 from evals.study import STUDIES
 from finetune.data import Item
 from finetune.reading import read_items
@@ -26,6 +26,7 @@ from probes.world.corpus import QUESTION
 from probes.world.family import SHIPPED, find_family
 from probes.world.ledger import items_of
 from proxytune.errors import UserError
+from proxytune.files import check_readable
 
 FAMILIAR = 0.5  # of the capitals by population: the upper half
 
@@ -61,6 +62,7 @@ def stored(task: str, hub: str, splits: dict[str, str], configuration: str | Non
     for name in splits:
         files = [folder / f"{name}.{kind}" for kind in ("jsonl", "parquet") if (folder / f"{name}.{kind}").exists()]
         if files:
+            check_readable(files[0], task)
             kind = "parquet" if files[0].suffix == ".parquet" else "json"
             found[name] = load_dataset(kind, data_files=str(files[0]), split="train")
     if "test" not in found:
@@ -123,8 +125,7 @@ def truth(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, f
 def complete_function(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     """HumanEval: whether the completed function passes its tests, in the sandbox."""
     test = f"{doc['test']}\n\ncheck({doc['entry_point']})\n"
-    (verdict,) = run_programs([Program(doc["prompt"] + results[0], test, doc["entry_point"], doc["prompt"])])
-    return {"pass_at_1": float(verdict.passed)}
+    return _passes(Program(doc["prompt"] + results[0], test, doc["entry_point"], doc["prompt"]))
 
 
 def write_program(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
@@ -132,7 +133,13 @@ def write_program(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     tests = "\n".join(doc["test_list"])
     called = re.search(r"assert[\s(]+(?:not\s+)?(?:\w+\()*?(\w+)\(", tests)
     test = f"{doc['test_setup_code']}\n{tests}\n"
-    (verdict,) = run_programs([Program(results[0], test, called[1] if called else "")])
+    return _passes(Program(results[0], test, called[1] if called else ""))
+
+
+def _passes(program: Program) -> dict[str, float]:
+    (verdict,) = run_programs([program])
+    if verdict.reason == SETUP_FAILED:
+        raise UserError(f"task: the prompt or the tests of '{program.entry_point}' fail before any answer is tried; correct the task's data")
     return {"pass_at_1": float(verdict.passed)}
 
 
