@@ -14,12 +14,16 @@ STATES = ("right", "wrong", "unparsed")
 
 
 def all_items(records: Sequence[Record]) -> pd.DataFrame:
-    """One row an answer: measurement, seed, arm, unit, question, answer, text, right, unparsed."""
-    columns = ["unit", "question", "answer", "text", "right", "unparsed"]
+    """One row an answer: measurement, seed, arm, unit, question, answer, text, right (a share: 1/k in a tie of k), unparsed, tied."""
+    columns = ["unit", "question", "answer", "text", "right", "unparsed", "tied"]
     frames = [
-        record.items[columns].assign(measurement=record.measurement, seed=record.seed, arm=record.arm) for record in records if "text" in record.items
+        record.items.assign(measurement=record.measurement, seed=record.seed, arm=record.arm, tied=record.items.get("tied", False))
+        for record in records
+        if "text" in record.items
     ]
-    return pd.concat(frames, ignore_index=True)[["measurement", "seed", "arm", *columns]] if frames else pd.DataFrame()
+    if not frames:
+        return pd.DataFrame()
+    return pd.concat(frames, ignore_index=True)[["measurement", "seed", "arm", *columns]].astype({"right": float, "tied": bool})
 
 
 def write_items(records: Sequence[Record], folder: Path) -> Path:
@@ -40,7 +44,7 @@ def read_items_of(folder: Path) -> pd.DataFrame:
 def side_by_side(items: pd.DataFrame, measure: str, where: str, limit: int) -> Table:
     """The items of a measurement for which every condition of `where` holds, with what the named arms said (all without any).
 
-    A condition is an arm and right, wrong or unparsed: `full right, proxy@1 wrong`. Raises `UserError` for a measurement,
+    A condition is an arm and right, wrong (a tie is) or unparsed: `full right, proxy@1 wrong`. Raises `UserError` for a measurement,
     an arm or a state that is none.
     """
     measurements = list(items["measurement"].unique())
@@ -55,10 +59,10 @@ def side_by_side(items: pd.DataFrame, measure: str, where: str, limit: int) -> T
     wide = {name: chosen.pivot(index=index, columns="arm", values=name) for name in ("text", "right", "unparsed")}
     kept = pd.Series(True, index=wide["text"].index)
     for arm, state in conditions:
-        right, unparsed = (wide[name][arm].astype(bool) for name in ("right", "unparsed"))
+        right, unparsed = wide["right"][arm] == 1, wide["unparsed"][arm].astype(bool)
         kept &= right if state == "right" else unparsed if state == "unparsed" else ~right
     shown = list(dict.fromkeys(arm for arm, _ in conditions)) or arms
-    marks = wide["right"][kept].map(lambda right: "✓ " if right else "✗ ")
+    marks = wide["right"][kept].map(lambda right: "✓ " if right == 1 else "✗ ")
     found = marks[shown].astype(str) + wide["text"].loc[kept, shown].astype(str)
     frame = found.reset_index().drop(columns="number").astype(str)
     note = f"{len(frame)} of {len(kept)} items{f', the first {limit} shown' if len(frame) > limit else ''}; ✓ right, ✗ wrong."
