@@ -160,7 +160,7 @@ def _share(doc: dict[str, Any], scores: Sequence[float] | np.ndarray, right: Seq
 
 
 def _item(doc: dict[str, Any]) -> str:
-    return f"the item {doc['question']!r}"
+    return f"the item {doc.get('question')!r}"
 
 
 def _row(item: Item, prompt: str) -> dict[str, Any]:
