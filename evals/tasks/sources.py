@@ -88,7 +88,7 @@ def choose(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, 
     return {"acc": right, "brier": float(expected), "calibration_error": (float(sure[0]), right), "tied": tied}
 
 
-def calibration_error(answers: list[tuple[float, float]]) -> float:
+def calibration_error(answers: list[tuple[float, bool | float]]) -> float:
     """Of a whole task, in ten bins."""
     confidence, right = zip(*answers, strict=True)
     return float(expected_calibration_error(np.array(confidence), np.array(right, float)))
