@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
 
 from evals.records import Record
 from evals.tables import Table
 from proxytune.errors import UserError
 
 FILE = "items.parquet"
+NEEDED = {"measurement": str, "seed": int, "arm": str, "question": str, "answer": str, "text": str, "right": float, "unparsed": bool}
 STATES = ("right", "wrong", "unparsed")
 
 
@@ -34,11 +36,20 @@ def write_items(records: Sequence[Record], folder: Path) -> Path:
 
 
 def read_items_of(folder: Path) -> pd.DataFrame:
-    """The file that `compare` has written. Raises `UserError` where there is none."""
+    """The file that `compare` has written. Raises `UserError` where there is none, or one of other columns."""
     try:
-        return pd.read_parquet(folder / FILE)
-    except (OSError, ValueError) as error:
+        items = pd.read_parquet(folder / FILE)
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"folder: '{folder}' holds no {FILE}; give the folder that proxytune compare wrote its results to") from error
+    missing = [name for name in NEEDED if name not in items]
+    if missing:
+        raise UserError(
+            f"folder: '{folder / FILE}' lacks the columns {', '.join(missing)}; give the folder that proxytune compare wrote its results to"
+        )
+    try:
+        return items.astype({name: kind for name, kind in NEEDED.items() if items[name].dtype != kind})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"folder: '{folder / FILE}' holds other values than proxytune compare writes ({error}); run it again") from error
 
 
 def side_by_side(items: pd.DataFrame, measure: str, where: str, limit: int) -> Table:

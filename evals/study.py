@@ -201,7 +201,7 @@ class Study(Strict):
     models: Models | None = None
     data: Data | None = None
     seeds: tuple[Annotated[int, Field(ge=0, le=LARGEST_SEED)], ...] = Field(default=(0,), min_length=1)
-    threads: int = Field(default=1, ge=1, description="of the CPU; two are slower than one for models this side of 100M parameters")
+    threads: int = Field(default=1, ge=1, le=4096, description="of the CPU; two are slower than one for models this side of 100M parameters")
     batch_size: int = Field(default=16, ge=1, description="items generated at a time")
     batch_tokens: int = Field(default=2048, ge=1, description="tokens scored at a time")
     arms: dict[str, ArmSpec]

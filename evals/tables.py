@@ -1,6 +1,5 @@
 """Tables for people and papers, from the results object: on the terminal, in Markdown, in LaTeX, or as JSON."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from rich.table import Table as RichTable
 from evals.cells import Table as Table
 from evals.cells import cell, over
 from evals.inside_tables import inside_tables
+from proxytune.content import as_json
 
 MEASURES = ("task", "knowledge")
 
@@ -21,7 +21,7 @@ def render(results: dict[str, Any], form: str, width: int = 160, measured: Seque
 
     `measured` are costs that differ from run to run: columns of the tables, and not in the JSON.
     """
-    return json.dumps(results, indent=1, allow_nan=False) if form == "json" else draw(make_tables(results, measured), form, width)
+    return as_json(results) if form == "json" else draw(make_tables(results, measured), form, width)
 
 
 def draw(tables: Sequence[Table], form: str, width: int) -> str:

@@ -14,13 +14,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback
+from transformers.pytorch_utils import Conv1D
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from finetune.costs import forward_flops
 from finetune.data import Row, row_length
 from finetune.frozen import Frozen, only_at, read_frozen
 from finetune.recipe import Tuning
-from proxytune.errors import UserError
+from proxytune.errors import UserError, brief
 from proxytune.member import Member, load_member
 from proxytune.mixture import combine, proxy_tuning
 
@@ -120,7 +121,7 @@ def make_trainer(
     """The trainer that follows the recipe, and the FLOPs that frozen models take before its first step.
 
     Raises `UserError` where the examples of a step cannot be shared out, where fewer processes train than were started,
-    and where a consistent expert has no base.
+    where a consistent expert has no base, and for targets that LoRA cannot adapt.
     """
     if fsdp and processes == 1:
         raise UserError("fsdp: one process has nobody to share a model with; start several with torchrun --nproc_per_node N")
@@ -148,10 +149,10 @@ def make_trainer(
     trainer: Trainer
     if tuning.preference is not None:
         before = forward_flops(member.model, tokens, mean / 2)  # the start's own law of both answers
-        trainer = PairsTrainer(**common, peft_config=_lora(tuning))
+        trainer = PairsTrainer(**common, peft_config=_lora(tuning, member.model))
     elif tuning.kl is None and tuning.consistent is None:
         before = 0.0
-        trainer = SFTTrainer(**common, peft_config=_lora(tuning))
+        trainer = SFTTrainer(**common, peft_config=_lora(tuning, member.model))
     else:
         if tuning.consistent is not None and base is None:
             raise UserError("consistent: the base that the expert will serve is missing; give it")
@@ -164,7 +165,7 @@ def make_trainer(
             frozen = {name: read_frozen(model, everything, states, field) for name, model in models.items()}
             del models
         loss = inside_the_mixture(tuning.consistent) if tuning.consistent is not None else near_start(float(tuning.kl or 0))
-        trainer = FrozenTrainer(**common, peft_config=_lora(tuning), place_loss=loss, frozen=frozen)
+        trainer = FrozenTrainer(**common, peft_config=_lora(tuning, member.model), place_loss=loss, frozen=frozen)
     trainer.add_callback(_Wrapped(trainer, fsdp, processes))
     return trainer, before
 
@@ -230,9 +231,10 @@ def _options(tuning: Tuning, seed: int, folder: Path, processes: int, fsdp: bool
     }
 
 
-def _lora(tuning: Tuning) -> LoraConfig | None:
+def _lora(tuning: Tuning, model: PreTrainedModel) -> LoraConfig | None:
     if tuning.rank is None:
         return None
+    _check_targets(tuning.targets or (), model)
     return LoraConfig(
         r=tuning.rank,
         lora_alpha=2 * tuning.rank,
@@ -241,3 +243,14 @@ def _lora(tuning: Tuning) -> LoraConfig | None:
         use_rslora=tuning.rslora,
         task_type="CAUSAL_LM",
     )
+
+
+def _check_targets(targets: Sequence[str], model: PreTrainedModel) -> None:
+    """Raises `UserError` for a target that is the name of no layer, or of something that LoRA cannot adapt: PEFT skips some of these."""
+    modules = dict(model.named_modules())
+    layers = {name for name, module in modules.items() if isinstance(module, nn.Linear | nn.Embedding | Conv1D)}
+    for target in targets:
+        called = {name for name in modules if name == target or name.endswith(f".{target}")}
+        if not called or not called <= layers:
+            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in modules if name in layers))
+            raise UserError(f"targets: no layer that LoRA can adapt is called {brief(target)}; there are {known}")
