@@ -38,7 +38,7 @@ class _Loader(yaml.SafeLoader):
 
     def _check(self, node: yaml.Node, sizes: dict[int, int]) -> int:
         """The number of nodes with aliases written out. Raises `ConstructorError` for too many, and for a key that stands twice."""
-        if node.id == "scalar":
+        if isinstance(node, yaml.ScalarNode):
             return 1
         if id(node) not in sizes:
             sizes[id(node)] = MOST_NODES  # an alias of what it stands in has no end
@@ -48,15 +48,14 @@ class _Loader(yaml.SafeLoader):
             raise ConstructorError(problem=f"with its aliases written out it has more than {MOST_NODES:,} values", problem_mark=node.start_mark)
         if isinstance(node, yaml.MappingNode):
             first: dict[Any, yaml.Node] = {}
-            for key, _ in node.value:
-                # A merge key has no value of its own; lists as keys are refused when they are constructed.
-                name = key.value if key.tag.endswith(":merge") or key.id != "scalar" else self.construct_object(key)
-                other = first.setdefault(name, key) if key.id == "scalar" else key
-                if other is not key:
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):  # lists as keys are refused when constructed
+                name = key.value if key.tag.endswith(":merge") else self.construct_object(key)  # a merge key has no value of its own
+                if name in first:
                     raise ConstructorError(
-                        problem=f"the key {brief(name)} stands twice, first on line {other.start_mark.line + 1}; rename or remove one",
+                        problem=f"the key {brief(name)} stands twice, first on line {first[name].start_mark.line + 1}; rename or remove one",
                         problem_mark=key.start_mark,
                     )
+                first[name] = key
         return sizes[id(node)]
 
 

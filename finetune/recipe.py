@@ -32,7 +32,7 @@ class Tuning(BaseModel):
     method: Literal["full", "lora"]
     learning_rate: float = Field(gt=0, allow_inf_nan=False)
     epochs: float = Field(default=3, gt=0, allow_inf_nan=False)
-    batch_size: int = Field(default=16, ge=1, description="examples a step, over all processes")
+    batch_size: int = Field(default=16, ge=1, le=2**31 - 1, description="examples a step, over all processes")
     micro_batch_size: int | None = Field(default=None, ge=1, description="examples in memory at a time; default: all of a step")
     packing: bool = Field(default=False, description="examples of a batch end to end in one row, without padding; the same loss")
     rank: int | None = Field(default=None, ge=1, le=LARGEST_RANK, description="LoRA only")

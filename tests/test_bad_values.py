@@ -46,6 +46,7 @@ def refusal(tmp_path: Path, study: Any) -> str:
     [
         (TEXT.replace("  full:", "  proxy:"), "the key 'proxy' stands twice, first on line 13; rename or remove one"),
         (TEXT + "seeds: [1]\nseeds: [2]\n", "the key 'seeds' stands twice"),
+        ("x: 1\n&a y: 1\n*a : 2\n", "the key 'y' stands twice, first on line 2"),
         (TEXT + "? 0x10\n: 1\n? 16\n: 2\n", "the key 16 stands twice"),
         (TEXT.replace("learning_rate: 0.001", "learning_rate: 0.001\n      learning_rate: 0.002", 1), "the key 'learning_rate' stands twice"),
     ],
@@ -146,8 +147,10 @@ def test_study_values_beside_them_are_taken(tmp_path: Path) -> None:
         "{0}",
         "{",
         "Q",
-    ]
-    + ["{question}{question}", "{" + LONG + "}", "{question:" + LONG + "}"],
+        "{question}{question}",
+        "{" + LONG + "}",
+        "{question:" + LONG + "}",
+    ],
     ids=lambda value: value[:24],
 )
 def test_prompts_take_the_question_as_it_is(template: str) -> None:
@@ -168,6 +171,7 @@ def run(tmp_path: Path, **changes: Any) -> Run:
     [
         ({"settings": {"rank": 10**7}}, "--rank: .*less than or equal to 16384, not 10000000"),
         ({"settings": {"rank": 10**5000}}, "--rank: "),
+        ({"settings": {"batch_size": 10**30}}, "--batch-size: .*less than or equal to"),
         ({"settings": {"learning_rate": LONG}}, "--learning-rate: "),
         ({"prompt": "{question:>9}"}, "--prompt: the only placeholder must be .*, not '{question:>9}'"),
         ({"prompt": "{question:" + LONG + "}"}, "--prompt: the only placeholder must be "),
@@ -177,7 +181,7 @@ def test_tune_refuses_them_in_one_short_line(tmp_path: Path, changes: dict[str, 
     with pytest.raises(UserError, match=words) as refused:
         tune_one(run(tmp_path, **changes), Display())
     assert len(str(refused.value)) < 500
-    with pytest.raises(UserError, match="there is no file 'nothing.jsonl'"):  # what is beside them goes on to the data
+    with pytest.raises(UserError, match=r"there is no file 'nothing\.jsonl'"):  # what is beside them goes on to the data
         tune_one(run(tmp_path), Display())
 
 
@@ -253,7 +257,7 @@ def test_items_of_other_columns_are_refused(tmp_path: Path) -> None:
         done = CliRunner().invoke(app, ["items", str(tmp_path), "--format", "json"])
         assert isinstance(done.exception, UserError)
     (tmp_path / FILE).write_bytes(b"PAR1 and no more")
-    with pytest.raises(UserError, match="holds no items.parquet"):
+    with pytest.raises(UserError, match=r"holds no items\.parquet"):
         read_items_of(tmp_path)
     good.to_parquet(tmp_path / FILE)
     done = CliRunner().invoke(app, ["items", str(tmp_path), "--format", "json"])
