@@ -133,6 +133,7 @@ def make_trainer(
     arguments._n_gpu = min(arguments.n_gpu, 1)  # more than one GPU is for torchrun; DataParallel would change the batch
     if arguments.world_size != processes:
         raise UserError(f"launcher: {processes} processes were started, but {arguments.world_size} would train; use torchrun --nproc_per_node N")
+    _check_targets(tuning.targets or (), member.model)
     if tuning.frozen is not None:
         _freeze(member.model, tuning.frozen)
     common: dict[str, Any] = {
@@ -149,10 +150,10 @@ def make_trainer(
     trainer: Trainer
     if tuning.preference is not None:
         before = forward_flops(member.model, tokens, mean / 2)  # the start's own law of both answers
-        trainer = PairsTrainer(**common, peft_config=_lora(tuning, member.model))
+        trainer = PairsTrainer(**common, peft_config=_lora(tuning))
     elif tuning.kl is None and tuning.consistent is None:
         before = 0.0
-        trainer = SFTTrainer(**common, peft_config=_lora(tuning, member.model))
+        trainer = SFTTrainer(**common, peft_config=_lora(tuning))
     else:
         if tuning.consistent is not None and base is None:
             raise UserError("consistent: the base that the expert will serve is missing; give it")
@@ -165,7 +166,7 @@ def make_trainer(
             frozen = {name: read_frozen(model, everything, states, field) for name, model in models.items()}
             del models
         loss = inside_the_mixture(tuning.consistent) if tuning.consistent is not None else near_start(float(tuning.kl or 0))
-        trainer = FrozenTrainer(**common, peft_config=_lora(tuning, member.model), place_loss=loss, frozen=frozen)
+        trainer = FrozenTrainer(**common, peft_config=_lora(tuning), place_loss=loss, frozen=frozen)
     trainer.add_callback(_Wrapped(trainer, fsdp, processes))
     return trainer, before
 
@@ -231,10 +232,9 @@ def _options(tuning: Tuning, seed: int, folder: Path, processes: int, fsdp: bool
     }
 
 
-def _lora(tuning: Tuning, model: PreTrainedModel) -> LoraConfig | None:
+def _lora(tuning: Tuning) -> LoraConfig | None:
     if tuning.rank is None:
         return None
-    _check_targets(tuning.targets or (), model)
     return LoraConfig(
         r=tuning.rank,
         lora_alpha=2 * tuning.rank,
