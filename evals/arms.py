@@ -11,7 +11,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 
 from evals.material import Material
 from evals.measures import Probe
-from evals.study import Direct, Expert, Proxy, Study, proxy_name
+from evals.study import Direct, Expert, Proxy, Study, expanded, proxy_name
 from finetune.recipe import Tuning
 from finetune.tuning import tune
 from proxytune.adapters import is_adapter
@@ -99,7 +99,7 @@ def _proxies(study: Study, expert: str) -> dict[str, Mixture]:
 
 def _given(start: Weights, path: str, field: str, folder: Path) -> Weights:
     """What was tuned beforehand: a folder beside the study file or elsewhere, a hub name, or a LoRA adapter on the start."""
-    given = folder / path if (folder / path).exists() else Path(path).expanduser()
+    given = folder / path if (folder / path).exists() else expanded(path)
     if is_adapter(given):
         return replace(start, adapter=given, field=field)
     return Weights(str(given) if given.exists() else path, field=field)

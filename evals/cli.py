@@ -29,6 +29,7 @@ class Size(StrEnum):
     tiny = "tiny"
 
 
+LARGEST_SEED = 2**32 - 1  # as in finetune/recipe.py, which waits for its command
 PROMPT = "Question: {question}\nAnswer:"
 
 
@@ -102,7 +103,7 @@ def probe(
     out: Annotated[
         Path | None, typer.Option(help="Folder of records; results go to NAME in it. Default: proxytune-runs/STUDY.", show_default=False)
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Of the CPU; a study file has its own.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, max=4096, help="Of the CPU; a study file has its own.")] = 2,
     form: Annotated[Format, typer.Option("--format", help="How the results go to standard output.")] = Format.table,
 ) -> None:
     """What tuning did inside: density, drift, lens, restoration, recoverability, and the verdict on erosion in lower layers.
@@ -119,14 +120,13 @@ def probe(
 
 def _run(study: "Study", folder: Path, place: Path, shown: Path, form: Format) -> None:
     """Runs a study whose records go to `place`; tables go to standard output, files to `shown`."""
-    import json
-
     from evals.compare import run_study
     from evals.figures import draw_figures
     from evals.items import FILE, write_items
     from evals.progress import Display
     from evals.results import measured_costs, summarize
     from evals.tables import render
+    from proxytune.content import as_json
     from proxytune.files import check_writable
 
     written = (shown / "results.json", shown / "costs.json")
@@ -139,7 +139,7 @@ def _run(study: "Study", folder: Path, place: Path, shown: Path, form: Format) -
             results, measured = summarize(study, records), measured_costs(study, records)
             files = [*written, *draw_figures(study, records, results, shown)]
             written[0].write_text(render(results, "json") + "\n")
-            written[1].write_text(json.dumps(measured, indent=1) + "\n")
+            written[1].write_text(as_json(measured) + "\n")
         print(render(results, form, shutil.get_terminal_size((160, 24)).columns, measured))
         said = any("text" in record.items for record in records)
         if said:
@@ -159,10 +159,11 @@ def items(
     """Prints what arms said to the same items, side by side: those one got right and another wrong, say."""
     from evals.items import read_items_of, side_by_side
     from evals.tables import draw
+    from proxytune.content import as_json
 
     table = side_by_side(read_items_of(folder), measure, where, limit)
     width = shutil.get_terminal_size((160, 24)).columns
-    print(table.frame.to_json(orient="records", force_ascii=False) if form is Format.json else draw([table], form, width))
+    print(as_json(table.frame.to_dict("records")) if form is Format.json else draw([table], form, width))
 
 
 @app.command()
@@ -183,7 +184,7 @@ def generate(
     proxy_device: Annotated[str | None, typer.Option(help="Of expert and anti-expert, if another.", show_default=False)] = None,
     dtype: Annotated[DType, typer.Option(help="Of the weights.")] = DType.float32,
     map_tokens: Annotated[bool, typer.Option(help="Expert and anti-expert have another vocabulary: map its tokens by their bytes.")] = False,
-    threads: Annotated[int, typer.Option(min=1, help="Of the CPU.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, max=4096, help="Of the CPU.")] = 2,
 ) -> None:
     """Answers a prompt with a mixture, or with the base alone where no expert is given.
 
@@ -243,8 +244,8 @@ def tune(
     allow_overlap: Annotated[bool, typer.Option(help="Test questions may be tuned on.")] = False,
     fsdp: Annotated[bool, typer.Option(help="Under torchrun on GPUs: share the model out as well.")] = False,
     checkpoint_minutes: Annotated[float, typer.Option(min=0, help="What a stopped run loses at most; run the same command again.")] = 5.0,
-    seed: Annotated[int, typer.Option(help="Of the order of examples and of the adapter's first weights.")] = 0,
-    threads: Annotated[int, typer.Option(min=1, help="Of the CPU, for each process.")] = 2,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the order of examples and of the adapter's first weights.")] = 0,
+    threads: Annotated[int, typer.Option(min=1, max=4096, help="Of the CPU, for each process.")] = 2,
 ) -> None:
     """Tunes one model and says how to use it.
 
@@ -354,7 +355,7 @@ def bench(
     alpha: Annotated[float, typer.Option(help="Strength of the mixture.")] = 0.5,
     tokens: Annotated[int, typer.Option(min=2, help="How many each row decodes.")] = 24,
     rounds: Annotated[int, typer.Option(min=1, help="Figures are medians over them.")] = 3,
-    threads: Annotated[int, typer.Option(min=1, help="Of the CPU.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, max=4096, help="Of the CPU.")] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda, say.")] = "cpu",
     dtype: Annotated[DType, typer.Option(help="Of the weights.")] = DType.float32,
     form: Annotated[Format, typer.Option("--format", help="How the figures go to standard output.")] = Format.table,
@@ -364,7 +365,6 @@ def bench(
     Two copies of the small model, one of the base and some room for lm-eval's logits must fit into memory. Stop other
     work first: times are those of the machine.
     """
-    import json
     import tempfile
 
     import torch
@@ -372,18 +372,19 @@ def bench(
     from evals.bench import Bench, bench_tables, run_bench, steps
     from evals.progress import Display
     from evals.tables import draw
+    from proxytune.content import as_json
 
     wanted = Bench(models, expert, alpha, tokens, rounds, threads, device, getattr(torch, dtype.value))
     with Display() as display, tempfile.TemporaryDirectory() as folder, display.bar("measuring", steps(wanted)) as progress:
         results = run_bench(wanted, Path(folder), display.say, progress)
     width = shutil.get_terminal_size((160, 24)).columns
-    print(json.dumps(results, indent=1) if form is Format.json else draw(bench_tables(results), form, width))
+    print(as_json(results) if form is Format.json else draw(bench_tables(results), form, width))
 
 
 @world.command()
 def build(
     size: Annotated[Size, typer.Option(help="How large a world.")] = Size.default,
-    seeds: Annotated[list[int], typer.Option("--seed", help="Once for each family.")] = [0],  # noqa: B006
+    seeds: Annotated[list[int], typer.Option("--seed", min=0, max=LARGEST_SEED, help="Once for each family.")] = [0],  # noqa: B006
     out: Annotated[Path, typer.Option(help="Where the families go; a study finds those in the folder worlds of its own --out.")] = Path(
         "proxytune-runs/world/worlds"
     ),
@@ -410,12 +411,12 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError) as error:
-        from proxytune.errors import UserError
+        from proxytune.errors import UserError, shortened
 
         # A full disk or a forbidden file is the machine's state and no fault in the program either.
         if not isinstance(error, UserError | OSError):
             raise
-        print(f"proxytune: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"proxytune: error: {shortened(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
 
 from evals.records import Record
 from evals.tables import Table
@@ -11,16 +12,21 @@ from proxytune.errors import UserError
 from proxytune.files import check_readable, check_writable
 
 FILE = "items.parquet"
+NEEDED = {"measurement": str, "seed": int, "arm": str, "question": str, "answer": str, "text": str, "right": float, "unparsed": bool}
 STATES = ("right", "wrong", "unparsed")
 
 
 def all_items(records: Sequence[Record]) -> pd.DataFrame:
-    """One row an answer: measurement, seed, arm, unit, question, answer, text, right, unparsed."""
-    columns = ["unit", "question", "answer", "text", "right", "unparsed"]
+    """One row an answer: measurement, seed, arm, unit, question, answer, text, right (a share: 1/k in a tie of k), unparsed, tied."""
+    columns = ["unit", "question", "answer", "text", "right", "unparsed", "tied"]
     frames = [
-        record.items[columns].assign(measurement=record.measurement, seed=record.seed, arm=record.arm) for record in records if "text" in record.items
+        record.items.assign(measurement=record.measurement, seed=record.seed, arm=record.arm, tied=record.items.get("tied", False))
+        for record in records
+        if "text" in record.items
     ]
-    return pd.concat(frames, ignore_index=True)[["measurement", "seed", "arm", *columns]] if frames else pd.DataFrame()
+    if not frames:
+        return pd.DataFrame()
+    return pd.concat(frames, ignore_index=True)[["measurement", "seed", "arm", *columns]].astype({"right": float, "tied": bool})
 
 
 def write_items(records: Sequence[Record], folder: Path) -> Path:
@@ -33,18 +39,27 @@ def write_items(records: Sequence[Record], folder: Path) -> Path:
 
 
 def read_items_of(folder: Path) -> pd.DataFrame:
-    """The file that `compare` has written. Raises `UserError` where there is none."""
+    """The file that `compare` has written. Raises `UserError` where there is none, or one of other columns."""
     check_readable(folder / FILE, "folder")
     try:
-        return pd.read_parquet(folder / FILE)
-    except (OSError, ValueError) as error:
+        items = pd.read_parquet(folder / FILE)
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"folder: '{folder}' holds no {FILE}; give the folder that proxytune compare wrote its results to") from error
+    missing = [name for name in NEEDED if name not in items]
+    if missing:
+        raise UserError(
+            f"folder: '{folder / FILE}' lacks the columns {', '.join(missing)}; give the folder that proxytune compare wrote its results to"
+        )
+    try:
+        return items.astype({name: kind for name, kind in NEEDED.items() if items[name].dtype != kind})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"folder: '{folder / FILE}' holds other values than proxytune compare writes ({error}); run it again") from error
 
 
 def side_by_side(items: pd.DataFrame, measure: str, where: str, limit: int) -> Table:
     """The items of a measurement for which every condition of `where` holds, with what the named arms said (all without any).
 
-    A condition is an arm and right, wrong or unparsed: `full right, proxy@1 wrong`. Raises `UserError` for a measurement,
+    A condition is an arm and right, wrong (a tie is) or unparsed: `full right, proxy@1 wrong`. Raises `UserError` for a measurement,
     an arm or a state that is none.
     """
     measurements = list(items["measurement"].unique())
@@ -59,10 +74,10 @@ def side_by_side(items: pd.DataFrame, measure: str, where: str, limit: int) -> T
     wide = {name: chosen.pivot(index=index, columns="arm", values=name) for name in ("text", "right", "unparsed")}
     kept = pd.Series(True, index=wide["text"].index)
     for arm, state in conditions:
-        right, unparsed = (wide[name][arm].astype(bool) for name in ("right", "unparsed"))
+        right, unparsed = wide["right"][arm] == 1, wide["unparsed"][arm].astype(bool)
         kept &= right if state == "right" else unparsed if state == "unparsed" else ~right
     shown = list(dict.fromkeys(arm for arm, _ in conditions)) or arms
-    marks = wide["right"][kept].map(lambda right: "✓ " if right else "✗ ")
+    marks = wide["right"][kept].map(lambda right: "✓ " if right == 1 else "✗ ")
     found = marks[shown].astype(str) + wide["text"].loc[kept, shown].astype(str)
     frame = found.reset_index().drop(columns="number").astype(str)
     note = f"{len(frame)} of {len(kept)} items{f', the first {limit} shown' if len(frame) > limit else ''}; ✓ right, ✗ wrong."

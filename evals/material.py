@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 from transformers import TrainerCallback
 
-from evals.study import Study
+from evals.study import Study, expanded
 from finetune.data import Item
 from finetune.overlap import describe, overlap
 from finetune.reading import read_items
@@ -74,7 +74,7 @@ def material_for(
                 raise UserError(f"{field}: the item {item.question!r} has no {attribute}; every item there needs it")
     frequency: list[float] | None = None
     if data.corpus is not None:
-        counts = count_documents(folder / Path(data.corpus).expanduser(), knowledge)
+        counts = count_documents(folder / expanded(data.corpus), knowledge)
         say(f"data.corpus: {sum(count > 0 for count in counts.together)} of {len(knowledge)} statements stand in it")
         knowledge = [item.model_copy(update={"popularity": count}) for item, count in zip(knowledge, counts.together, strict=True)]
         frequency = counts.subject
@@ -97,7 +97,7 @@ def material_for(
 
 
 def _read(source: str, folder: Path, field: str, say: Callable[[str], None]) -> list[Item]:
-    place = folder / Path(source).expanduser()
+    place = folder / expanded(source)
     examples = read_items(place if place.exists() or Path(source).suffix else source, field)
     if examples.ignored:
         say(f"{field}: {examples.shape}; columns that are not read: {', '.join(examples.ignored)}")
@@ -106,5 +106,5 @@ def _read(source: str, folder: Path, field: str, say: Callable[[str], None]) -> 
 
 def _place(name: str, folder: Path) -> str:
     """A folder beside the study file if there is one, else the name as it stands: an absolute path or a hub name."""
-    expanded = Path(name).expanduser()
-    return str(folder / expanded) if (folder / expanded).exists() else str(expanded) if name.startswith("~") else name
+    place = expanded(name)
+    return str(folder / place) if (folder / place).exists() else str(place) if name.startswith("~") else name

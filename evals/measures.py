@@ -24,7 +24,7 @@ from proxytune.modeling import ProxyTunedForCausalLM
 from proxytune.padding import left_padded
 
 Probe = Literal["generate", "choose", "law"]
-VERSIONS: dict[Probe, int] = {"generate": 1, "choose": 1, "law": 1}
+VERSIONS: dict[Probe, int] = {"generate": 1, "choose": 2, "law": 1}
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,11 @@ def measure(
     study: Study,
     progress: Progress,
 ) -> dict[str, pd.DataFrame]:
-    """One row an item for every mixture."""
+    """One row an item for every mixture. `right` is a share and stands beside `tied` where a choice was made; else it is a bool."""
     items, prompts = measurement.items, measurement.prompts
     if measurement.probe == "choose":
         answers = choose(model, tokenizer, items, prompts, mixtures, batch_tokens=study.batch_tokens, space=measurement.space, progress=progress)
-        return {arm: _answers(items, given) for arm, given in answers.items()}
+        return {arm: _answers(items, given).astype({"right": float}).assign(tied=[one.tied for one in given]) for arm, given in answers.items()}
     if measurement.probe == "generate":
         frames = {}
         for arm, mixture in mixtures.items():

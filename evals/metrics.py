@@ -60,12 +60,12 @@ def pass_at_k(n: int | Int[np.ndarray, "*problems"], c: int | Int[np.ndarray, "*
 
 
 def expected_calibration_error(
-    confidence: Float[np.ndarray, "*arms items"], right: Bool[np.ndarray, "*arms items"], bins: int = 10
+    confidence: Float[np.ndarray, "*arms items"], right: Bool[np.ndarray, "*arms items"] | Float[np.ndarray, "*arms items"], bins: int = 10
 ) -> Float[np.ndarray, "*arms"]:
     """The gap between confidence and share right within a bin, averaged over items (Guo et al. 2017, eq. 5).
 
     Bins are of equal width, open below and closed above; 0 is in the first. Biased upwards with few items a bin, and
-    it depends on `bins`: compare arms at the same ones.
+    it depends on `bins`: compare arms at the same ones. `right` may be a share (of a tie).
     """
     bin_of = np.digitize(confidence, np.linspace(0, 1, bins + 1)[1:-1], right=True)
     inside = bin_of[..., None] == np.arange(bins)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from evals.study import STUDIES, Base, Data, Direct, MeasureName, Models, Study, explain_invalid, load_study
+from evals.study import STUDIES, Base, Data, Direct, MeasureName, Models, Study, expanded, explain_invalid, load_study
 from proxytune.errors import UserError
 
 INSIDE: tuple[MeasureName, ...] = ("density", "drift", "lens", "restoration", "recoverability")
@@ -71,4 +71,4 @@ def _measures(name: str) -> tuple[MeasureName, ...]:
 
 
 def _absolute(name: str) -> str:
-    return str(Path(name).expanduser().absolute()) if Path(name).expanduser().exists() else name
+    return str(expanded(name).absolute()) if expanded(name).exists() else name

@@ -4,6 +4,7 @@ Shares are between 0 and 1. Two readings stand side by side where they differ: `
 reproduced to all digits) and `ours` (unparsed answers are wrong, numbers are compared as numbers). See `evals.released` for the files.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import combinations, product
@@ -25,6 +26,7 @@ from proxytune.errors import UserError
 CodeRunner = Callable[[Sequence[Program]], list[bool]]
 ROLES = ("base", "proxy", "direct", "expert")
 READINGS = ("ours", "authors")
+PASS = re.compile(r"pass@([1-9][0-9]{0,5})")
 SAME = 1e-9  # published means of probabilities were stored with ten digits an item
 
 
@@ -147,7 +149,7 @@ def _matches(system: str, patterns: str) -> bool:
 
 
 def _scored(source: Source, code: CodeRunner | None, tests: Mapping[str, Test] | None) -> list[Scored]:
-    ks = sorted({int(key[5:]) for key in source.published if key.startswith("pass@") and key[5:].isdigit()} - {0})
+    ks = sorted({int(found[1]) for key in source.published if (found := PASS.fullmatch(key))})
     if not source.items:
         names = [name for name, metric in METRICS.items() if metric.kind == source.kind and metric.key in source.published]
         return [_beside(source, name, None, "published only, no items") for name in names or [f"pass@{k}" for k in ks if source.kind == "code"]]

@@ -42,7 +42,8 @@ def summarize(study: Study, records: Sequence[Record]) -> dict[str, Any]:
     `costs`, and what was found inside: `exposure`, `nulls`, `rankme`, `erosion`, `law`, `drift`, `lens`, `restoration`, `patching`,
     `recoverability` (see `findings`) and `verdicts`.
 
-    A row is arm, measure, value, low, high, n (items over all seeds), unparsed and, where the value needs a word, note.
+    A row is arm, measure, value, low, high, n (items over all seeds), unparsed, where choices were made tied (items of which several
+    choices had the highest score: each counts 1/k) and, where the value needs a word, note.
     Shares are between 0 and 1; forgetting is the base's share less the arm's. `frontier` has each point's task gain and knowledge
     kept (arm less base, paired), whether it lies on their frontier, and in what share of the intervals' draws; `costs` are means
     over seeds of what can be counted: the same in every run. What a machine measured is in `measured_costs`. Raises `UserError`
@@ -134,7 +135,8 @@ def _exposed(frame: pd.DataFrame) -> "np.ndarray[Any, np.dtype[np.bool_]]":
 def _row(arm: str, measure: str, value: Interval, frames: Sequence[pd.DataFrame], select: Select) -> dict[str, Any]:
     chosen = [frame[select(frame)] for frame in frames]
     unparsed = int(sum(frame["unparsed"].sum() for frame in chosen)) if all("unparsed" in frame for frame in chosen) else 0
-    return {"arm": arm, "measure": measure} | numbers(value) | {"n": sum(map(len, chosen)), "unparsed": unparsed}
+    tied = {"tied": int(sum(frame["tied"].sum() for frame in chosen))} if all("tied" in frame for frame in chosen) else {}
+    return {"arm": arm, "measure": measure} | numbers(value) | {"n": sum(map(len, chosen)), "unparsed": unparsed} | tied
 
 
 def _share_rows(results: dict[str, Any], records: Sequence[Record], arms: Sequence[str], measurement: str, measure: str) -> Estimate:
@@ -168,7 +170,7 @@ def _contrast_rows(
     pairs = [(arms.index(arm), arms.index(other)) for arm, other in study.contrasts]
     tests: list[dict[str, float | None]] = [{"p": None, "p_holm": None, "detectable": None} for _ in pairs]
     if pairs and len(frames) == 1 and frames[0][0]["unit"].is_unique:
-        right = np.stack([frame[_exposed(frame)]["right"].to_numpy(bool) for frame in frames[0]])
+        right = np.stack([frame[_exposed(frame)]["right"].to_numpy() == 1 for frame in frames[0]])  # a tie is wrong
         first, second = (right[[pair[side] for pair in pairs]] for side in (0, 1))
         p = mcnemar(first, second)
         detectable = minimum_detectable_effect(right.shape[1], (first != second).mean(axis=1))

@@ -1,21 +1,63 @@
 """A study: arms x measures x seeds, written in one YAML file and validated before anything runs."""
 
 import difflib
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
+from yaml.constructor import ConstructorError
 
 from finetune.data import check_prompt
-from finetune.recipe import EarlyStopping, Tuning
-from proxytune.errors import UserError
+from finetune.recipe import LARGEST_SEED, EarlyStopping, Tuning
+from proxytune.errors import UserError, brief, shortened
 from proxytune.files import check_readable
 
 STUDIES = Path(__file__).parent / "studies"
+MOST_NODES = 100_000  # of a study file with every alias written out
 MeasureName = Literal["task", "knowledge", "forgetting", "density", "drift", "lens", "restoration", "recoverability"]
 DialName = Literal["learning_rate", "epochs", "rank", "kl", "preference"]
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML, without what would be read as something else than is written, or without end."""
+
+    def get_single_data(self) -> Any:
+        node = self.get_single_node()
+        if node is None:
+            return None
+        self._check(node, {})
+        return self.construct_document(node)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:  # such as a number of 5,000 digits, or a 13th month
+            raise ConstructorError(problem=" ".join(str(error).split()), problem_mark=node.start_mark) from error
+
+    def _check(self, node: yaml.Node, sizes: dict[int, int]) -> int:
+        """The number of nodes with aliases written out. Raises `ConstructorError` for too many, and for a key that stands twice."""
+        if isinstance(node, yaml.ScalarNode):
+            return 1
+        if id(node) not in sizes:
+            sizes[id(node)] = MOST_NODES  # an alias of what it stands in has no end
+            inside = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+            sizes[id(node)] = 1 + sum(self._check(part, sizes) for part in inside)
+        if sizes[id(node)] > MOST_NODES:
+            raise ConstructorError(problem=f"with its aliases written out it has more than {MOST_NODES:,} values", problem_mark=node.start_mark)
+        if isinstance(node, yaml.MappingNode):
+            first: dict[Any, yaml.Node] = {}
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):  # lists as keys are refused when constructed
+                name = key.value if key.tag.endswith(":merge") else self.construct_object(key)  # a merge key has no value of its own
+                if name in first:
+                    raise ConstructorError(
+                        problem=f"the key {brief(name)} stands twice, first on line {first[name].start_mark.line + 1}; rename or remove one",
+                        problem_mark=key.start_mark,
+                    )
+                first[name] = key
+        return sizes[id(node)]
 
 
 class Strict(BaseModel):
@@ -49,6 +91,11 @@ class Proxy(Strict):
     alpha: tuple[FiniteFloat, ...] = Field(min_length=1)
     expert: str | None = Field(default=None, description="an arm of kind expert, or direct: an expert as large as the base; default: the only expert")
 
+    @field_validator("alpha")
+    @classmethod
+    def _apart(cls, alpha: tuple[float, ...]) -> tuple[float, ...]:
+        return check_labels("alpha", alpha)
+
 
 class Direct(Strict):
     """The base itself tuned, by us or beforehand: `path` is a checkpoint folder, or a LoRA adapter on the base.
@@ -81,6 +128,8 @@ class Direct(Strict):
             raise ValueError("dial turns a setting of tuning; what was tuned beforehand has none")
         if self.dial is not None and [len(set(values)) for values in self.dial.values()] != [max(2, *map(len, self.dial.values()))]:
             raise ValueError("dial turns one setting through two or more different values")
+        for setting, values in (self.dial or {}).items():
+            check_labels(f"dial.{setting}", values)
         if self.choose is not None and self.dial is None:
             raise ValueError("choose needs a dial to choose from")
         self.points("")
@@ -91,7 +140,7 @@ class Direct(Strict):
         if self.dial is None or self.tuning is None:
             return {name: (None, self.tuning)}
         ((setting, values),) = self.dial.items()
-        return {f"{name}@{value:g}": (value, Tuning.model_validate(self.tuning.model_dump() | {setting: value})) for value in values}
+        return {proxy_name(name, value): (value, Tuning.model_validate(self.tuning.model_dump() | {setting: value})) for value in values}
 
 
 ArmSpec = Annotated[Base | Expert | Proxy | Direct, Field(discriminator="kind")]
@@ -151,8 +200,8 @@ class Study(Strict):
     world: Literal["default", "tiny"] | None = None
     models: Models | None = None
     data: Data | None = None
-    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
-    threads: int = Field(default=1, ge=1, description="of the CPU; two are slower than one for models this side of 100M parameters")
+    seeds: tuple[Annotated[int, Field(ge=0, le=LARGEST_SEED)], ...] = Field(default=(0,), min_length=1)
+    threads: int = Field(default=1, ge=1, le=4096, description="of the CPU; two are slower than one for models this side of 100M parameters")
     batch_size: int = Field(default=16, ge=1, description="items generated at a time")
     batch_tokens: int = Field(default=2048, ge=1, description="tokens scored at a time")
     arms: dict[str, ArmSpec]
@@ -186,6 +235,9 @@ class Study(Strict):
         for label in (label for pair in self.contrasts for label in pair):
             if label not in self.points:
                 raise ValueError(f"contrasts: there is no point {label!r}; there are {', '.join(self.points)}")
+        twice = next((pair for place, pair in enumerate(self.contrasts) if pair in self.contrasts[:place]), None)
+        if twice is not None:
+            raise ValueError(f"contrasts: {list(twice)} stands there twice; leave one out")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds must differ")
         if self.data is not None and self.data.knowledge is None and set(self.measures) - {"task"}:
@@ -237,8 +289,24 @@ class Study(Strict):
 
 
 def proxy_name(name: str, alpha: float) -> str:
-    """`proxy@0.5`: how a proxy of strength alpha is called in every table."""
+    """`proxy@0.5`: how a proxy of strength alpha, or an arm at a dial's value, is called in every table."""
     return f"{name}@{alpha:g}"
+
+
+def check_labels(field: str, values: tuple[float, ...]) -> tuple[float, ...]:
+    """Returns the values; raises ValueError where two of them would be called the same."""
+    seen: dict[str, float] = {}
+    for value in values:
+        label = proxy_name("", value)
+        if label in seen:
+            raise ValueError(f"{field}: {seen[label]!r} and {value!r} are equal to six digits, by which points are named; leave one out")
+        seen[label] = value
+    return values
+
+
+def expanded(name: str) -> Path:
+    """The path with the home folder in the place of ~; as it stands where there is no such home, so that it is missed by its own name."""
+    return Path(os.path.expanduser(name))
 
 
 def load_study(path: Path | None) -> tuple[Study, Path]:
@@ -249,11 +317,11 @@ def load_study(path: Path | None) -> tuple[Study, Path]:
     path = path or STUDIES / "world.yaml"
     check_readable(path, "study")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError as error:
         raise UserError(f"study: there is no file '{path}'; the shipped ones are in {STUDIES}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else shortened(" ".join(str(error).split()), 400)
         raise UserError(f"study: '{path}' cannot be read as YAML ({reason}); see evals/studies for examples") from error
     if not isinstance(content, dict):
         raise UserError(f"study: '{path}' must hold keys and values, not {type(content).__name__}; see evals/studies for examples")
@@ -264,20 +332,20 @@ def load_study(path: Path | None) -> tuple[Study, Path]:
 
 
 def explain_invalid(error: ValidationError) -> str:
-    """The first mistake on one line: the field, the rule, the value seen."""
+    """The first mistake on one line: the field, the rule, the value seen, each cut where it is long."""
     first = next((entry for entry in error.errors() if entry["type"] == "extra_forbidden"), error.errors()[0])
-    location = [str(part) for part in first["loc"]]
+    location = [shortened(str(part), 80) for part in first["loc"]]
     # A discriminated union puts its tag (the arm's kind) into the location; the file has no such level.
     if len(location) > 2 and location[0] == "arms" and location[2] in ("base", "expert", "proxy", "direct"):
         del location[2]
     field = ".".join(location) or "study"
     if first["type"] == "extra_forbidden":
         return f"{field}: there is no such key; {_did_you_mean(location[-1], _known_keys())}"
-    message = first["msg"].removeprefix("Value error, ")
+    message, seen = shortened(first["msg"].removeprefix("Value error, "), 800), brief(first["input"])
     if first["type"] == "literal_error":
         known = [option.strip("'") for option in str(first["ctx"]["expected"]).replace(" or ", ", ").split(", ")]
-        return f"{field}: {message}, not {first['input']!r}; {_did_you_mean(str(first['input']), known)}"
-    value = "" if first["type"] in ("missing", "value_error") or isinstance(first["input"], dict) else f", not {first['input']!r}"
+        return f"{field}: {message}, not {seen}; {_did_you_mean(seen.strip(repr(chr(39))), known)}"
+    value = "" if first["type"] in ("missing", "value_error") or isinstance(first["input"], dict) else f", not {seen}"
     return f"{field}: {message}{value}"
 
 

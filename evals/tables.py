@@ -1,6 +1,5 @@
 """Tables for people and papers, from the results object: on the terminal, in Markdown, in LaTeX, or as JSON."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from rich.table import Table as RichTable
 from evals.cells import Table as Table
 from evals.cells import cell, over
 from evals.inside_tables import inside_tables
+from proxytune.content import as_json
 
 MEASURES = ("task", "knowledge")
 
@@ -21,7 +21,7 @@ def render(results: dict[str, Any], form: str, width: int = 160, measured: Seque
 
     `measured` are costs that differ from run to run: columns of the tables, and not in the JSON.
     """
-    return json.dumps(results, indent=1, allow_nan=False) if form == "json" else draw(make_tables(results, measured), form, width)
+    return as_json(results) if form == "json" else draw(make_tables(results, measured), form, width)
 
 
 def draw(tables: Sequence[Table], form: str, width: int) -> str:
@@ -48,7 +48,7 @@ def _of_numbers(column: "pd.Series[str]") -> bool:
 
 def make_tables(results: dict[str, Any], measured: Sequence[dict[str, Any]] = ()) -> list[Table]:
     """One table each for task, knowledge, frontier, read-outs of forgetting, what tuning did inside, and costs; those that have rows."""
-    rows = pd.DataFrame(results["rows"], columns=["arm", "measure", "value", "low", "high", "n", "unparsed", "note"])
+    rows = pd.DataFrame(results["rows"], columns=["arm", "measure", "value", "low", "high", "n", "unparsed", "tied", "note"])
     tables = [_share(results, rows, measure) for measure in MEASURES if measure in set(rows["measure"])]
     if results["frontier"]:
         tables.append(_frontier(results))
@@ -132,7 +132,9 @@ def _share(results: dict[str, Any], rows: pd.DataFrame, measure: str) -> Table:
     chosen = rows[rows["measure"] == measure]
     columns = {measure: {row["arm"]: cell(row, 100) for _, row in chosen.iterrows()}}
     columns["unparsed"] = {row["arm"]: str(row["unparsed"]) for _, row in chosen.iterrows()}
-    note = f"Per cent right of {chosen['n'].max()} (unparsed counts as wrong); 95 % intervals, paired, {over(results)}."
+    columns |= _ties(chosen)
+    ties = "; tied: several choices were equally likely, each counts 1/k" if "tied" in columns else ""
+    note = f"Per cent right of {chosen['n'].max()} (unparsed counts as wrong{ties}); 95 % intervals, paired, {over(results)}."
     gaps = [entry for entry in results["gap_closed"] if entry["measure"] == measure]
     if gaps:
         columns["gap closed"] = {entry["arm"]: cell(entry, 100) for entry in gaps}
@@ -146,7 +148,13 @@ def _share(results: dict[str, Any], rows: pd.DataFrame, measure: str) -> Table:
 
 def _wide(rows: pd.DataFrame, names: dict[str, str], scale: int) -> pd.DataFrame:
     columns = {name: {row["arm"]: cell(row, scale) for _, row in rows[rows["measure"] == measure].iterrows()} for measure, name in names.items()}
-    return _frame(rows, columns)
+    return _frame(rows, columns | _ties(rows[rows["measure"].isin(list(names))]))
+
+
+def _ties(rows: pd.DataFrame) -> dict[str, dict[str, str]]:
+    """A column with each arm's number of tied items, where choices were made."""
+    counts = rows.dropna(subset="tied").groupby("arm", sort=False)["tied"].sum()
+    return {"tied": {str(arm): f"{count:.0f}" for arm, count in counts.items()}} if len(counts) else {}
 
 
 def _frame(rows: pd.DataFrame, columns: dict[str, dict[str, str]]) -> pd.DataFrame:

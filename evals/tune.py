@@ -16,7 +16,7 @@ from finetune.overlap import describe, overlap
 from finetune.reading import read_items
 from finetune.recipe import Tuning
 from finetune.tuning import TuningReport, tune
-from proxytune.errors import UserError
+from proxytune.errors import UserError, brief
 from proxytune.member import load_tokenizer
 
 LEARNING_RATE = {"lora": 2e-4, "full": 2e-5}
@@ -109,7 +109,7 @@ def _recipe(run: Run) -> Tuning:
     except ValidationError as error:
         first = error.errors()[0]
         option = "".join(f"--{str(part).replace('_', '-')}: " for part in first["loc"][-1:])
-        value = f", not {first['input']!r}" if option else ""
+        value = f", not {brief(first['input'])}" if option else ""
         raise UserError(f"{option}{first['msg'].removeprefix('Value error, ')}{value}") from error
     if tuning.consistent is not None and run.base is None:
         raise UserError("--consistent: an expert is tuned for a base that it will serve; give --base")

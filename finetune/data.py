@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
-from proxytune.errors import UserError
+from proxytune.errors import UserError, brief
 
 Row = dict[str, list[int]]
 CHAT = "chat"  # in the place of a prompt's template: the tokenizer's own chat template
@@ -55,9 +55,10 @@ def check_prompt(template: str) -> str:
     """Returns the template; raises ValueError unless its only placeholder is {question} or it is the word `chat`."""
     if template == CHAT:
         return template
-    names = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
-    if names != ["question"]:
-        raise ValueError(f"the only placeholder must be {{question}}, once, not {names}")
+    places = [(name, form, conversion) for _, name, form, conversion in Formatter().parse(template) if name is not None]
+    if places != [("question", "", None)]:
+        names = [f"{{{name}{f'!{conversion}' if conversion else ''}{f':{form}' if form else ''}}}" for name, form, conversion in places]
+        raise ValueError(f"the only placeholder must be {{question}}, once and without a format, not {brief(', '.join(names))}")
     return template
 
 

@@ -14,13 +14,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback
+from transformers.pytorch_utils import Conv1D
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from finetune.costs import forward_flops
 from finetune.data import Row, row_length
 from finetune.frozen import Frozen, only_at, read_frozen
 from finetune.recipe import Tuning
-from proxytune.errors import UserError
+from proxytune.errors import UserError, brief
 from proxytune.member import Member, load_member
 from proxytune.mixture import combine, proxy_tuning
 
@@ -120,7 +121,7 @@ def make_trainer(
     """The trainer that follows the recipe, and the FLOPs that frozen models take before its first step.
 
     Raises `UserError` where the examples of a step cannot be shared out, where fewer processes train than were started,
-    and where a consistent expert has no base.
+    where a consistent expert has no base, and for targets that LoRA cannot adapt.
     """
     if fsdp and processes == 1:
         raise UserError("fsdp: one process has nobody to share a model with; start several with torchrun --nproc_per_node N")
@@ -132,6 +133,7 @@ def make_trainer(
     arguments._n_gpu = min(arguments.n_gpu, 1)  # more than one GPU is for torchrun; DataParallel would change the batch
     if arguments.world_size != processes:
         raise UserError(f"launcher: {processes} processes were started, but {arguments.world_size} would train; use torchrun --nproc_per_node N")
+    _check_targets(tuning.targets or (), member.model)
     if tuning.frozen is not None:
         _freeze(member.model, tuning.frozen)
     common: dict[str, Any] = {
@@ -241,3 +243,14 @@ def _lora(tuning: Tuning) -> LoraConfig | None:
         use_rslora=tuning.rslora,
         task_type="CAUSAL_LM",
     )
+
+
+def _check_targets(targets: Sequence[str], model: PreTrainedModel) -> None:
+    """Raises `UserError` for a target that is the name of no layer, or of something that LoRA cannot adapt: PEFT skips some of these."""
+    modules = dict(model.named_modules())
+    layers = {name for name, module in modules.items() if isinstance(module, nn.Linear | nn.Embedding | Conv1D)}
+    for target in targets:
+        called = {name for name in modules if name == target or name.endswith(f".{target}")}
+        if not called or not called <= layers:
+            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in modules if name in layers))
+            raise UserError(f"targets: no layer that LoRA can adapt is called {brief(target)}; there are {known}")

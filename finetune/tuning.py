@@ -6,7 +6,6 @@ whole one, to the same result. It finetunes; it never scores.
 """
 
 import gc
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ from finetune.costs import training_flops
 from finetune.data import Item, Row, check_rows, encode_examples, encode_pairs, hold_out, row_length, shuffle_answers, trained_share
 from finetune.recipe import Tuning
 from finetune.trainers import make_trainer, started_processes
-from proxytune.content import content_key
+from proxytune.content import as_json, content_key
 from proxytune.errors import UserError
 from proxytune.member import Member, load_member
 
@@ -157,7 +156,7 @@ def _check_alive(model: nn.Module, tuning: Tuning) -> None:
 def _finish(result: Path, member: Member, report: TuningReport, tuning: Tuning, seed: int, out: Path) -> None:
     member.tokenizer.save_pretrained(result)
     card: dict[str, Any] = {"tuning": tuning.model_dump(), "seed": seed, "report": asdict(report)}
-    (result / "tuning.json").write_text(json.dumps(card, indent=1) + "\n")
+    (result / "tuning.json").write_text(as_json(card) + "\n")
     (result / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
     shutil.rmtree(out, ignore_errors=True)
     result.rename(out)

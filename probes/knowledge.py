@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from finetune.data import Item, continuation_ids, prompt_ids
+from probes.readouts import best_choices
 from proxytune.errors import UserError
 from proxytune.member import Member
 from proxytune.modeling import ProxyTunedForCausalLM
@@ -22,7 +23,7 @@ Ids = tuple[int, ...]
 
 
 class Known(NamedTuple):
-    """`right`: the right candidate has the highest mean log-probability a token. `probability`: its share among the candidates
+    """`right`: the right candidate alone has the highest mean log-probability a token. `probability`: its share among the candidates
     (softmax of these means), which moves long before a choice flips."""
 
     right: Bool[np.ndarray, " items"]
@@ -30,7 +31,7 @@ class Known(NamedTuple):
 
 
 def known(member: Member, items: Sequence[Item], *, batch_tokens: int = 2048) -> Known:
-    """Reads every item. The first of equals is taken. Raises `UserError` for an item without a statement or choices.
+    """Reads every item. Raises `UserError` for an item without a statement or choices, and for scores that are no numbers.
 
     Where all candidates are single tokens, one pass of the statements is enough.
     """
@@ -45,7 +46,7 @@ def known(member: Member, items: Sequence[Item], *, batch_tokens: int = 2048) ->
     right, probability = [], []
     for item, means in zip(items, read(member, prefixes, candidates, batch_tokens), strict=True):
         place = item.choices.index(item.answer)
-        right.append(int(means.argmax()) == place)
+        right.append(best_choices(means.tolist(), f"knowledge: the model at {item.question!r}") == [place])
         probability.append(float(means.softmax(0)[place]))
     return Known(np.array(right), np.array(probability))
 

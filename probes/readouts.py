@@ -6,6 +6,7 @@ be kept to and is therefore the least sensitive to style. Forgetting is read off
 of them lost was not forgotten but is said differently).
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,11 +30,15 @@ _NUMBER = re.compile(r"((?<![\w.)\]])-(?=\$?[\d.]))?\$?(\d*\.?\d+)")
 
 @dataclass(frozen=True)
 class Answer:
-    """What was said to one item. `unparsed`: nothing was said, or nothing that begins with a candidate; it counts as wrong."""
+    """What was said to one item. `unparsed`: nothing was said, or nothing that begins with a candidate; it counts as wrong.
+
+    `tied`: several choices had the highest score, and `text` is all of them; `right` is then 1/k where the answer is one of these k.
+    """
 
     text: str
-    right: bool
+    right: bool | float
     unparsed: bool
+    tied: bool = False
 
 
 def answer_greedily(
@@ -104,9 +109,9 @@ def choose(
     space: str = " ",
     progress: Progress = lambda choices_done: None,
 ) -> dict[str, list[Answer]]:
-    """For every mixture, the choice with the highest mean log-probability a token. The first of equals is taken.
+    """For every mixture, the choice with the highest mean log-probability a token. A tie of k counts 1/k (see `best_choices`).
 
-    `space` stands between prompt and choice. Raises `UserError` for an item without choices.
+    `space` stands between prompt and choice. Raises `UserError` for an item without choices, and for scores that are no numbers.
     """
     requests, owners = [], []
     for item, prompt in zip(items, prompts, strict=True):
@@ -120,9 +125,27 @@ def choose(
     answers: dict[str, list[Answer]] = {}
     for name, totals in scores.items():
         means = (totals / lengths).split(owners)
-        chosen = [item.choices[int(values.argmax())] for item, values in zip(items, means, strict=True)]
-        answers[name] = [Answer(text, text == item.answer, False) for text, item in zip(chosen, items, strict=True)]
+        answers[name] = [_chosen(item, values.tolist(), f"arm {name}") for item, values in zip(items, means, strict=True)]
     return answers
+
+
+def best_choices(scores: Sequence[float], whose: str) -> list[int]:
+    """The places of the highest of an item's scores (log-probabilities): several where they are equal, to the last bit.
+
+    There is no tolerance: the scores of a model that prefers nothing are equal exactly, whatever the choices' lengths, and those
+    of single tokens come from one row of logits. Which of two nearly equal ones leads is the model's own answer. A choice at -inf
+    only loses. Raises `UserError` that begins with `whose` where a score is NaN or +inf, or all are -inf.
+    """
+    best = max(scores)
+    if not all(score < math.inf for score in scores) or best == -math.inf:  # NaN is not below infinity
+        shown = ", ".join(f"{score:g}" for score in scores[:8])
+        raise UserError(f"{whose}: the choices' scores are {shown}; look at the arm's weights for NaN, or lower its coefficients")
+    return [place for place, score in enumerate(scores) if score == best]
+
+
+def _chosen(item: Item, scores: Sequence[float], arm: str) -> Answer:
+    best = [item.choices[place] for place in best_choices(scores, f"{arm} at {item.question!r}")]
+    return Answer(" / ".join(best), best.count(item.answer) / len(best), False, len(best) > 1)
 
 
 def _generate(model: ProxyTunedForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], new_tokens: int) -> list[str]:

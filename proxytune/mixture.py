@@ -7,6 +7,7 @@ functions on tensors; no models here. `rules` has the published ones by name.
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -15,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from proxytune.errors import UserError
+from proxytune.errors import UserError, brief
 
 
 class Place(NamedTuple):
@@ -46,6 +47,7 @@ class Rule:
 
 
 Mixture = Row | Rule
+LARGEST = torch.finfo(torch.float32).max
 
 
 def proxy_tuning(alpha: Coefficient) -> dict[str, Coefficient]:
@@ -82,8 +84,8 @@ def check_mixture(mixture: Mixture, members: Iterable[str]) -> None:
             raise UserError(f"mixture: member '{name}' is not loaded; the members are {', '.join(members)}")
         if callable(coefficient):
             continue
-        if isinstance(coefficient, bool) or not isinstance(coefficient, int | float) or not math.isfinite(coefficient):
-            raise UserError(f"mixture: the coefficient of '{name}' must be a finite number, not {coefficient!r}")
+        if isinstance(coefficient, bool) or not isinstance(coefficient, int | float) or not abs(coefficient) <= sys.float_info.max:
+            raise UserError(f"mixture: the coefficient of '{name}' must be a finite number, not {brief(coefficient)}")
     if not any(callable(coefficient) or coefficient > 0 for coefficient in row.values()):
         raise UserError(f"mixture: at least one coefficient must be positive, not {dict(row)}")
     if not isinstance(mixture, Rule):
@@ -110,19 +112,20 @@ def combine(
 
     A token at -inf in a member with a positive coefficient stays at -inf. A member that is subtracted counts a token it
     forbids as if that token had the member's lowest finite logit, and so does its partner where both forbid it: a token
-    that nobody but the anti-expert forbids is favoured by a finite amount. No NaN and no +inf can arise.
+    that nobody but the anti-expert forbids is favoured by a finite amount. No NaN and no +inf can arise from logits that are
+    finite or -inf: what is beyond fp32 is set to its largest or least finite number. A member's own NaN or +inf stays broken.
     """
     rule = mixture if isinstance(mixture, Rule) else Rule(mixture)
     row = {name: _evaluated(name, value, place) for name, value in active(rule.row).items()}
     if rule.space == "probabilities":
         total = torch.stack([_weighted_log(logits[name].float().log_softmax(-1), value) for name, value in row.items()]).logsumexp(0)
     else:
-        singles, pairs = _pair(row)
-        terms = [_signed(logits[name].float(), value) for name, value in singles]
-        terms += [_difference(logits[plus].float(), logits[minus].float(), value) for plus, minus, value in pairs]
-        total = terms[0]
-        for term in terms[1:]:
-            total = total + term
+        total = _sum({name: logits[name].float() for name in row}, row)
+        if list(row.values()) != [1.0] and not _in_range(total, logits, row):
+            # In fp64 no product of two fp32 numbers overflows, so what is not finite there is a member's own.
+            exact = _sum({name: logits[name].double() for name in row}, row)
+            saturated = torch.where(exact.isfinite(), exact.clamp(-LARGEST, LARGEST), exact).float()
+            total = torch.where(total.isfinite(), total, saturated)
     if rule.plausible is not None:
         name, share = rule.plausible
         law = logits[name].float()
@@ -130,12 +133,35 @@ def combine(
     return total
 
 
+def _sum(logits: Mapping[str, Float[Tensor, "*batch vocabulary"]], row: Mapping[str, float | Tensor]) -> Float[Tensor, "*batch vocabulary"]:
+    singles, pairs = _pair(row)
+    terms = [_signed(logits[name], value) for name, value in singles]
+    terms += [_difference(logits[plus], logits[minus], value) for plus, minus, value in pairs]
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+def _in_range(
+    total: Float[Tensor, "*batch vocabulary"], logits: Mapping[str, Float[Tensor, "*batch vocabulary"]], row: Mapping[str, float | Tensor]
+) -> bool:
+    """Whether all of the sum is finite, or -inf where a member with a positive coefficient forbids the token."""
+    if bool(total.sum().isfinite()):  # quicker than to look at each
+        return True
+    finite = total.isfinite()
+    for name, value in row.items():
+        if isinstance(value, float) and value > 0:
+            finite |= total.isneginf() & logits[name].isneginf()
+    return bool(finite.all())
+
+
 def _evaluated(name: str, coefficient: Coefficient, place: Place | None) -> float | Float[Tensor, "*batch 1"]:
     if not callable(coefficient):
-        return float(coefficient)
+        return min(max(float(coefficient), -LARGEST), LARGEST)
     if place is None:
         raise UserError(f"mixture: the coefficient of '{name}' is a function of the place, which is not known here; give a number")
-    return coefficient(place).float()[..., None]
+    return coefficient(place).float().clamp(-LARGEST, LARGEST)[..., None]
 
 
 def _pair(row: Mapping[str, float | Tensor]) -> tuple[list[tuple[str, float | Tensor]], list[tuple[str, str, float | Tensor]]]:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from proxytune import UserError, combine, proxy_tuning
-from proxytune.mixture import check_mixture
+from proxytune.mixture import Mixture, Place, Rule, check_mixture
 
 
 def laws(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -92,3 +92,96 @@ def test_low_precision_is_added_in_fp32() -> None:
 def test_bad_mixtures_are_refused(mixture: dict, word: str) -> None:
     with pytest.raises(UserError, match=word):
         check_mixture(mixture, ["base", "expert"])
+
+
+HUGE = (1e30, 1e38, 3e38, 1e39, 1e300)
+
+
+def place_of(logits: dict[str, torch.Tensor]) -> Place:
+    return Place(logits, torch.arange(4), torch.arange(4), 4)
+
+
+def extreme(kind: torch.dtype, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Logits of which some are the largest and the least that a type can hold, and some are forbidden."""
+    logits = {name: law.to(kind) for name, law in laws(seed).items()}
+    for shift, law in enumerate(logits.values()):
+        law[:, shift] = torch.finfo(kind).max
+        law[:, shift + 3] = torch.finfo(kind).min
+        law[:, shift + 6] = -torch.inf
+    return logits
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("alpha", [*HUGE, -1e38, 1.0, 0.5])
+def test_no_size_of_coefficient_or_logit_makes_nan_or_infinity(alpha: float, kind: torch.dtype) -> None:
+    at_limit = {name: law.masked_fill(law.isneginf(), 0) for name, law in extreme(kind).items()}
+    signs, most = torch.tensor([1.0, -1.0, 0.0, 1.0]), min(alpha, 3e38)  # beyond that the function itself would give inf * 0
+    mixtures: list[Mixture] = [
+        proxy_tuning(alpha),
+        {"base": 1e38, "expert": alpha, "antiexpert": -3e38},
+        proxy_tuning(lambda place: most * signs),
+        {"base": lambda place: most * signs, "expert": 1.0},
+        Rule(proxy_tuning(alpha), plausible=("base", 0.1)),
+        Rule({"base": 0.0, "expert": 1.0}, space="probabilities"),
+        Rule({"base": lambda place: signs.abs(), "expert": lambda place: 1 - signs.abs()}, space="probabilities"),
+    ]
+    for logits in (laws(), at_limit, extreme(kind)):
+        for mixture in mixtures:
+            mixed = combine(logits, mixture, place_of(logits))
+            assert not (mixed.isnan() | mixed.isposinf()).any()
+            assert not mixed.log_softmax(-1).isnan().any()
+
+
+@pytest.mark.parametrize("alpha", HUGE)
+def test_a_huge_coefficient_keeps_the_signs_and_what_is_forbidden(alpha: float) -> None:
+    logits = laws()
+    logits["base"][:, 3] = -torch.inf
+    logits["antiexpert"][:, 5] = logits["expert"][:, 5]
+    mixed = combine(logits, proxy_tuning(alpha))
+    expected = (logits["expert"] - logits["antiexpert"]).sign()
+    others = [place for place in range(11) if place not in (3, 5)]
+    assert torch.equal(mixed[:, others].sign(), expected[:, others])
+    assert mixed[:, 3].isneginf().all()
+    assert torch.equal(mixed[:, 5], logits["base"][:, 5])
+
+
+def test_a_member_that_is_broken_stays_so() -> None:
+    """The negative twin: saturation must not turn the infinity or NaN of a member into a firm preference."""
+    for value in (torch.inf, torch.nan):
+        logits = laws()
+        logits["expert"][0, 2] = value
+        broken = combine(logits, proxy_tuning(1.0)).log_softmax(-1).isnan().any(-1)
+        assert broken.tolist() == [True, False, False, False]
+
+
+def plainly(logits: dict[str, torch.Tensor], alpha: float) -> torch.Tensor:
+    """The formula as it was before large values were saturated."""
+    forbidden = logits["antiexpert"].isneginf()
+
+    def lowest(law: torch.Tensor) -> torch.Tensor:
+        return torch.where(law.isneginf(), torch.inf, law).amin(-1, keepdim=True)
+
+    both = forbidden & logits["expert"].isneginf()
+    plus = torch.where(both, lowest(logits["expert"]), logits["expert"])
+    return logits["base"] + alpha * (plus - torch.where(forbidden, lowest(logits["antiexpert"]), logits["antiexpert"]))
+
+
+@pytest.mark.parametrize("alpha", [1e-3, 0.3, 1.0, 1.7, 1e4])
+def test_ordinary_values_have_the_bits_of_the_plain_formula(alpha: float) -> None:
+    for seed in range(5):
+        logits = laws(seed)
+        assert torch.equal(combine(logits, proxy_tuning(alpha)), plainly(logits, alpha))
+        logits["base"][1, 3] = logits["expert"][2, 4] = logits["antiexpert"][2:, 4] = -torch.inf
+        mixed = combine(logits, proxy_tuning(alpha))
+        assert torch.equal(mixed, plainly(logits, alpha))
+        # One token that overflows leaves the bits of all others.
+        logits["expert"][3, 0] = 3e38
+        one = combine(logits, {"base": 1.0, "expert": 10.0, "antiexpert": -10.0})
+        other = plainly(logits, 10.0)
+        assert torch.equal(one[other.isfinite()], other[other.isfinite()])
+        assert one[3, 0] == torch.finfo(torch.float32).max
+
+
+def test_an_integer_beyond_every_float_is_refused_as_no_finite_number() -> None:
+    with pytest.raises(UserError, match="coefficient of 'base' must be a finite number"):
+        check_mixture({"base": 10**400}, ["base"])

@@ -5,9 +5,9 @@ one file a split, with the hub set's own columns), or from the hub where there i
 world and the capitals.
 """
 
-import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from evals.sandbox import SETUP_FAILED, Program, run_programs
 from evals.study import STUDIES
 from finetune.data import Item
 from finetune.reading import read_items
-from probes.readouts import judge, judge_number
+from probes.readouts import best_choices, judge, judge_number
 from probes.world.corpus import QUESTION
 from probes.world.family import SHIPPED, find_family
 from probes.world.ledger import items_of
@@ -78,25 +78,36 @@ def read_rightly(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
 
 
 def choose(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, Any]:
-    """Accuracy by the summed log-probability, and whether the choice's share of the choices' probability says how often it is right."""
+    """Accuracy by the summed log-probability, and whether the choice's share of the choices' probability says how often it is right.
+
+    A tie of k choices counts 1/k in all our forced-choice tasks, as in a study, and `tied` is the share of items with one.
+    lm-eval's own acc and acc_norm take the first of equals and may differ.
+    """
     scores = np.array([score for score, _ in results])
-    law = np.exp(scores - logsumexp(scores))
-    right = int(law.argmax()) == doc["gold"]
-    answer = (float(law.max()), right)
-    return {"acc": float(right), "brier": float(brier(np.array([answer[0]]), np.array([right]))), "calibration_error": answer}
+    right, tied = _share(doc, scores, [place == doc["gold"] for place in range(len(scores))])
+    sure = np.array([np.exp(scores - logsumexp(scores)).max()])
+    expected = right * brier(sure, np.array([True])) + (1 - right) * brier(sure, np.array([False]))
+    return {"acc": right, "brier": float(expected), "calibration_error": (float(sure[0]), right), "tied": tied}
 
 
-def calibration_error(answers: list[tuple[float, bool]]) -> float:
+def calibration_error(answers: list[tuple[float, bool | float]]) -> float:
     """Of a whole task, in ten bins."""
     confidence, right = zip(*answers, strict=True)
-    return float(expected_calibration_error(np.array(confidence), np.array(right)))
+    return float(expected_calibration_error(np.array(confidence), np.array(right, float)))
 
 
 def choose_by_familiarity(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
     """Accuracy by the log-probability a character, as it is and for familiar and unfamiliar facts apart (the others give none)."""
     scores = [score / max(1, len(choice)) for (score, _), choice in zip(results, doc["choices"], strict=True)]
-    right = float(scores.index(max(scores)) == doc["gold"])
-    return {"acc_norm": right, "acc_familiar" if doc["familiar"] else "acc_unfamiliar": right}
+    right, tied = _share(doc, scores, [place == doc["gold"] for place in range(len(scores))])
+    return {"acc_norm": right, "acc_familiar" if doc["familiar"] else "acc_unfamiliar": right, "tied": tied}
+
+
+def choose_letter(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
+    """MMLU: the answer's letter has the highest log-probability."""
+    scores = [score for score, _ in results]
+    right, tied = _share(doc, scores, [place == doc["answer"] for place in range(len(scores))])
+    return {"acc": right, "tied": tied}
 
 
 def solve(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
@@ -114,12 +125,14 @@ def name_one(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
 
 def truth(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
     """TruthfulQA: mc1, the one true choice is the likeliest; mc2, the true choices' share of the probability."""
-    scores = pd.Series([score for score, _ in results])
+    scores = np.array([score for score, _ in results])
     single = len(doc["mc1_targets"]["choices"])
-    first, second = scores[:single], scores[single:].reset_index(drop=True)
-    law = (second - second.max()).map(math.exp)
-    true = pd.Series(doc["mc2_targets"]["labels"]).astype(bool)
-    return {"mc1": float(doc["mc1_targets"]["labels"][int(first.argmax())] == 1), "mc2": float(law[true].sum() / law.sum())}
+    right, tied = _share(doc, scores[:single], [label == 1 for label in doc["mc1_targets"]["labels"]])
+    second = scores[single:]
+    best_choices(second.tolist(), _item(doc))
+    law = np.exp(second - second.max())
+    true = np.array(doc["mc2_targets"]["labels"], bool)
+    return {"mc1": right, "mc2": float(law[true].sum() / law.sum()), "tied": tied}
 
 
 def complete_function(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
@@ -145,6 +158,16 @@ def _passes(program: Program) -> dict[str, float]:
 
 def true_choices(doc: dict[str, Any]) -> list[str]:
     return [*doc["mc1_targets"]["choices"], *doc["mc2_targets"]["choices"]]
+
+
+def _share(doc: dict[str, Any], scores: Sequence[float] | np.ndarray, right: Sequence[bool]) -> tuple[float, float]:
+    """The share of the likeliest choices that is right, and 1 where there are several of them, else 0."""
+    best = best_choices([float(score) for score in scores], _item(doc))
+    return sum(right[place] for place in best) / len(best), float(len(best) > 1)
+
+
+def _item(doc: dict[str, Any]) -> str:
+    return f"the item {doc.get('question')!r}"
 
 
 def _row(item: Item, prompt: str) -> dict[str, Any]:
