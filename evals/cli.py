@@ -158,7 +158,7 @@ def items(
 
     table = side_by_side(read_items_of(folder), measure, where, limit)
     width = shutil.get_terminal_size((160, 24)).columns
-    print(table.frame.to_json(orient="records", force_ascii=False) if form is Format.json else draw([table], form, width))
+    print(table.frame.to_json(orient="records") if form is Format.json else draw([table], form, width))
 
 
 @app.command()
@@ -187,9 +187,10 @@ def generate(
     """
     import torch
 
-    from evals.generate import Chat, Sources, load_mixture, print_explanation, read_prompts
+    from evals.generate import Chat, Sources, explanation_table, load_mixture, read_prompts
     from evals.generate import generate as stream
     from evals.progress import quieten_libraries
+    from evals.tables import draw
     from proxytune.explanation import explain as explain_tokens
 
     quieten_libraries()
@@ -201,7 +202,8 @@ def generate(
     tokenizer = members["base"].tokenizer
     ids = stream(model, tokenizer, prompts, new_tokens, temperature, speculate)
     if explain:
-        print_explanation(explain_tokens(model, ids, len(prompts["base"]), prompts=prompts), tokenizer)
+        table = explanation_table(explain_tokens(model, ids, len(prompts["base"]), prompts=prompts), tokenizer)
+        print(draw([table], "table", shutil.get_terminal_size((160, 24)).columns))
     if map_tokens:
         print(f"{model.mass_covered:.1%} of the base's probability stood on tokens that both vocabularies have", file=sys.stderr)
     if speculate:
@@ -252,6 +254,7 @@ def tune(
     from evals.progress import Display
     from evals.tune import Run, tune_one
     from finetune.checkpoints import is_main_process
+    from proxytune.printable import printable
 
     torch.set_num_threads(threads)
     settings = {
@@ -273,7 +276,7 @@ def tune(
     }
     with Display(quiet=not is_main_process()) as display:
         run = Run(model, data, out, settings, prompt, seed, base, test, allow_overlap, fsdp, 60 * checkpoint_minutes)
-        print(tune_one(run, display), end="\n" if is_main_process() else "")
+        print(printable(tune_one(run, display), keep="\n"), end="\n" if is_main_process() else "")
 
 
 @app.command()
@@ -298,6 +301,7 @@ def rescore(
     from evals.rescore import execute_in_sandbox, read_roles, rescore_tables
     from evals.rescore import rescore as score
     from evals.tables import draw
+    from proxytune.printable import printable
 
     with Display() as display:
         code = None if execute is None else execute_in_sandbox(display)
@@ -305,7 +309,7 @@ def rescore(
     width = shutil.get_terminal_size((160, 24)).columns
     print(json.dumps(results["rows"], indent=1) if form is Format.json else draw(rescore_tables(results), form, width))
     for note in results["notes"]:
-        print(note, file=sys.stderr)
+        print(printable(note), file=sys.stderr)
 
 
 @app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
@@ -336,9 +340,10 @@ def export(
     from evals.generate import Sources, weights_of
     from proxytune.exported import export as write
     from proxytune.mixture import proxy_tuning
+    from proxytune.printable import printable
 
     write(weights_of(Sources(base, expert, antiexpert)), proxy_tuning(alpha), folder)
-    print(f"lm-eval run --model hf --model_args pretrained={folder},trust_remote_code=True,dtype=float32 --device cpu --tasks TASK")
+    print(f"lm-eval run --model hf --model_args pretrained={printable(str(folder))},trust_remote_code=True,dtype=float32 --device cpu --tasks TASK")
 
 
 @app.command()
@@ -407,11 +412,12 @@ def main() -> None:
         app()
     except (ValueError, OSError) as error:
         from proxytune.errors import UserError
+        from proxytune.printable import one_line
 
         # A full disk or a forbidden file is the machine's state and no fault in the program either.
         if not isinstance(error, UserError | OSError):
             raise
-        print(f"proxytune: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"proxytune: error: {one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
 
 
