@@ -30,7 +30,8 @@ class Known(NamedTuple):
 
 
 def known(member: Member, items: Sequence[Item], *, batch_tokens: int = 2048) -> Known:
-    """Reads every item. The first of equals is taken. Raises `UserError` for an item without a statement or choices.
+    """Reads every item. The first of equals is taken. Raises `UserError` for an item without a statement or choices, and for scores
+    that are not finite.
 
     Where all candidates are single tokens, one pass of the statements is enough.
     """
@@ -44,6 +45,9 @@ def known(member: Member, items: Sequence[Item], *, batch_tokens: int = 2048) ->
     read = _at_once if all(len(ids) == 1 for ids in encoded.values()) else _scored
     right, probability = [], []
     for item, means in zip(items, read(member, prefixes, candidates, batch_tokens), strict=True):
+        if not means.max().isfinite():  # NaN is the maximum; a choice that cannot be is no error, if another can
+            name = member.model.name_or_path or type(member.model).__name__
+            raise UserError(f"knowledge: '{name}' gives no finite scores to the choices of {item.question!r}; take a model that is not broken")
         place = item.choices.index(item.answer)
         right.append(int(means.argmax()) == place)
         probability.append(float(means.softmax(0)[place]))
