@@ -5,13 +5,14 @@ import shutil
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 if TYPE_CHECKING:
     from evals.study import Study
 
+USAGE_ERROR: Any = typer.BadParameter.__base__  # of an option or a command that is none, too
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 world = typer.Typer(no_args_is_help=True, help="The embedded world: a synthetic corpus, its ledger and its model family.")
 app.add_typer(world, name="world")
@@ -409,16 +410,24 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except USAGE_ERROR as error:
+        _fail(error.format_message())  # nothing where there were no arguments: help was printed
     except (ValueError, OSError) as error:
         from proxytune.errors import UserError
-        from proxytune.printable import one_line
 
         # A full disk or a forbidden file is the machine's state and no fault in the program either.
         if not isinstance(error, UserError | OSError):
             raise
-        print(f"proxytune: error: {one_line(str(error))}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error))
+
+
+def _fail(message: str) -> NoReturn:
+    from proxytune.printable import one_line
+
+    if message:
+        print(f"proxytune: error: {one_line(message)}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,31 @@
-"""The one exception that the command line prints as a single line."""
+"""The one exception that the command line prints as a single line, and how long values stand in it."""
+
+import reprlib
+
+LONGEST = 2000  # characters of a message; far more than any that a person has to read
+
+_repr = reprlib.Repr()
+_repr.maxstring, _repr.maxother = 80, 80
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: names the field, the rule, the value seen and the next step, on one line."""
+    """A mistake in what the user gave: names the field, the rule, the value seen and the next step, on one line.
+
+    The middle of a message that is longer than `LONGEST` is left out: its beginning has the field, its end the next step.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(shortened(message))
+
+
+def brief(value: object) -> str:
+    """The value as Python writes it, cut where it is long."""
+    try:
+        return _repr.repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return "a number of thousands of digits"
+
+
+def shortened(text: str, longest: int = LONGEST) -> str:
+    """The text without its middle where it is longer than `longest`."""
+    return text if len(text) <= longest else f"{text[: longest * 3 // 4]} … {text[-longest // 4 :]}"

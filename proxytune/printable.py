@@ -3,7 +3,8 @@
 import re
 import unicodedata
 
-LONGEST = 4000  # characters of one line
+from proxytune.errors import shortened
+
 # Control and format characters (bidi overrides, zero width, tags), lone surrogates, separators of lines and paragraphs.
 HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 # Two format characters are spelling between letters of some scripts and within emoji, not beside ASCII.
@@ -27,6 +28,5 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def one_line(text: str) -> str:
-    """Printable, on one line, without the middle of what is longer than any message (its beginning and end say most)."""
-    line = printable(" ".join(text.split()))
-    return line if len(line) <= LONGEST else f"{line[: LONGEST - 1000]} […] {line[-900:]}"
+    """Printable, on one line, and no longer than a message is."""
+    return shortened(printable(" ".join(text.split())))
