@@ -30,6 +30,7 @@ class Size(StrEnum):
     tiny = "tiny"
 
 
+MOST_THREADS = 1024
 PROMPT = "Question: {question}\nAnswer:"
 
 
@@ -103,7 +104,7 @@ def probe(
     out: Annotated[
         Path | None, typer.Option(help="Folder of records; results go to NAME in it. Default: proxytune-runs/STUDY.", show_default=False)
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Of the CPU; a study file has its own.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="Of the CPU; a study file has its own.")] = 2,
     form: Annotated[Format, typer.Option("--format", help="How the results go to standard output.")] = Format.table,
 ) -> None:
     """What tuning did inside: density, drift, lens, restoration, recoverability, and the verdict on erosion in lower layers.
@@ -180,7 +181,7 @@ def generate(
     proxy_device: Annotated[str | None, typer.Option(help="Of expert and anti-expert, if another.", show_default=False)] = None,
     dtype: Annotated[DType, typer.Option(help="Of the weights.")] = DType.float32,
     map_tokens: Annotated[bool, typer.Option(help="Expert and anti-expert have another vocabulary: map its tokens by their bytes.")] = False,
-    threads: Annotated[int, typer.Option(min=1, help="Of the CPU.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="Of the CPU.")] = 2,
 ) -> None:
     """Answers a prompt with a mixture, or with the base alone where no expert is given.
 
@@ -243,7 +244,7 @@ def tune(
     fsdp: Annotated[bool, typer.Option(help="Under torchrun on GPUs: share the model out as well.")] = False,
     checkpoint_minutes: Annotated[float, typer.Option(min=0, help="What a stopped run loses at most; run the same command again.")] = 5.0,
     seed: Annotated[int, typer.Option(help="Of the order of examples and of the adapter's first weights.")] = 0,
-    threads: Annotated[int, typer.Option(min=1, help="Of the CPU, for each process.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="Of the CPU, for each process.")] = 2,
 ) -> None:
     """Tunes one model and says how to use it.
 
@@ -356,7 +357,7 @@ def bench(
     alpha: Annotated[float, typer.Option(help="Strength of the mixture.")] = 0.5,
     tokens: Annotated[int, typer.Option(min=2, help="How many each row decodes.")] = 24,
     rounds: Annotated[int, typer.Option(min=1, help="Figures are medians over them.")] = 3,
-    threads: Annotated[int, typer.Option(min=1, help="Of the CPU.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="Of the CPU.")] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda, say.")] = "cpu",
     dtype: Annotated[DType, typer.Option(help="Of the weights.")] = DType.float32,
     form: Annotated[Format, typer.Option("--format", help="How the figures go to standard output.")] = Format.table,

@@ -46,10 +46,12 @@ class Chat:
 
 
 def weights_of(sources: Sources) -> dict[str, Weights]:
-    """Where the members' weights are. Raises `UserError` where only one of expert and anti-expert is given."""
+    """Where the members' weights are. Raises `UserError` where only one of expert and anti-expert is given, and for a token map without them."""
     expert, antiexpert, proxy_device = sources.expert, sources.antiexpert, sources.proxy_device or sources.device
     if (expert is None) != (antiexpert is None):
         raise UserError("--expert and --antiexpert: give both or neither; the anti-expert is the expert before it was tuned")
+    if sources.map_tokens and expert is None:
+        raise UserError("--map-tokens: it maps the tokens of expert and anti-expert; give both or leave it out")
     weights = {"base": Weights(sources.base, device=sources.device, field="--base")}
     if expert is not None and antiexpert is not None:
         adapted = is_adapter(expert)
@@ -107,22 +109,32 @@ def generate(
     temperature: float,
     speculate: bool,
 ) -> list[int]:
-    """Streams the answer to standard output; returns the base's prompt and the answer as ids. Greedy at temperature 0."""
+    """Streams the answer to standard output; returns the base's prompt and the answer as ids. Greedy at temperature 0.
+
+    Raises `UserError` for a temperature that is not finite, and for one at which, or a model of which, no token has a probability.
+    """
+    if not math.isfinite(temperature):
+        raise UserError(f"--temperature: it must be a finite number, not {temperature}; 0 is greedy")
     law = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     input_ids = torch.tensor([prompts["base"]], device=model.device)
     own = {name: [ids] for name, ids in prompts.items() if name in model.token_maps or ids != prompts["base"]}
-    made = model.generate(
-        input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        prompts=own or None,
-        max_new_tokens=new_tokens,
-        num_beams=1,
-        repetition_penalty=1.0,
-        streamer=_Printed(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        speculate=speculate,
-        draft="draft" if "draft" in model.members else "expert",
-        **law,
-    )
+    try:
+        made = model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            prompts=own or None,
+            max_new_tokens=new_tokens,
+            num_beams=1,
+            repetition_penalty=1.0,
+            streamer=_Printed(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            speculate=speculate,
+            draft="draft" if "draft" in model.members else "expert",
+            **law,
+        )
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise UserError(f"--temperature: at {temperature} no token has a finite probability; raise it, or take models that are not broken") from error
     sys.stdout.flush()
     return made[0].tolist()
 

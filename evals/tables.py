@@ -33,7 +33,7 @@ def draw(tables: Sequence[Table], form: str, width: int) -> str:
 
 
 def _escaped(table: Table, escape: Callable[[str], str]) -> Table:
-    return Table(escape(table.title), table.frame.map(escape).rename(columns=escape), escape(table.note))
+    return Table(escape(table.title), table.frame.fillna("").map(escape).rename(columns=escape), escape(table.note))
 
 
 def _markdown(tables: Sequence[Table], width: int) -> str:
