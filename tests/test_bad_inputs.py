@@ -13,6 +13,7 @@ import torch
 from conftest import make_model, make_tokenizer
 
 from evals import cli
+from evals.harness import run_harness
 from finetune import data
 from finetune.data import CHAT, Item, Turn, chat_ids, encode_examples, prompt_ids, prompt_text
 from probes.activations import check_logits, last_and_subject, read_states
@@ -354,3 +355,18 @@ def test_no_arguments_are_answered_by_help(monkeypatch: pytest.MonkeyPatch, caps
         cli.main()
     said = capsys.readouterr()
     assert stopped.value.code == 2 and "Usage" in said.out + said.err and "error" not in said.err
+
+
+@pytest.mark.parametrize(
+    ("error", "words"), [(ValueError("Tasks not found: x"), "lm-eval: Tasks not found: x"), (UserError("base: no"), "^base: no")]
+)
+def test_what_the_harness_finds_wrong_is_one_line(error: Exception, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def evaluate() -> None:
+        raise error
+
+    monkeypatch.setattr("sys.argv", [])
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", evaluate)
+    with pytest.raises(UserError, match=words):
+        run_harness(["run", "--tasks", "x"])
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: None)
+    run_harness(["run", "--tasks", "x"])
