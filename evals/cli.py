@@ -5,13 +5,14 @@ import shutil
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 if TYPE_CHECKING:
     from evals.study import Study
 
+USAGE_ERROR: Any = typer.BadParameter.__base__  # of an option or a command that is none, too
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 world = typer.Typer(no_args_is_help=True, help="The embedded world: a synthetic corpus, its ledger and its model family.")
 app.add_typer(world, name="world")
@@ -30,6 +31,7 @@ class Size(StrEnum):
 
 
 LARGEST_SEED = 2**32 - 1  # as in finetune/recipe.py, which waits for its command
+MOST_THREADS = 1024
 PROMPT = "Question: {question}\nAnswer:"
 
 
@@ -103,7 +105,7 @@ def probe(
     out: Annotated[
         Path | None, typer.Option(help="Folder of records; results go to NAME in it. Default: proxytune-runs/STUDY.", show_default=False)
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, max=4096, help="Of the CPU; a study file has its own.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="Of the CPU; a study file has its own.")] = 2,
     form: Annotated[Format, typer.Option("--format", help="How the results go to standard output.")] = Format.table,
 ) -> None:
     """What tuning did inside: density, drift, lens, restoration, recoverability, and the verdict on erosion in lower layers.
@@ -184,7 +186,7 @@ def generate(
     proxy_device: Annotated[str | None, typer.Option(help="Of expert and anti-expert, if another.", show_default=False)] = None,
     dtype: Annotated[DType, typer.Option(help="Of the weights.")] = DType.float32,
     map_tokens: Annotated[bool, typer.Option(help="Expert and anti-expert have another vocabulary: map its tokens by their bytes.")] = False,
-    threads: Annotated[int, typer.Option(min=1, max=4096, help="Of the CPU.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="Of the CPU.")] = 2,
 ) -> None:
     """Answers a prompt with a mixture, or with the base alone where no expert is given.
 
@@ -192,9 +194,10 @@ def generate(
     """
     import torch
 
-    from evals.generate import Chat, Sources, load_mixture, print_explanation, read_prompts
+    from evals.generate import Chat, Sources, explanation_table, load_mixture, read_prompts
     from evals.generate import generate as stream
     from evals.progress import quieten_libraries
+    from evals.tables import draw
     from proxytune.explanation import explain as explain_tokens
 
     quieten_libraries()
@@ -206,7 +209,8 @@ def generate(
     tokenizer = members["base"].tokenizer
     ids = stream(model, tokenizer, prompts, new_tokens, temperature, speculate)
     if explain:
-        print_explanation(explain_tokens(model, ids, len(prompts["base"]), prompts=prompts), tokenizer)
+        table = explanation_table(explain_tokens(model, ids, len(prompts["base"]), prompts=prompts), tokenizer)
+        print(draw([table], "table", shutil.get_terminal_size((160, 24)).columns))
     if map_tokens:
         print(f"{model.mass_covered:.1%} of the base's probability stood on tokens that both vocabularies have", file=sys.stderr)
     if speculate:
@@ -245,7 +249,7 @@ def tune(
     fsdp: Annotated[bool, typer.Option(help="Under torchrun on GPUs: share the model out as well.")] = False,
     checkpoint_minutes: Annotated[float, typer.Option(min=0, help="What a stopped run loses at most; run the same command again.")] = 5.0,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the order of examples and of the adapter's first weights.")] = 0,
-    threads: Annotated[int, typer.Option(min=1, max=4096, help="Of the CPU, for each process.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="Of the CPU, for each process.")] = 2,
 ) -> None:
     """Tunes one model and says how to use it.
 
@@ -257,6 +261,7 @@ def tune(
     from evals.progress import Display
     from evals.tune import Run, tune_one
     from finetune.checkpoints import is_main_process
+    from proxytune.printable import printable
 
     torch.set_num_threads(threads)
     settings = {
@@ -278,7 +283,7 @@ def tune(
     }
     with Display(quiet=not is_main_process()) as display:
         run = Run(model, data, out, settings, prompt, seed, base, test, allow_overlap, fsdp, 60 * checkpoint_minutes)
-        print(tune_one(run, display), end="\n" if is_main_process() else "")
+        print(printable(tune_one(run, display), keep="\n"), end="\n" if is_main_process() else "")
 
 
 @app.command()
@@ -303,6 +308,7 @@ def rescore(
     from evals.rescore import execute_in_sandbox, read_roles, rescore_tables
     from evals.rescore import rescore as score
     from evals.tables import draw
+    from proxytune.printable import printable
 
     with Display() as display:
         code = None if execute is None else execute_in_sandbox(display)
@@ -310,7 +316,7 @@ def rescore(
     width = shutil.get_terminal_size((160, 24)).columns
     print(json.dumps(results["rows"], indent=1, allow_nan=False) if form is Format.json else draw(rescore_tables(results), form, width))
     for note in results["notes"]:
-        print(note, file=sys.stderr)
+        print(printable(note), file=sys.stderr)
 
 
 @app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
@@ -341,9 +347,10 @@ def export(
     from evals.generate import Sources, weights_of
     from proxytune.exported import export as write
     from proxytune.mixture import proxy_tuning
+    from proxytune.printable import printable
 
     write(weights_of(Sources(base, expert, antiexpert)), proxy_tuning(alpha), folder)
-    print(f"lm-eval run --model hf --model_args pretrained={folder},trust_remote_code=True,dtype=float32 --device cpu --tasks TASK")
+    print(f"lm-eval run --model hf --model_args pretrained={printable(str(folder))},trust_remote_code=True,dtype=float32 --device cpu --tasks TASK")
 
 
 @app.command()
@@ -355,7 +362,7 @@ def bench(
     alpha: Annotated[float, typer.Option(help="Strength of the mixture.")] = 0.5,
     tokens: Annotated[int, typer.Option(min=2, help="How many each row decodes.")] = 24,
     rounds: Annotated[int, typer.Option(min=1, help="Figures are medians over them.")] = 3,
-    threads: Annotated[int, typer.Option(min=1, max=4096, help="Of the CPU.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="Of the CPU.")] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda, say.")] = "cpu",
     dtype: Annotated[DType, typer.Option(help="Of the weights.")] = DType.float32,
     form: Annotated[Format, typer.Option("--format", help="How the figures go to standard output.")] = Format.table,
@@ -409,15 +416,24 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except USAGE_ERROR as error:
+        _fail(error.format_message())  # nothing where there were no arguments: help was printed
     except (ValueError, OSError) as error:
-        from proxytune.errors import UserError, shortened
+        from proxytune.errors import UserError
 
         # A full disk or a forbidden file is the machine's state and no fault in the program either.
         if not isinstance(error, UserError | OSError):
             raise
-        print(f"proxytune: error: {shortened(' '.join(str(error).split()))}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error))
+
+
+def _fail(message: str) -> NoReturn:
+    from proxytune.printable import one_line
+
+    if message:
+        print(f"proxytune: error: {one_line(message)}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

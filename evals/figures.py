@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from evals.drawing import save
+from evals.drawing import drawn_name, save
 from evals.findings import Found
 from evals.inside_figures import draw_inside
 from evals.records import Record
@@ -58,7 +58,7 @@ def _dial(axes: Axes, place: int, entries: Sequence[dict[str, Any]], intervals: 
     if intervals:
         across, along = _errors(ordered, "gain"), _errors(ordered, "kept")
         axes.errorbar(x, y, xerr=across, yerr=along, color=style["color"], alpha=0.3, linestyle="none", elinewidth=0.8)
-    axes.plot(x, y, **style, markerfacecolor="white", markersize=7, linewidth=1, label=ordered[0]["family"])
+    axes.plot(x, y, **style, markerfacecolor="white", markersize=7, linewidth=1, label=drawn_name(ordered[0]["family"]))
     chosen = [position for position, entry in enumerate(ordered) if entry["on_frontier"]]
     axes.plot([x[position] for position in chosen], [y[position] for position in chosen], **style, markersize=7, linestyle="none")
 
@@ -79,7 +79,7 @@ def _knowledge(study: Study, records: Sequence[Record], path: Path) -> Path:
         places = np.arange(len(labels)) + (position - (len(arms) - 1) / 2) * 0.03
         centre = np.array([value.value for value in values])
         errors = np.array([[value.value - value.low, value.high - value.value] for value in values]).clip(min=0).T
-        axes.errorbar(places, 100 * centre, yerr=100 * errors, label=arm, marker="o", markersize=4, capsize=2, linewidth=1)
+        axes.errorbar(places, 100 * centre, yerr=100 * errors, label=drawn_name(arm), marker="o", markersize=4, capsize=2, linewidth=1)
     axes.set_xticks(range(len(labels)), [label.split("=")[1] for label in labels])
     axes.set_xlabel("times the pretraining corpus stated the fact" if labels[0].startswith("k=") else "popularity")
     axes.set_ylabel("statements continued rightly (%)")

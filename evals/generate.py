@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
+from evals.cells import Table
 from finetune.data import chat_ids, prompt_ids
 from proxytune.adapters import is_adapter
 from proxytune.drafting import rounded_draft
@@ -20,6 +19,7 @@ from proxytune.explanation import TokenExplanation
 from proxytune.member import Member, Weights, load_members
 from proxytune.mixture import proxy_tuning
 from proxytune.modeling import ProxyTunedForCausalLM
+from proxytune.printable import printable
 from proxytune.token_map import map_tokens
 
 
@@ -46,10 +46,12 @@ class Chat:
 
 
 def weights_of(sources: Sources) -> dict[str, Weights]:
-    """Where the members' weights are. Raises `UserError` where only one of expert and anti-expert is given."""
+    """Where the members' weights are. Raises `UserError` where only one of expert and anti-expert is given, and for a token map without them."""
     expert, antiexpert, proxy_device = sources.expert, sources.antiexpert, sources.proxy_device or sources.device
     if (expert is None) != (antiexpert is None):
         raise UserError("--expert and --antiexpert: give both or neither; the anti-expert is the expert before it was tuned")
+    if sources.map_tokens and expert is None:
+        raise UserError("--map-tokens: it maps the tokens of expert and anti-expert; give both or leave it out")
     weights = {"base": Weights(sources.base, device=sources.device, field="--base")}
     if expert is not None and antiexpert is not None:
         adapted = is_adapter(expert)
@@ -92,6 +94,13 @@ def read_prompts(members: Mapping[str, Member], prompt: str, chat: Chat) -> dict
     }
 
 
+class _Printed(TextStreamer):
+    """Prints what is no command to a terminal; a model may write such."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(printable(text, keep="\n\t"), stream_end)
+
+
 def generate(
     model: ProxyTunedForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
@@ -100,37 +109,43 @@ def generate(
     temperature: float,
     speculate: bool,
 ) -> list[int]:
-    """Streams the answer to standard output; returns the base's prompt and the answer as ids. Greedy at temperature 0."""
+    """Streams the answer to standard output; returns the base's prompt and the answer as ids. Greedy at temperature 0.
+
+    Raises `UserError` for a temperature that is not finite, and for one at which, or a model of which, no token has a probability.
+    """
+    if not math.isfinite(temperature):
+        raise UserError(f"--temperature: it must be a finite number, not {temperature}; 0 is greedy")
     law = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     input_ids = torch.tensor([prompts["base"]], device=model.device)
     own = {name: [ids] for name, ids in prompts.items() if name in model.token_maps or ids != prompts["base"]}
-    made = model.generate(
-        input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        prompts=own or None,
-        max_new_tokens=new_tokens,
-        num_beams=1,
-        repetition_penalty=1.0,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        speculate=speculate,
-        draft="draft" if "draft" in model.members else "expert",
-        **law,
-    )
+    try:
+        made = model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            prompts=own or None,
+            max_new_tokens=new_tokens,
+            num_beams=1,
+            repetition_penalty=1.0,
+            streamer=_Printed(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            speculate=speculate,
+            draft="draft" if "draft" in model.members else "expert",
+            **law,
+        )
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise UserError(f"--temperature: at {temperature} no token has a finite probability; raise it, or take models that are not broken") from error
     sys.stdout.flush()
     return made[0].tolist()
 
 
-def print_explanation(explanations: list[TokenExplanation], tokenizer: PreTrainedTokenizerBase) -> None:
-    """A table on standard output; tokens that the base alone would not have chosen are marked with what it would have."""
+def explanation_table(explanations: list[TokenExplanation], tokenizer: PreTrainedTokenizerBase) -> Table:
+    """A row a token; those that the base alone would not have chosen are marked with what it would have."""
     names = list(explanations[0].members) if explanations else []
-    table = Table("token", *names, "mixture", "the base alone", title="Probability of each token", title_justify="left")
-    for entry in explanations:
-        instead = escape(repr(tokenizer.decode([entry.base_choice]))) if entry.changed else ""
-        table.add_row(
-            escape(repr(tokenizer.decode([entry.token]))),
-            *("none" if math.isnan(entry.members[name]) else f"{entry.members[name]:.3f}" for name in names),
-            f"{entry.mixture:.3f}",
-            instead,
-        )
+    frame = pd.DataFrame({"token": [repr(tokenizer.decode([entry.token])) for entry in explanations]}, dtype=str)
+    for name in names:
+        frame[name] = ["none" if math.isnan(entry.members[name]) else f"{entry.members[name]:.3f}" for entry in explanations]
+    frame["mixture"] = [f"{entry.mixture:.3f}" for entry in explanations]
+    frame["the base alone"] = [repr(tokenizer.decode([entry.base_choice])) if entry.changed else "" for entry in explanations]
     changed = sum(entry.changed for entry in explanations)
-    Console(highlight=False).print(table, f"{changed} of {len(explanations)} tokens are not the base's own choice.")
+    return Table("Probability of each token", frame, f"{changed} of {len(explanations)} tokens are not the base's own choice.")

@@ -145,7 +145,10 @@ class ProxyLM(HFLM):
 
 
 def run_harness(arguments: Sequence[str]) -> None:
-    """lm-eval's own command line, with `--model proxytune` and the tasks of `evals/tasks` known to it."""
+    """lm-eval's own command line, with `--model proxytune` and the tasks of `evals/tasks` known to it.
+
+    Raises `UserError` for what the harness says is wrong with a value: a task or a model that there is not, say.
+    """
     from lm_eval.__main__ import cli_evaluate
 
     model_registry.register("proxytune", target=ProxyLM)
@@ -155,4 +158,9 @@ def run_harness(arguments: Sequence[str]) -> None:
     if given and given[0] == "run" and "--device" not in given:
         given += ["--device", "cpu"]  # the harness would take cuda:0 without a look
     sys.argv = ["lm-eval", *given]
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"lm-eval: {error}") from error

@@ -35,6 +35,7 @@ from probes.readouts import Progress
 from probes.recoverability import relearn
 from probes.restoration import Restoration, block_label, count_evaluations, restorations, restore
 from proxytune.content import content_key
+from proxytune.errors import UserError
 from proxytune.member import Member, Weights, load_member
 from proxytune.modeling import ProxyTunedForCausalLM
 from proxytune.scoring import Request, score
@@ -127,6 +128,10 @@ class Asked:
             requests.append(Request(tuple(prompt_ids(tokenizer, prompt_text(item, tokenizer, prompt))), tuple(answer)))
         model = ProxyTunedForCausalLM({"model": member}, {"model": 1.0})
         totals = score(model, requests, {"model": {"model": 1.0}}, batch_tokens=self.study.batch_tokens)["model"]
+        if not totals.isfinite().all():
+            item = self.task[int((~totals.isfinite()).nonzero()[0])]
+            name = member.model.name_or_path or type(member.model).__name__
+            raise UserError(f"task: '{name}' gives the answer of {item.question!r} no finite probability; take a model that is not broken")
         return (totals / torch.tensor([len(request.continuation) for request in requests])).numpy()
 
     @cached_property
@@ -386,7 +391,10 @@ def _measure_pair(pair: Pair, wanted: Sequence[Group], asked: Asked, out: Path, 
         reused = len(frames) == len(names)
         if not reused:
             with display.bar(f"seed {seed} · {names[0]} · {pair.label}", group.workload(pair, asked)) as progress:
-                frames = group.read(pair, asked, progress)
+                try:
+                    frames = group.read(pair, asked, progress)
+                except UserError as error:
+                    raise UserError(f"arms.{pair.label}, {error}") from error
             provenance = {
                 "study": study.study,
                 "arm": pair.label,

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from evals.drawing import save
+from evals.drawing import drawn_name, save
 from evals.findings import METRIC, Found, by_unit, estimate, intervals, states_of
 from evals.study import Study
 from probes.blocks import BLOCKS, thirds
@@ -126,7 +126,7 @@ def _panels(arms: Sequence[str], width: float, height: float, below: str, beside
     for axes in places[len(arms) :]:
         axes.remove()
     for place, axes in enumerate(places[: len(arms)]):
-        axes.set_title(arms[place], fontsize="medium")
+        axes.set_title(drawn_name(arms[place]), fontsize="medium")
         lowest = place + across >= len(arms)
         axes.tick_params(labelbottom=lowest)
         axes.set_xlabel(below if lowest else "")
@@ -235,7 +235,7 @@ def _restoration(title: str, rows: Sequence[Row], arms: Sequence[str], path: Pat
         axes.set_xticks(range(len(BLOCKS)), BLOCKS, fontsize="small")
         lost = found.get((arm, "loss", "all"))
         if lost is not None:
-            axes.set_title(f"{arm}: {100 * lost['value']:.1f} points lost", fontsize="medium")
+            axes.set_title(f"{drawn_name(arm)}: {100 * lost['value']:.1f} points lost", fontsize="medium")
     figure.suptitle(f"{title}: what restoring a block to the base brings back\nwith 95 % intervals; controls stand beside what is restored alone")
     _legend(figure, figure.axes[0], 4)
     return save(figure, path)
@@ -274,7 +274,7 @@ def _drift(title: str, results: dict[str, Any], path: Path) -> Path:
             x = np.array([BLOCKS.index(block) for block in entries]) + (position - (len(arms) - 1) / 2) * 0.3 / len(arms)
             values = [scale * entry["value"] for entry in entries.values()]
             style: dict[str, Any] = {"color": colours(position % colours.N), "marker": "o", "markersize": 4, "capsize": 2, "linewidth": 1}
-            axes.errorbar(x, values, yerr=_errors(list(entries.values()), scale), label=arm, **style)
+            axes.errorbar(x, values, yerr=_errors(list(entries.values()), scale), label=drawn_name(arm), **style)
         shown = [block for block in BLOCKS if any(row["block"] == block and row["what"] == what for row in rows)]
         axes.set_xticks([BLOCKS.index(block) for block in shown], shown)
         axes.set_title(words, fontsize="medium")
@@ -294,7 +294,7 @@ def _law(axes: Axes, rows: Sequence[Row]) -> None:
         entries = [row for row in rows if row["group"] == group and row["value"] is not None]
         y = np.array([arms.index(row["arm"]) for row in entries]) + (number - 0.5) * 0.35
         axes.barh(y, [row["value"] for row in entries], 0.35, xerr=_errors(entries, 1), label=group, error_kw={"elinewidth": 0.8}, capsize=1.5)
-    axes.set_yticks(range(len(arms)), arms)
+    axes.set_yticks(range(len(arms)), list(map(drawn_name, arms)))
     axes.invert_yaxis()
     axes.set_title("KL(base || arm) after the statement (nats)", fontsize="medium")
     axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=2, frameon=False)

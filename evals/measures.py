@@ -18,6 +18,7 @@ from finetune.data import Item, answer_space, prompt_ids, prompt_text
 from probes.drift import divergence
 from probes.readouts import Answer, Progress, answer_greedily, choose, judge, judge_number
 from proxytune.content import content_key
+from proxytune.errors import UserError
 from proxytune.member import load_tokenizer
 from proxytune.mixture import Mixture
 from proxytune.modeling import ProxyTunedForCausalLM
@@ -152,6 +153,10 @@ def _divergences(
             with torch.inference_mode():
                 laws[arm] = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1).logits[:, -1]
         for arm in mixtures:
-            found[arm] += divergence(laws[""], laws[arm]).tolist()
+            values = divergence(laws[""], laws[arm])
+            if not values.isfinite().all():
+                number = start + int((~values.isfinite()).nonzero()[0]) + 1
+                raise UserError(f"drift: '{arm}' has no finite divergence from the base for item {number}; take models that are not broken")
+            found[arm] += values.tolist()
         progress(len(ids))
     return found

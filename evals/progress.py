@@ -8,9 +8,11 @@ from contextlib import contextmanager
 import datasets
 import transformers
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from proxytune.printable import printable
 
 
 def quieten_libraries() -> None:
@@ -30,7 +32,13 @@ class Display(TrainerCallback):
     def __init__(self, quiet: bool = False) -> None:
         self._console = Console(stderr=True, highlight=False, quiet=quiet)
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=self._console, transient=True
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,  # in a file it would leave empty lines
         )
 
     def __enter__(self) -> "Display":
@@ -42,13 +50,13 @@ class Display(TrainerCallback):
         self._progress.stop()
 
     def say(self, line: str) -> None:
-        """Leaves a line standing."""
-        self._console.print(escape(line), soft_wrap=True)
+        """Leaves one line standing, whatever the text holds."""
+        self._console.print(Text(printable(line)), soft_wrap=True)
 
     @contextmanager
     def bar(self, title: str, total: int | None) -> Iterator[Callable[[int], None]]:
         """Shows a bar while the block runs; the block calls what it is given with the steps it has done."""
-        task = self._progress.add_task(escape(title), total=total)
+        task = self._progress.add_task(printable(title), total=total)
         try:
             yield lambda steps: self._progress.advance(task, steps)
         finally:

@@ -84,6 +84,9 @@ def rescore(
     unknown or a pattern matches no system.
     """
     sources, notes = read_tree(folder)
+    for name in (name for source in sources for name in (source.benchmark, source.system)):
+        if not name.isascii() and any("\ud800" <= sign <= "\udfff" for sign in name):
+            raise UserError(f"results: the folder '{name}' has a name that is not UTF-8; rename it")
     mappings = [mapping for mapping in ([roles] if isinstance(roles, Mapping) else roles) if mapping]
     _check_roles(mappings, {source.system for source in sources})
     tests = read_tests(humaneval) if humaneval is not None and code is not None else None

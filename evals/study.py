@@ -14,6 +14,7 @@ from finetune.data import check_prompt
 from finetune.recipe import LARGEST_SEED, EarlyStopping, Tuning
 from proxytune.errors import UserError, brief, shortened
 from proxytune.files import check_readable
+from proxytune.printable import printable
 
 STUDIES = Path(__file__).parent / "studies"
 MOST_NODES = 100_000  # of a study file with every alias written out
@@ -196,12 +197,12 @@ class Relearning(Strict):
 class Study(Strict):
     """The whole study file. Either `world` (the embedded world, by size) or `models` and `data`."""
 
-    study: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    study: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$", description="also the name of the folder of its results")
     world: Literal["default", "tiny"] | None = None
     models: Models | None = None
     data: Data | None = None
     seeds: tuple[Annotated[int, Field(ge=0, le=LARGEST_SEED)], ...] = Field(default=(0,), min_length=1)
-    threads: int = Field(default=1, ge=1, le=4096, description="of the CPU; two are slower than one for models this side of 100M parameters")
+    threads: int = Field(default=1, ge=1, le=1024, description="of the CPU; two are slower than one for models this side of 100M parameters")
     batch_size: int = Field(default=16, ge=1, description="items generated at a time")
     batch_tokens: int = Field(default=2048, ge=1, description="tokens scored at a time")
     arms: dict[str, ArmSpec]
@@ -220,6 +221,8 @@ class Study(Strict):
         if kinds.count("base") != 1:
             raise ValueError("arms needs exactly one arm of kind base: everything is compared with it")
         for name, arm in self.arms.items():
+            if not name.strip() or name != printable(name):
+                raise ValueError(f"arms: the name {name!r} must hold signs, and none that cannot be seen; rename the arm")
             if isinstance(arm, Proxy):
                 expert = self.arms.get(self.expert_of(name))
                 if not isinstance(expert, Expert | Direct) or (isinstance(expert, Direct) and expert.dial is not None):

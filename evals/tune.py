@@ -51,7 +51,8 @@ def tune_one(run: Run, display: Display) -> str:
     train = read_items(run.data, "data")
     _look_at(run, train.items, display)
     display.say(f"{len(train.items)} examples ({train.shape}{'; not read: ' if train.ignored else ''}{', '.join(train.ignored)}); {_asked(run)}")
-    display.say(_first(run, train.items[0], tuning))
+    for line in _first(run, train.items[0], tuning).split("\n"):
+        display.say(line)
     report = tune(
         run.model,
         train.items,

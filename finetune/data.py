@@ -4,20 +4,25 @@ One file format for tuning, testing and knowledge: JSON lines. Tuning and measur
 function, so what a model was tuned on is what it is asked.
 """
 
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from string import Formatter
 from typing import Literal
 
 import torch
-from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from proxytune.errors import UserError, brief
+from proxytune.printable import one_line
 
 Row = dict[str, list[int]]
 CHAT = "chat"  # in the place of a prompt's template: the tokenizer's own chat template
+CHAT_SECONDS = 10.0  # of processor time; a template takes a thousandth
+CHAT_LONGEST = 10_000_000  # characters
 
 
 class Turn(BaseModel):
@@ -80,7 +85,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 def chat_text(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> str:
     """The turns in the tokenizer's own chat template, up to where the next answer begins; without the BOS that encoding adds.
 
-    Raises `UserError` where the tokenizer has no chat template or the template refuses the turns.
+    Raises `UserError` where the tokenizer has no chat template, and where the template fails, does not end or makes too long a text.
     """
     text = _templated(tokenizer, turns, add_generation_prompt=True)
     adds_bos = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
@@ -125,12 +130,37 @@ def continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str, space: str =
 
 
 def _templated(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], **options: bool) -> str:
+    """Not covered: how much memory the template takes meanwhile."""
     if tokenizer.chat_template is None:
         raise UserError("chat: the tokenizer has no chat template; give the prompt as plain text")
     try:
-        return str(tokenizer.apply_chat_template([turn.model_dump() for turn in turns], tokenize=False, **options))
-    except TemplateError as error:
-        raise UserError(f"chat: the template refuses these turns ({error}); change the data or use a plain prompt") from error
+        with _at_most(CHAT_SECONDS):
+            text = str(tokenizer.apply_chat_template([turn.model_dump() for turn in turns], tokenize=False, **options))
+    except Exception as error:  # a template is a program that came with a model: it may raise anything
+        reason = one_line(str(error)) or type(error).__name__
+        raise UserError(f"chat: the template refuses these turns ({reason}); change the data or use a plain prompt") from error
+    if len(text) > CHAT_LONGEST:
+        raise UserError(f"chat: the template makes {len(text):,} characters of these turns, {CHAT_LONGEST:,} at most are read; use a plain prompt")
+    return text
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError within the block after so much time on the processor. In the main thread only: elsewhere there are no signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"it did not end within {seconds:g} s")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before or signal.SIG_DFL)
 
 
 def _answer_ids(item: Item, answer: str, tokenizer: PreTrainedTokenizerBase, prompt: str, ending: str) -> list[int]:

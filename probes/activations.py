@@ -5,7 +5,7 @@ last state is taken before the final norm too. Only the chosen tokens are kept, 
 however many prompts there are. Costs a plain forward pass.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -53,7 +53,8 @@ def read_states(
     """Yields the states of each batch of prompts (token ids), the longest prompts first, so that little is padding.
 
     `places` has for every prompt the same number of token positions, which may be negative: -1 is the last. Two models that
-    are given the same prompts yield the same batches. Raises `UserError` for an architecture whose parts are not known here.
+    are given the same prompts yield the same batches. Raises `UserError` for an architecture whose parts are not known here, and for
+    states and logits that are not finite.
     """
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     layers = layers_of(model)
@@ -77,7 +78,42 @@ def read_states(
             logits = model(input_ids=input_ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=False, logits_to_keep=1).logits
             stacked = {name: torch.stack(tensors, dim=2).float() for name, tensors in kept.items()}
             states = States(indices, **stacked, logits=logits[:, -1].float())
+            _check(model, states)
         yield states
+
+
+def check_states(model: PreTrainedModel, states: Sequence[Float[Tensor, "items hidden"]], named: Callable[[int], str], part: str = "") -> None:
+    """Raises `UserError` naming the model, the lowest layer and the item where a state's square, which probes take, is not finite.
+
+    `named` says what the item of a row is called; `part` is what has as many states as the model has layers: attention or mlp.
+    """
+    for number, state in enumerate(states):
+        broken = ~state.float().square().sum(-1).isfinite()
+        if broken.any():
+            where = f"the output of {part} in layer {number + 1}" if part else f"the state after layer {number}" if number else "the embedding"
+            raise UserError(_not_finite(model, where, named(int(broken.nonzero()[0]))))
+
+
+def check_logits(model: PreTrainedModel, logits: Float[Tensor, "items vocabulary"], named: Callable[[int], str], when: str = "") -> None:
+    """Raises `UserError` naming the model and the item for logits that stand for no law; some may be -inf."""
+    broken = ~logits.logsumexp(-1).isfinite()
+    if broken.any():
+        raise UserError(_not_finite(model, f"the logits{when}", named(int(broken.nonzero()[0]))))
+
+
+def _not_finite(model: PreTrainedModel, what: str, item: str) -> str:
+    name = model.name_or_path or type(model).__name__
+    return f"model: in '{name}' {what} of {item} holds NaN, infinity or what is too large to square; take a model that is not broken"
+
+
+def _check(model: PreTrainedModel, states: States) -> None:
+    def named(row: int) -> str:
+        return f"item {states.indices[row] + 1}"
+
+    for part, tensor in (("", states.residual), ("attention", states.attention), ("mlp", states.mlp)):
+        for place in tensor.unbind(1):
+            check_states(model, place.unbind(1), named, part)
+    check_logits(model, states.logits, named)
 
 
 def last_and_subject(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], prompts: Sequence[str]) -> list[list[int]]:

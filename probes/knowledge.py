@@ -45,8 +45,9 @@ def known(member: Member, items: Sequence[Item], *, batch_tokens: int = 2048) ->
     read = _at_once if all(len(ids) == 1 for ids in encoded.values()) else _scored
     right, probability = [], []
     for item, means in zip(items, read(member, prefixes, candidates, batch_tokens), strict=True):
+        name = member.model.name_or_path or type(member.model).__name__
         place = item.choices.index(item.answer)
-        right.append(best_choices(means.tolist(), f"knowledge: the model at {item.question!r}") == [place])
+        right.append(best_choices(means.tolist(), f"knowledge: '{name}' at {item.question!r}") == [place])
         probability.append(float(means.softmax(0)[place]))
     return Known(np.array(right), np.array(probability))
 

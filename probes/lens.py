@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.data import Item, continuation_ids
-from probes.activations import States, final_norm, layers_of, read_states
+from probes.activations import States, check_states, final_norm, layers_of, read_states
 from proxytune.errors import UserError
 from proxytune.padding import left_padded, positions_of
 
@@ -198,7 +198,7 @@ def _sums(model: PreTrainedModel, texts: Sequence[Sequence[int]], batch_size: in
     ordered = sorted(texts, key=len, reverse=True)
     total: _Sums | None = None
     for start in range(0, len(ordered), batch_size):
-        *states, last = _states(model, *left_padded(ordered[start : start + batch_size], pad, model.device))
+        *states, last = _states(model, ordered[start : start + batch_size], pad)
         y = last.double()
         # One state at a time is put into fp64, whatever device it is on.
         of_state = [(x.sum(0), x.T @ x, x.T @ y) for x in (state.to(y) for state in states)]
@@ -209,9 +209,10 @@ def _sums(model: PreTrainedModel, texts: Sequence[Sequence[int]], batch_size: in
     return total
 
 
-def _states(model: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> list[Float[Tensor, "tokens hidden"]]:
+def _states(model: PreTrainedModel, texts: Sequence[Sequence[int]], pad: int) -> list[Float[Tensor, "tokens hidden"]]:
     """Every state at every token that is neither padding nor its row's first: what enters each layer, and what enters the final norm."""
     entered: list[Tensor] = []
+    input_ids, mask = left_padded(texts, pad, model.device)
     kept = (mask * (mask.cumsum(-1) > 1)).bool()
 
     def keep(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -226,6 +227,8 @@ def _states(model: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> list[Flo
     finally:
         for handle in handles:
             handle.remove()
+    owners = kept.nonzero()[:, 0]
+    check_states(model, entered, lambda row: f"the lens' text of the token ids {list(texts[int(owners[row])][:8])}, …")
     return entered
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from finetune.data import Item, prompt_ids
-from probes.activations import last_and_subject, layers_of, read_states
+from probes.activations import check_logits, last_and_subject, layers_of, read_states
 from probes.blocks import check_same_shape
 from probes.lens import first_tokens
 from proxytune.errors import UserError
@@ -66,10 +66,10 @@ def patch_subject(
         ids, mask = left_padded([prompts[index] for index in indices], pad, model.device)
         # Padding stands on the left, so a place is counted from the end.
         columns = torch.tensor([places[index][0] - len(prompts[index]) for index in indices]).remainder(ids.shape[1])
-        found.tuned[indices] = _shares(_logits(model, ids, mask), chosen)
+        found.tuned[indices] = _shares(_logits(model, ids, mask, indices), chosen)
         for state in range(found.states.shape[1]):
             with replaced(model, state, columns, states.residual[:, 0, state]):
-                found.states[indices, state] = _shares(_logits(model, ids, mask), chosen)
+                found.states[indices, state] = _shares(_logits(model, ids, mask, indices, f" with the base's state {state}"), chosen)
         progress(len(indices))
     return found
 
@@ -106,7 +106,11 @@ def _shares(logits: Float[Tensor, "batch vocabulary"], candidates: Sequence[Sequ
 
 
 @torch.inference_mode()
-def _logits(model: PreTrainedModel, ids: Int[Tensor, "batch time"], mask: Int[Tensor, "batch time"]) -> Float[Tensor, "batch vocabulary"]:
+def _logits(
+    model: PreTrainedModel, ids: Int[Tensor, "batch time"], mask: Int[Tensor, "batch time"], indices: Sequence[int], when: str = ""
+) -> Float[Tensor, "batch vocabulary"]:
     """After the last token, in fp32."""
     output = model(input_ids=ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=False, logits_to_keep=1)
-    return output.logits[:, -1].float()
+    logits = output.logits[:, -1].float()
+    check_logits(model, logits, lambda row: f"item {indices[row] + 1}", when)
+    return logits

@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from probes.blocks import BLOCKS, blocks_of, change_of, check_same_shape, frobenius, put, weights_of
+from proxytune.errors import UserError
 from proxytune.member import Member
 
 SHARES = (1, 5, 10, 20, 40, 60)  # per cent
@@ -123,7 +124,10 @@ def restore(
     try:
         for restoration in dict.fromkeys(plan.values()):
             _set_back(tuned.model, base.model, own, restoration)
-            found[restoration] = measure(Member(tuned.model, tuned.tokenizer))
+            try:
+                found[restoration] = measure(Member(tuned.model, tuned.tokenizer))
+            except UserError as error:
+                raise UserError(f"{next(label for label, entry in plan.items() if entry == restoration)}: {error}") from error
             progress(1)
     finally:
         put(tuned.model, own)

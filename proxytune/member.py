@@ -278,7 +278,7 @@ def _check_device(device: str, dtype: torch.dtype, field: str) -> None:
     if device in ("auto", "balanced", "balanced_low_0", "sequential"):
         return
     try:
-        torch.ones(1, 1, device=device, dtype=dtype) @ torch.ones(1, 1, device=device, dtype=dtype)
+        (torch.ones(1, 1, device=device, dtype=dtype) @ torch.ones(1, 1, device=device, dtype=dtype)).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"{field}: the device '{device}' cannot compute in {dtype} ({_first_line(error)}); choose another of either") from error
 

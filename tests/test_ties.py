@@ -103,7 +103,7 @@ def test_scores_that_are_no_numbers_are_refused(scores: list[float]) -> None:
 def test_a_broken_arm_is_named_with_its_item() -> None:
     with pytest.raises(UserError, match=r"arm only at 'q0': the choices' scores are nan, nan, nan, nan"):
         answers(broken(np.nan), items(0))
-    with pytest.raises(UserError, match=r"the model at 'q0': the choices' scores are nan"):
+    with pytest.raises(UserError, match=r"knowledge: 'LlamaForCausalLM' at 'q0': the choices' scores are nan"):
         known(broken(np.nan), items(0))
 
 
