@@ -1,18 +1,20 @@
 """What the lm-eval class may be given: every argument has its effect or is refused in one line, and BOS is the harness's own."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_members, make_model, make_tokenizer
+from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
+from lm_eval.api.registry import model_registry
 from lm_eval.models.huggingface import HFLM
-from test_harness import Counted, lm_eval_command
+from lm_eval.tasks import TaskManager
+from test_harness import Counted
 
-from evals.harness import ProxyLM
+from evals.harness import TASKS, ProxyLM
 from proxytune import Member, Rule, UserError, proxy_tuning
 from proxytune.arguments import read_dtype, unknown_name
 
@@ -329,14 +331,19 @@ def test_whose_tokenizer_and_generation_config_speak_counts(tmp_path: Path, monk
         assert (counted.passes > 0) == again
 
 
-def test_the_command_line_says_it_in_one_line(folders: Path, tmp_path: Path) -> None:
-    task = ["--tasks", "proxytune_world_choice", "--limit", "2"]
+def test_the_harness_passes_words_and_errors_on(folders: Path) -> None:
+    model_registry.register("proxytune", target=ProxyLM)
+    options: dict[str, Any] = {"tasks": ["proxytune_world_choice"], "limit": 2, "bootstrap_iters": 0}
+    options |= {"model": "proxytune", "task_manager": TaskManager(include_path=str(TASKS), include_defaults=False)}
     base = f"base={folders / 'base'}"
-    for given, said in ((f"{base},alhpa=0.1", "alhpa: .*did you mean 'alpha'"), (f"{base},threads=-1", "threads: .*not -1")):
-        done = lm_eval_command("run", "--model", "proxytune", "--model_args", given, *task)
-        last = done.stderr.strip().splitlines()[-1]
-        assert (done.returncode, bool(re.match(f"proxytune: error: {said}", last))) == (2, True), done.stderr[-1000:]
-        assert "Traceback" not in done.stderr
+    for given, said in (("alhpa=0.1", "alhpa: .*did you mean 'alpha'"), ("threads=-1", "threads: .*not -1"), ("trust_remote_code=True", "trust_re")):
+        with pytest.raises(UserError, match=said):
+            simple_evaluate(model_args=f"{base},{given}", **options)
+    for more in ({"batch_size": "x"}, {"device": "toaster"}, {"max_batch_size": 0}):
+        with pytest.raises(UserError, match=next(iter(more))):
+            simple_evaluate(model_args=base, **options, **more)
+    found = simple_evaluate(model_args=f"{base},batch_size=3,device=cpu", batch_size="1", device="cpu", max_batch_size=4, **options)
+    assert found["config"]["model_args"].endswith("batch_size=3,device=cpu")
 
 
 def test_names_that_are_near() -> None:
