@@ -124,6 +124,9 @@ class ProxyLM(HFLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         settings = [check_generation(request.args[1], self.max_gen_toks, self.max_length) for request in requests]
+        for number, request in enumerate(requests):
+            if not request.args[0].strip() and not self.tok_encode(request.args[0]):
+                raise UserError(f"prompt: that of number {number} is empty, and there is nothing to go on from; give add_bos_token=True")
         # The first member speaks for the mixture: its tokenizer reads the prompt, its generation config says what it does not.
         voice = next(iter(self._members.values()))
         decides = [voice.fingerprint if self._responses else "", self.max_length, self.add_bos_token, self.think_end_token]

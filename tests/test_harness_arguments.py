@@ -75,6 +75,14 @@ def test_bos_has_its_effect_and_members_keep_their_tokenizer(folders: Path) -> N
     assert members["base"].tokenizer("w3").input_ids == [3]
 
 
+def test_an_empty_prompt_is_refused_and_never_a_row_of_padding(folders: Path) -> None:
+    for contexts in ([""], ["w3", " "]):
+        with pytest.raises(UserError, match=f"prompt: that of number {len(contexts) - 1} is empty"):
+            texts(ProxyLM(base=folders / "base"), contexts)
+        told = {"add_bos_token": True}
+        assert texts(ProxyLM(base=folders / "base", **told), contexts) == texts(stock(folders / "base", **told), contexts)
+
+
 def test_a_tokenizer_without_bos_is_refused_only_where_bos_is_wanted() -> None:
     tokenizer = make_tokenizer()
     tokenizer.bos_token = None
