@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from transformers import TrainerCallback
+from transformers.utils import CONFIG_NAME, cached_file
 
 from evals.material import Material
 from evals.measures import Probe
@@ -137,10 +138,21 @@ def _tuned(start: Weights, tuning: Tuning, name: str, material: Material, seed: 
     return replace(start, adapter=result) if tuning.method == "lora" else Weights(str(result), field=f"arms.{name}")
 
 
-@cache
 def _fingerprint(path: str, field: str) -> str:
-    """Of a start, which does not change while a study runs."""
+    """Of a start: taken once, and again when one of its files was written."""
+    return _fingerprint_of(path, field, _files_of(path))
+
+
+@cache
+def _fingerprint_of(path: str, field: str, files: tuple[tuple[object, ...], ...]) -> str:
     return load_member(path, field=field).fingerprint
+
+
+def _files_of(path: str) -> tuple[tuple[object, ...], ...]:
+    """The files of a local folder, or of a hub's snapshot, as the file system tells them apart."""
+    folder = Path(path) if Path(path).is_dir() else Path(str(cached_file(path, CONFIG_NAME))).parent
+    files = [(file, file.stat()) for file in sorted(folder.iterdir())]
+    return tuple((str(file), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for file, stat in files)
 
 
 def tuning_summary(weights: Weights) -> dict[str, object] | None:

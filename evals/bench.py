@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from jaxtyping import Int
 from lm_eval.models.huggingface import HFLM
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -313,6 +313,7 @@ def _load(bench: Bench, base: str, small: str, adapter: Path) -> tuple[dict[str,
 
     The anti-expert is the same tensors in both: there are two copies of the small model, not three.
     """
+    merged = load_member(small, adapter, field="--expert", dtype=bench.dtype, device=bench.device, merged=True)  # says what is wrong with either
     plain = load_member(small, field="--models", dtype=bench.dtype, device=bench.device)
     tensors = {id(tensor): tensor for tensor in itertools.chain(plain.model.parameters(), plain.model.buffers())}
     antiexpert = Member(copy.deepcopy(plain.model, dict(tensors)), plain.tokenizer)
@@ -325,8 +326,7 @@ def _load(bench: Bench, base: str, small: str, adapter: Path) -> tuple[dict[str,
         "expert": Member(plain.model, plain.tokenizer, Adapter(switch, name)),
         "antiexpert": Member(plain.model, plain.tokenizer, Adapter(switch, UNTOUCHED)),
     }
-    merged = PeftModel.from_pretrained(load_member(small, field="--models", dtype=bench.dtype, device=bench.device).model, str(adapter))
-    return members, {"expert": Member(merged.merge_and_unload().eval(), plain.tokenizer), "antiexpert": antiexpert}
+    return members, {"expert": merged, "antiexpert": antiexpert}
 
 
 def _adapter(bench: Bench, small: str, folder: Path) -> Path:

@@ -103,9 +103,11 @@ def _measure_ensemble(study: Study, ensemble: Ensemble, asked: list[Measurement]
 
 
 def _key(members: dict[str, Member], ensemble: Ensemble, arm: str, measurement: Measurement, seed: int) -> str:
-    # Weights with their coefficients in the mixture's order, without the names they go by.
+    # Members with their coefficients in the mixture's order, without the names they go by; and the first of those loaded, whose tokenizer
+    # and generation configuration are the mixture's even where it has no part in it.
     weighted = [[members[name].fingerprint, coefficient] for name, coefficient in active(ensemble.mixtures[arm]).items()]
-    return content_key(mixture=weighted, protocol=measurement.protocol, seed=seed)
+    interface = next(iter(members.values())).interface
+    return content_key(mixture=weighted, interface=interface, protocol=measurement.protocol, seed=seed)
 
 
 def _cost(ensemble: Ensemble, members: dict[str, Member], mixture: Mixture) -> dict[str, Any]:

@@ -4,39 +4,51 @@ An expert that is a LoRA adapter on its anti-expert needs the anti-expert's weig
 of one pass, so that weights are in memory once and read once a step; PEFT's mixed batches do the arithmetic.
 """
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 from transformers import PreTrainedModel
+from transformers.utils import cached_file
 
 UNTOUCHED = "__base__"  # PEFT's word for rows that pass through no adapter
 
 
 class AdapterSwitch:
-    """Tells every LoRA layer of a model which adapter each row of the batch passes through."""
+    """Tells every LoRA layer of a model which adapter each row of the batch passes through.
+
+    Several threads may run the model at the same time, each with rows of its own.
+    """
 
     def __init__(self, model: PreTrainedModel):
-        self._names: list[str] | None = None
         for module in model.modules():
             if isinstance(module, LoraLayer):
                 module.register_forward_pre_hook(self._tell, with_kwargs=True)
 
     def _tell(self, module: Any, arguments: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        return None if self._names is None else (arguments, options | {"adapter_names": self._names})
+        switch, names = _RUNNING.get()
+        return (arguments, options | {"adapter_names": names}) if switch is self else None
 
     @contextmanager
     def rows(self, names: Sequence[str]) -> Iterator[None]:
-        """Within it the model's batch rows pass through these adapters, `UNTOUCHED` for none."""
-        self._names = list(names)
+        """Within it, and in this thread, the model's batch rows pass through these adapters, `UNTOUCHED` for none."""
+        before = _RUNNING.set((self, list(names)))
         try:
             yield
         finally:
-            self._names = None
+            _RUNNING.reset(before)
+
+
+# The switch whose model runs in this thread, and its rows. A variable of the module: one of the switch could not be copied with its model.
+_RUNNING: ContextVar[tuple[AdapterSwitch | None, list[str]]] = ContextVar("running", default=(None, []))
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -48,11 +60,15 @@ def mixes_in_batches(adapter: str | Path) -> bool:
     """Whether rows with and without the adapter can share a pass, by what its configuration says.
 
     PEFT does so for plain LoRA; DoRA it refuses, other methods it silently ignores, and adapters that begin from a part of
-    the weights (PiSSA, OLoRA and their kind) leave a base behind that is not the one without them.
+    the weights (PiSSA, OLoRA and their kind) leave a base behind that is not the one without them. So do those that hold
+    weights of the model itself, such as embeddings for new tokens.
     """
     config = PeftConfig.from_pretrained(str(adapter))
+    with safe_open(_weights_file(adapter), "pt") as file:
+        own = all(".lora_" in name for name in file.keys())  # noqa: SIM118 (it is no dictionary)
     return (
-        type(config) is LoraConfig
+        own
+        and type(config) is LoraConfig
         and not (config.use_dora or config.modules_to_save or config.lora_bias or config.target_parameters or config.trainable_token_indices)
         and config.alora_invocation_tokens is None
         and config.bias == "none"
@@ -60,15 +76,41 @@ def mixes_in_batches(adapter: str | Path) -> bool:
     )
 
 
+def put_on(model: PreTrainedModel, adapters: Sequence[str | Path], names: Sequence[str]) -> PeftModel:
+    """The model with PEFT adapters on it, under these names; the first is in force.
+
+    Raises ValueError for an adapter that lacks weights or holds some that have no place in the model (PEFT only warns of the
+    former), and OSError for one without safetensors: pickles are not read.
+    """
+    peft: PeftModel | None = None
+    for adapter, name in zip(adapters, names, strict=True):
+        _weights_file(adapter)
+        if peft is None:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error below
+                peft = PeftModel.from_pretrained(model, str(adapter), adapter_name=name)
+        # Only this call tells what was found: the one above does not.
+        result = peft.load_adapter(str(adapter), adapter_name=name)
+        if result.missing_keys or result.unexpected_keys:
+            raise ValueError(describe_keys(result.missing_keys, result.unexpected_keys))
+    assert peft is not None
+    return peft
+
+
+def describe_keys(missing: Collection[str], unexpected: Collection[str]) -> str:
+    """What a file of weights lacks and has too much, in words."""
+    parts = [(missing, "weights are missing"), (unexpected, "have no place in the model")]
+    return " and ".join(f"{len(names)} {words}, '{min(names)}' first" for names, words in parts if names)
+
+
 def attach(model: PreTrainedModel, adapters: Sequence[str | Path]) -> tuple[AdapterSwitch, list[str]] | None:
     """Puts adapters on the model side by side; returns the switch and the adapters' names in it.
 
     None, and the model unusable for it, where the architecture hands its layers something else than rows of the batch.
+    Raises what `put_on` does.
     """
     names = [f"adapter{number}" for number in range(len(adapters))]
-    peft = PeftModel.from_pretrained(model, str(adapters[0]), adapter_name=names[0])
-    for name, adapter in zip(names[1:], adapters[1:], strict=True):
-        peft.load_adapter(str(adapter), adapter_name=name)
+    put_on(model, adapters, names)
     switch = AdapterSwitch(model.eval())
     try:
         with torch.inference_mode(), switch.rows([*names, UNTOUCHED]):
@@ -76,3 +118,7 @@ def attach(model: PreTrainedModel, adapters: Sequence[str | Path]) -> tuple[Adap
     except ValueError:
         return None
     return switch, names
+
+
+def _weights_file(adapter: str | Path) -> str:
+    return str(cached_file(str(adapter), SAFETENSORS_WEIGHTS_NAME))

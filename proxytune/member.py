@@ -1,19 +1,23 @@
-"""A member: one causal language model of a mixture, with its tokenizer and the fingerprint of its weights."""
+"""A member: one causal language model of a mixture, with its tokenizer, and the fingerprint of all that decides what it says."""
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME, find_adapter_config_file
 
-from proxytune.adapters import UNTOUCHED, AdapterSwitch, attach, mixes_in_batches
+from proxytune.adapters import UNTOUCHED, AdapterSwitch, attach, describe_keys, mixes_in_batches, put_on
+from proxytune.content import content_key
 from proxytune.errors import UserError
 from proxytune.packing import pack_linear_layers
 
@@ -40,8 +44,22 @@ class Member:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the weights themselves (names, types, shapes, bytes; adapters too), never of a path. Taken once."""
-        return fingerprint(self.model, None if self.adapter is None else self.adapter.name)
+        """A hash of all that decides what the member says, never of a path. Taken once.
+
+        These are its weights (see `fingerprint`), its class and configuration, and its `interface`. Left out are library
+        versions and the configuration's word for the type of the weights, which count with their own.
+        """
+        weights = fingerprint(self.model, None if self.adapter is None else self.adapter.name)
+        return content_key(weights=weights, kind=type(self.model).__name__, config=_settings(self.model.config.to_dict()), interface=self.interface)
+
+    @cached_property
+    def interface(self) -> str:
+        """A hash of what stands between the weights and texts: the tokenizer, and the generation configuration. Taken once.
+
+        Of a mixture's members the first gives both.
+        """
+        generation = self.model.generation_config.to_dict() if self.model.can_generate() else {}
+        return content_key(tokenizer=_tokenizer_settings(self.tokenizer), generation=_settings(generation))
 
     @property
     def rows(self) -> int:
@@ -79,6 +97,30 @@ def fingerprint(model: torch.nn.Module, adapter: str | None = None) -> str:
     return digest.hexdigest()
 
 
+# Of a model's or tokenizer's settings: where it was loaded from, by which version, and what the weights' own types say.
+UNREAD = {"_name_or_path", "name_or_path", "is_local", "local_files_only", "transformers_version", "dtype", "torch_dtype", "architectures"}
+
+
+def _settings(content: Any) -> Any:
+    """The settings that decide something, as JSON: without `UNREAD` and without those that are not set."""
+    if isinstance(content, Mapping):
+        return {str(key): _settings(value) for key, value in content.items() if key not in UNREAD and value is not None}
+    if isinstance(content, list | tuple):
+        return [_settings(value) for value in content]
+    return content if isinstance(content, bool | int | str) else repr(content)
+
+
+def _tokenizer_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The tokenizer as it would be saved: its vocabulary, rules, special tokens and templates."""
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        saved = {file.relative_to(folder).as_posix(): file.read_bytes() for file in sorted(Path(folder).rglob("*")) if file.is_file()}
+    read = {name: json.loads(content) if name.endswith(".json") else hashlib.sha256(content).hexdigest() for name, content in saved.items()}
+    for state in ("padding", "truncation"):  # what the last batch was padded to
+        read.get("tokenizer.json", {}).pop(state, None)
+    return {name: _settings(content) for name, content in read.items()}
+
+
 def _tensors(model: torch.nn.Module, adapter: str | None) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in model.state_dict().items():
         if adapter == UNTOUCHED:
@@ -95,10 +137,8 @@ def load_tokenizer(path: str | Path, field: str = "base") -> PreTrainedTokenizer
 
     Raises `UserError` naming `field` where there is none; a missing padding token is set to the end token.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **_gguf(path))
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"{field}: no tokenizer could be loaded from '{path}' ({_first_line(error)}); save one beside the weights") from error
+    with _explained(f"{field}: no tokenizer could be loaded from '{path}'", "save one beside the weights"):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **_gguf(path))
     if not len(tokenizer):
         raise UserError(f"{field}: the tokenizer of '{path}' is empty; save one beside the weights")
     if tokenizer.pad_token_id is None:
@@ -122,28 +162,37 @@ def load_member(
     `field` is the word that an error names; `device` as in `Weights`; `quantization` one of transformers' own
     configurations (`BitsAndBytesConfig(load_in_8bit=True)`, say, with the package it needs). `packed` is for inference
     alone (see `packing`); `merged` adds the adapter to the weights, which then are a plain model's. Only safetensors are
-    read, or the one GGUF file of a folder without a config. Raises `UserError` for a folder that is missing or holds no
-    causal language model, for one without a tokenizer, for weights that are not finite and for a device that is missing
-    or cannot compute in `dtype`.
+    read, or the one GGUF file of a folder without a config, and no code that a folder brings along is run. Raises
+    `UserError` for a folder that is missing or holds no causal language model, for one without a tokenizer, where the
+    model or the adapter lacks weights or has some that belong nowhere, for weights that are not finite, and for a device
+    that is missing or cannot compute in `dtype`.
     """
     _check_device(device, dtype, field)
+    if find_adapter_config_file(str(path)) is not None:
+        raise UserError(f"{field}: '{path}' holds an adapter and no model; give the model that it was tuned from, and this as its adapter")
     tokenizer = load_tokenizer(path, field)
     where = path if adapter is None else f"{path}' with the adapter '{adapter}"
     placed = {} if device == "cpu" else {"device_map": device}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, quantization_config=quantization, **placed, **_gguf(path)
+    with _explained(f"{field}: no causal language model could be loaded from '{where}'", "check the folder or name"):
+        if (Path(path) / GENERATION_CONFIG_NAME).exists():
+            GenerationConfig.from_pretrained(path)  # raises for a damaged one, which loading a model passes over
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            quantization_config=quantization,
+            **placed,
+            **_gguf(path),
         )
+        if found["missing_keys"] or found["unexpected_keys"]:
+            # Gaps would be filled with random numbers.
+            raise ValueError(f"its configuration and its weights do not fit: {describe_keys(found['missing_keys'], found['unexpected_keys'])}")
         if adapter is not None:
-            adapted = PeftModel.from_pretrained(model, str(adapter))
+            adapted = put_on(model, [adapter], ["default"])
             model = adapted.merge_and_unload() if merged else adapted.get_base_model()
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise UserError(
-            f"{field}: no causal language model could be loaded from '{where}' ({_first_line(error)}); check the folder or name"
-        ) from error
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise UserError(f"{field}: the weights '{name}' of '{where}' hold NaN or infinity; save the model again before it broke")
+    _check_finite(model, field, str(where))
     if packed:
         pack_linear_layers(model)
     return Member(model.eval(), tokenizer)
@@ -159,7 +208,7 @@ def load_members(weights: Mapping[str, Weights], *, dtype: torch.dtype = torch.f
         places.setdefault((wanted.path, wanted.device), []).append(wanted)
     loaded: dict[Weights, Member] = {}
     for beside in places.values():
-        adapted = [wanted for wanted in beside if wanted.adapter is not None and mixes_in_batches(wanted.adapter)]
+        adapted = [wanted for wanted in beside if wanted.adapter is not None and _mixes_in_batches(wanted)]
         together = [wanted for wanted in beside if wanted.adapter is None or wanted in adapted]
         if len(together) > 1:
             loaded |= _load_shared(together, adapted, dtype, packed)
@@ -172,18 +221,48 @@ def load_members(weights: Mapping[str, Weights], *, dtype: torch.dtype = torch.f
 def _load_shared(together: Sequence[Weights], adapted: Sequence[Weights], dtype: torch.dtype, packed: bool) -> dict[Weights, Member]:
     first = together[0]
     member = load_member(first.path, field=first.field, dtype=dtype, device=first.device)
-    try:
+    with _explained(*_adapter_words(adapted[0], ", ".join(str(other.adapter) for other in adapted))):
         attached = attach(member.model, [str(other.adapter) for other in adapted])
-    except (OSError, ValueError, RuntimeError) as error:
-        field, where = adapted[0].field, ", ".join(str(other.adapter) for other in adapted)
-        raise UserError(f"{field}: '{where}' could not be put on '{first.path}' ({_first_line(error)}); check the adapter") from error
     if attached is None:
         return {}
+    _check_finite(member.model, adapted[0].field, ", ".join(str(other.adapter) for other in adapted))
     if packed:
         pack_linear_layers(member.model)  # only now: adapters do not go on packed layers
     switch, names = attached
     named = dict(zip(adapted, names, strict=True))
     return {other: Member(member.model, member.tokenizer, Adapter(switch, named.get(other, UNTOUCHED))) for other in together}
+
+
+def _mixes_in_batches(wanted: Weights) -> bool:
+    assert wanted.adapter is not None
+    with _explained(*_adapter_words(wanted, str(wanted.adapter))):
+        return mixes_in_batches(wanted.adapter)
+
+
+def _adapter_words(wanted: Weights, adapters: str) -> tuple[str, str]:
+    return f"{wanted.field}: '{adapters}' could not be put on '{wanted.path}'", "check the adapter"
+
+
+@contextmanager
+def _explained(what: str, remedy: str) -> Iterator[None]:
+    """Makes one line of whatever a library raises while it reads a user's folder: a damaged file may raise anything."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{what} ({_first_line(error)}); {remedy}") from error
+
+
+def _check_finite(model: PreTrainedModel, field: str, where: str) -> None:
+    """Raises `UserError` for weights, or an adapter's scale, that hold NaN or infinity."""
+    scales = {
+        f"{name} of {adapter}": torch.tensor(scale)
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+        for adapter, scale in module.scaling.items()
+    }
+    for name, tensor in (model.state_dict() | scales).items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"{field}: the weights '{name}' of '{where}' hold NaN or infinity; save the model again before it broke")
 
 
 def _gguf(path: str | Path) -> dict[str, str]:

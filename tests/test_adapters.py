@@ -1,8 +1,10 @@
 """LoRA members on one set of weights are the members loaded apart, to rounding; each way to get the rows wrong is noticed."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -163,3 +165,28 @@ def test_an_adapter_of_another_model_is_one_line(lora_family: Path) -> None:
     base = str(lora_family / "base")
     with pytest.raises(UserError, match=r"^--expert: .*polite.* could not be put on .*base"):
         load_members({"base": Weights(base), "expert": Weights(base, lora_family / "polite", field="--expert")})
+
+
+def test_threads_run_at_the_same_time_each_through_its_own_adapters(together: ProxyTunedForCausalLM, random_ids: Ids) -> None:
+    """Four threads generate and score at once; each gets what it gets alone."""
+    prompts = [random_ids(1, 4, seed=seed) for seed in range(8)]
+    requests = [Request(tuple(ids[0].tolist()), (5, 6, 7)) for ids in prompts]
+    mixtures = {"all": MIXTURE, "polite": {"polite": 1.0}, "small": {"small": 1.0}}
+
+    def work(ids: torch.Tensor) -> tuple[list[list[int]], list[float]]:
+        said = together.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY).tolist()
+        return said, [float(score(together, requests, mixtures, batch_tokens=16)[name].sum()) for name in mixtures]
+
+    alone = [work(ids) for ids in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(work, prompts)) == alone
+
+
+def test_one_name_list_for_all_threads_would_be_noticed(together: ProxyTunedForCausalLM, random_ids: Ids, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative twin: a switch whose rows another thread has put out gives other logits."""
+    ids = random_ids(1, 4)
+    with torch.no_grad():
+        right = together(ids).logits
+        switch = together._readers["small"].adapter.switch
+        monkeypatch.setattr(switch, "rows", lambda names: contextlib.nullcontext())
+        assert not torch.allclose(together(ids).logits, right, atol=1e-2)
