@@ -127,9 +127,8 @@ class ProxyLM(HFLM):
         for number, request in enumerate(requests):
             if not request.args[0].strip() and not self.tok_encode(request.args[0]):
                 raise UserError(f"prompt: that of number {number} is empty, and there is nothing to go on from; give add_bos_token=True")
-        # The first member speaks for the mixture: its tokenizer reads the prompt, its generation config says what it does not.
-        voice = next(iter(self._members.values()))
-        decides = [voice.fingerprint if self._responses else "", self.max_length, self.add_bos_token, self.think_end_token]
+        first = next(iter(self._members.values()))
+        decides = [first.interface if self._responses else "", self.max_length, self.add_bos_token, self.think_end_token]
         keys = [self._keys("generate", [request.args[0], setting, *decides])[""] for request, setting in zip(requests, settings, strict=True)]
         answers = [None if setting["do_sample"] else self._kept({"": key}) for key, setting in zip(keys, settings, strict=True)]
         missing = [index for index, answer in enumerate(answers) if answer is None]

@@ -26,11 +26,8 @@ MODULE = (
 )
 NAMES = {"AutoConfig": "modeling_proxytune.ExportedConfig", "AutoModelForCausalLM": "modeling_proxytune.ExportedMixture"}
 HONOURED = ("dtype", "torch_dtype", "device_map", "attn_implementation", "mixture", "trust_remote_code")
-# Where transformers looks for the folder itself and how it shows progress: nothing that a local folder's weights depend on.
-SEARCHING = (
-    *("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token", "code_revision"),
-    *("adapter_kwargs", "tqdm_class", "use_safetensors", "_from_auto", "_commit_hash"),
-)
+SEARCHING = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")  # for the folder itself
+PASSED = ("code_revision", "adapter_kwargs", "tqdm_class", "use_safetensors", "_from_auto", "_commit_hash")  # by transformers, or without effect
 
 
 class ExportedConfig(PreTrainedConfig):
@@ -42,6 +39,9 @@ class ExportedConfig(PreTrainedConfig):
         self.members = content.pop("members", {})
         self.mixture = content.pop("mixture", {})
         self.fingerprints = content.pop("fingerprints", {})
+        for name in ("dtype", "torch_dtype"):
+            if isinstance(content.get(name), str):
+                content[name] = read_dtype(content[name])
         super().__init__(**content)
 
 
@@ -71,12 +71,12 @@ class ExportedMixture(ProxyTunedForCausalLM):
         """
         folder = pretrained_model_name_or_path
         _check_options(arguments, options)
-        stored = ExportedConfig.from_pretrained(folder, **{name: options[name] for name in ("subfolder",) if options.get(name)})
+        stored = ExportedConfig.from_pretrained(folder, **{name: options[name] for name in SEARCHING if options.get(name)})
         config = stored if config is None else config
         _check_config(config, stored, folder)
         attn_implementation = attn_implementation or config._attn_implementation
-        wanted = dtype if torch_dtype is None else torch_dtype
-        wanted = torch.float32 if wanted in (None, "auto") else read_dtype(wanted)
+        named = [word for word in (dtype, torch_dtype, config.dtype) if word not in (None, "auto")]
+        wanted = read_dtype(named[0]) if named else torch.float32
         device = _device(device_map)
         sources = {
             name: Weights(member["path"], member["adapter"] and Path(member["adapter"]), device, name) for name, member in config.members.items()
@@ -98,7 +98,7 @@ def _check_options(arguments: tuple[Any, ...], options: Mapping[str, Any]) -> No
     if arguments:
         raise UserError(f"from_pretrained: an exported mixture takes options by name, not {reprlib.repr(arguments[0])}; leave it out")
     for name, value in options.items():
-        if name not in (*HONOURED, *SEARCHING) and value is not None:
+        if name not in (*HONOURED, *SEARCHING, *PASSED) and value is not None:
             raise UserError(f"{name}: an exported mixture has no such option; {unknown_name(name, HONOURED)}")
     if options.get("use_safetensors") is False:
         raise UserError("use_safetensors: members are read from safetensors alone; leave it out")
@@ -109,15 +109,19 @@ def _check_options(arguments: tuple[Any, ...], options: Mapping[str, Any]) -> No
 def _check_config(config: PreTrainedConfig, stored: ExportedConfig, folder: str | Path) -> None:
     """Raises `UserError` unless the configuration describes a mixture, and is the stored one but for what can be set."""
     where = f"'{folder}/config.json'"
-    for name, kinds in (("members", Mapping), ("mixture", Mapping), ("fingerprints", Mapping)):
-        if not isinstance(getattr(config, name, None), kinds) or not getattr(config, name):
-            raise UserError(f"{name}: {where} must name them, not {reprlib.repr(getattr(config, name, None))}; export again")
+    for name in ("members", "mixture", "fingerprints"):
+        content = getattr(config, name, None)
+        if not isinstance(content, Mapping) or not content:
+            raise UserError(f"{name}: {where} must give them by name, not {reprlib.repr(content)}; export again")
     for name, member in config.members.items():
         whole = isinstance(member, Mapping) and member.keys() == {"path", "adapter"}
         if not whole or not isinstance(member["path"], str) or not isinstance(member["adapter"], str | None):
             raise UserError(f"members: {where} must give a path and an adapter (or null) for '{name}', not {reprlib.repr(member)}; export again")
         if not isinstance(config.fingerprints.get(name), str):
             raise UserError(f"fingerprints: {where} has none for '{name}'; export again")
+    for name, value in config.mixture.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"mixture: {where} must give a number for '{name}', not {reprlib.repr(value)}; export again")
     given, kept = config.to_dict(), stored.to_dict()
     changed = sorted(name for name in given.keys() | kept.keys() if given.get(name) != kept.get(name))
     for name in changed:

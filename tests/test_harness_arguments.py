@@ -332,6 +332,7 @@ def test_a_rule_is_not_its_row_and_a_temperature_draws(tmp_path: Path, monkeypat
 
 def test_whose_tokenizer_and_generation_config_speak_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counted, cache, members = Counted(monkeypatch), str(tmp_path / "a.db"), make_members()
+    members["expert"].model.generation_config.repetition_penalty = 1.7
     texts(ProxyLM.of({name: members[name] for name in ("base", "expert")}, {"expert": 1.0}, cache=cache))
     for order, again in ((("base", "expert"), False), (("expert", "base"), True)):
         counted.passes = 0
