@@ -163,11 +163,10 @@ def test_of_members_no_code_is_run(exported: Path, sources: dict[str, Weights], 
     monkeypatch.setattr(builtins, "input", lambda *_: "y")
     shutil.copytree(sources["base"].path, tmp_path / "base")
     written = tmp_path / "ran"
-    (tmp_path / "base" / "theirs.py").write_text(
-        f"open({str(written)!r}, 'w').close()\nfrom transformers import LlamaConfig as C, LlamaForCausalLM as M\n"
-    )
+    classes = "from transformers import LlamaConfig\n\n\nclass C(LlamaConfig):\n    model_type = 'foreign'\n"
+    (tmp_path / "base" / "theirs.py").write_text(f"open({str(written)!r}, 'w').close()\n{classes}")
     config = json.loads((tmp_path / "base" / "config.json").read_text())
-    names = {"AutoConfig": "theirs.C", "AutoModelForCausalLM": "theirs.M"}
+    names = {"AutoConfig": "theirs.C", "AutoModelForCausalLM": "theirs.M", "AutoTokenizer": ["theirs.T", "theirs.T"]}
     moved = rewritten(exported, tmp_path / "x", lambda config: config["members"]["base"].update(path=str(tmp_path / "base")))
     load(moved)
     for model_type in ("llama", "foreign"):
@@ -175,7 +174,7 @@ def test_of_members_no_code_is_run(exported: Path, sources: dict[str, Weights], 
         with pytest.raises(UserError, match="base: "):
             load(moved)
         assert not written.exists()
-    AutoModelForCausalLM.from_pretrained(tmp_path / "base", trust_remote_code=True)
+    AutoConfig.from_pretrained(tmp_path / "base", trust_remote_code=True)
     assert written.exists()  # it would have been
 
 
