@@ -44,8 +44,8 @@ class Arguments(BaseModel):
     proxy_device: str | None = None
     dtype: torch.dtype | None = None
     members: dict[str, InstanceOf[Member]] | None = None
-    mixture: InstanceOf[Mapping] | InstanceOf[Rule] | None = None  # type: ignore[type-arg]
-    mixtures: dict[str, InstanceOf[Mapping] | InstanceOf[Rule]] | None = None  # type: ignore[type-arg]
+    mixture: InstanceOf[Mapping] | InstanceOf[Rule] | None = None
+    mixtures: dict[str, InstanceOf[Mapping] | InstanceOf[Rule]] | None = None
     batch_size: int | str = Field(default=8, description="texts that are generated together, or auto, or auto:N")
     max_batch_size: int | None = Field(default=None, ge=1, description="the most that batch_size=auto tries")
     batch_tokens: int = Field(default=2048, ge=1, description="tokens that are scored together")
@@ -103,6 +103,8 @@ class Arguments(BaseModel):
             raise ValueError("members: at least one is needed")
         elif self.mixture is None:
             raise ValueError("mixture: members need one; give proxy_tuning(0.5), say, or {'base': 1.0}")
+        if "" in (self.mixtures or {}):
+            raise ValueError("mixtures: the empty name is that of the mixture in force; give it another")
         if self.mixtures and self.cache is None:
             raise ValueError("mixtures: their answers go into the cache; give cache=FILE")
         if isinstance(self.batch_size, int) and self.max_batch_size is not None and self.batch_size > self.max_batch_size:

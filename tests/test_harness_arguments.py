@@ -174,6 +174,7 @@ BAD_MEMBERS: list[tuple[dict[str, Any], str]] = [
         (Rule({"base": 1.0}, plausible=("x", 0.1)), "plausible: member 'x' is not loaded"),
     )),
     ({"mixtures": {"a": {"base": 1.0}}}, "mixtures: their answers go into the cache"),
+    ({"mixtures": {"": {"base": 1.0}}, "cache": "{folder}/a.db"}, "mixtures: the empty name"),
     ({"mixtures": {"a": {"x": 1.0}}, "cache": "{folder}/a.db"}, "mixture: member 'x' is not loaded"),
     ({"mixtures": [{"base": 1.0}], "cache": "{folder}/a.db"}, "mixtures: .*not"),
     ({"mixture": {"base": lambda place: place.position}, "cache": "{folder}/a.db"}, "cache: a coefficient that is a function"),
