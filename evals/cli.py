@@ -341,8 +341,9 @@ def export(
 ) -> None:
     """Writes a folder that transformers loads as one model (with trust_remote_code, and this package installed).
 
-    `lm-eval run --model hf --model_args pretrained=FOLDER,trust_remote_code=True --device cpu --tasks …` takes it, as does any other
-    tool that takes a causal language model. The members stay where they are.
+    `lm-eval run --model hf --model_args pretrained=FOLDER,trust_remote_code=True --device cpu --tasks …` takes it, as do `transformers
+    serve FOLDER --trust-remote-code` and any other tool that takes a causal language model. The members stay where they are, are
+    checked when they are loaded, and are loaded without code of theirs.
     """
     from evals.generate import Sources, weights_of
     from proxytune.exported import export as write

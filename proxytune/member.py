@@ -168,7 +168,9 @@ def load_member(
     that is missing or cannot compute in `dtype`.
     """
     _check_device(device, dtype, field)
-    if find_adapter_config_file(str(path)) is not None:
+    with _explained(f"{field}: no causal language model could be loaded from '{path}'", "check the folder or name"):
+        only_adapter = find_adapter_config_file(str(path)) is not None
+    if only_adapter:
         raise UserError(f"{field}: '{path}' holds an adapter and no model; give the model that it was tuned from, and this as its adapter")
     tokenizer = load_tokenizer(path, field)
     where = path if adapter is None else f"{path}' with the adapter '{adapter}"
