@@ -115,7 +115,9 @@ def _tokenizer_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         saved = {file.relative_to(folder).as_posix(): file.read_bytes() for file in sorted(Path(folder).rglob("*")) if file.is_file()}
-    read = {name: json.loads(content) if name.endswith(".json") else hashlib.sha256(content).hexdigest() for name, content in saved.items()}
+    read: dict[str, Any] = {
+        name: json.loads(content) if name.endswith(".json") else hashlib.sha256(content).hexdigest() for name, content in saved.items()
+    }
     for state in ("padding", "truncation"):  # what the last batch was padded to
         read.get("tokenizer.json", {}).pop(state, None)
     return {name: _settings(content) for name, content in read.items()}
