@@ -5,6 +5,7 @@ within strata of one length and last token where there are such (`matched` count
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ from evals.study import Study
 from finetune.data import Item
 from probes.blocks import BLOCKS, thirds
 from probes.density import METRICS, SITES
-from probes.exposure import matched, matched_contrast, rank_slope, strata, unit_means
-from probes.forgetting import familiarity
+from probes.exposure import matched, matched_contrast, rank_slope, strata, unit_means, within_strata
+from probes.forgetting import FEW_LEVELS, familiarity
 from probes.knowledge import Known
 from probes.recoverability import FORGOTTEN, Curve, Savings, savings, spurious
 from probes.restoration import block_label, damage, recovery, shapley
@@ -35,6 +36,7 @@ class Found:
 
     def __init__(self, study: Study, records: Sequence[Record]):
         self.study = study
+        self.estimate = partial(estimate, same_units=study.same_items)
         self._frames: dict[tuple[str, str], list[pd.DataFrame]] = {}
         for record in records:
             self._frames.setdefault((record.measurement, record.arm), []).append(record.items)
@@ -59,15 +61,16 @@ def finite(number: float) -> float | None:
     return round(float(number), 6) + 0.0 if np.isfinite(number) else None
 
 
-def estimate(seeds: Sequence[np.ndarray]) -> Estimate:
+def estimate(seeds: Sequence[np.ndarray], same_units: bool = False) -> Estimate:
     """Of contributions [units, columns] of every seed; columns without a number in some seed have none. A hundred columns at a time."""
     columns = seeds[0].shape[1]
     whole = np.all([np.isfinite(seed).all(axis=0) for seed in seeds], axis=0)
     parts = [
-        bootstrap_means([np.nan_to_num(seed[:, start : start + COLUMNS_AT_ONCE]).T for seed in seeds]) for start in range(0, columns, COLUMNS_AT_ONCE)
+        bootstrap_means([np.nan_to_num(seed[:, start : start + COLUMNS_AT_ONCE]).T for seed in seeds], same_units=same_units)
+        for start in range(0, columns, COLUMNS_AT_ONCE)
     ]
     value, draws = np.concatenate([part.value for part in parts]), np.concatenate([part.draws for part in parts])
-    return Estimate(np.where(whole, value, np.nan), np.where(whole[:, None], draws, np.nan))
+    return Estimate(np.where(whole, value, np.nan), np.where(whole.reshape(-1, *[1] * (draws.ndim - 1)), draws, np.nan))
 
 
 def intervals(found: Estimate, bounds: tuple[float, float] = (-np.inf, np.inf)) -> list[Interval]:
@@ -78,6 +81,19 @@ def intervals(found: Estimate, bounds: tuple[float, float] = (-np.inf, np.inf)) 
 def by_unit(frame: pd.DataFrame, values: np.ndarray) -> np.ndarray:
     """Items' values [items, columns] as units'."""
     return unit_means(values, frame["unit"].tolist())
+
+
+def levels(frame: pd.DataFrame) -> np.ndarray:
+    """The stratum of every unit (sorted by name): its level of exposure where there are few, each of several units. Then how many units have it
+    was decided and not drawn. All are one stratum where popularity is as it came."""
+    of_units = frame.groupby("unit", sort=True)["popularity"].mean().to_numpy(float)
+    found, counts = np.unique(of_units, return_counts=True)
+    return of_units if len(found) <= FEW_LEVELS and counts.min() > 1 else np.zeros(len(of_units))
+
+
+def means_by_unit(frame: pd.DataFrame, values: np.ndarray) -> np.ndarray:
+    """Items' values [items, columns] as units' contributions to their mean, within levels of exposure."""
+    return within_strata(by_unit(frame, values), levels(frame))
 
 
 def contrast_of(frame: pd.DataFrame) -> np.ndarray:
@@ -114,7 +130,7 @@ def exposure_rows(found: Found) -> list[Row]:
         if not frames:
             continue
         columns = density_columns(frames[0])
-        of = {name: _slopes(frames, columns, name) for name in ("contrast", "slope", "partial")}
+        of = {name: _slopes(found, frames, columns, name) for name in ("contrast", "slope", "partial")}
         for position, column in enumerate(columns):
             metric, site, place, state = column.split("/")
             row: Row = {"arm": label, "metric": metric, "site": site, "place": place, "state": int(state)}
@@ -122,7 +138,7 @@ def exposure_rows(found: Found) -> list[Row]:
     return rows
 
 
-def _slopes(frames: Sequence[pd.DataFrame], columns: Sequence[str], kind: str) -> list[Interval]:
+def _slopes(found: Found, frames: Sequence[pd.DataFrame], columns: Sequence[str], kind: str) -> list[Interval]:
     seeds = []
     for frame in frames:
         values = frame[list(columns)].to_numpy(float)
@@ -136,7 +152,7 @@ def _slopes(frames: Sequence[pd.DataFrame], columns: Sequence[str], kind: str) -
             seeds.append(by_unit(frame, rank_slope(values, frame["popularity"].to_numpy(float), _strata(frame), covariates)))
         except UserError:  # nothing of popularity is left: no slope, and the row says so
             return [Interval(np.nan, np.nan, np.nan)] * len(columns)
-    return intervals(estimate(seeds))
+    return intervals(found.estimate(seeds))
 
 
 def null_rows(found: Found) -> list[Row]:
@@ -201,7 +217,7 @@ def erosion_rows(found: Found) -> list[Row]:
         for place in places:
             for site in SITES:
                 for block, states in blocks.items():
-                    both = estimate(change(found, arm, site, place, states))
+                    both = found.estimate(change(found, arm, site, place, states))
                     less = Estimate(both.value[:1] - both.value[1:], both.draws[:1] - both.draws[1:])
                     (tuned, random), (beyond,) = intervals(both), intervals(less)
                     row = {"arm": arm, "block": block, "site": site, "place": place} | numbers(tuned)
@@ -220,7 +236,7 @@ def law_rows(found: Found) -> list[Row]:
     for arm in found.arms("law"):
         for group, sign in (("familiar", 1), ("unfamiliar", -1)):
             frames = [frame[contrast_of(frame) == sign] for frame in found("law", arm)]
-            (value,) = intervals(estimate([by_unit(frame, frame[["divergence"]].to_numpy(float)) for frame in frames]), (0.0, np.inf))
+            (value,) = intervals(found.estimate([means_by_unit(frame, frame[["divergence"]].to_numpy(float)) for frame in frames]), (0.0, np.inf))
             rows.append({"arm": arm, "group": group} | numbers(value))
     return rows
 
@@ -274,7 +290,7 @@ def lens_rows(found: Found) -> list[Row]:
     for arm in found.arms("lens"):
         frames = [frame[frame["popularity"] != 0] for frame in found("lens", arm)]
         names = [name for name in frames[0].columns if name.startswith("lens/")]
-        whole = estimate([by_unit(frame, frame[names].to_numpy(float)) for frame in frames])
+        whole = found.estimate([means_by_unit(frame, frame[names].to_numpy(float)) for frame in frames])
         for position, name in enumerate(names):
             _, lens, what, state = name.split("/")
             bounds = (-np.inf, 0.0) if what == "log_probability" else (0.0, 1.0)
@@ -286,8 +302,8 @@ def lens_rows(found: Found) -> list[Row]:
         probes = [name for name in frames[0].columns if name.startswith("linear/probe/")]
         if probes:
             controls = [name.replace("/probe/", "/control/") for name in probes]
-            parts = [by_unit(frame, np.hstack([frame[probes], frame[probes].to_numpy() - frame[controls].to_numpy()])) for frame in frames]
-            for position, value in enumerate(intervals(estimate(parts))):
+            parts = [means_by_unit(frame, np.hstack([frame[probes], frame[probes].to_numpy() - frame[controls].to_numpy()])) for frame in frames]
+            for position, value in enumerate(intervals(found.estimate(parts))):
                 what = "accuracy" if position < len(probes) else "selectivity"
                 rows.append({"arm": arm, "lens": "linear", "what": what, "state": position % len(probes)} | numbers(value))
     return rows
@@ -311,7 +327,7 @@ def restoration_seeds(found: Found, arm: str) -> tuple[list[tuple[str, str]], li
         # A control that some seed does not have (no match outside its block) is left out of all.
         names = [name for name in names if name in columns] if names else list(columns)
         seeds.append((exposed[exposed["restored"] == block_label(())], columns))
-    return names, [by_unit(frame, np.stack([columns[name] for name in names], axis=1)) for frame, columns in seeds]
+    return names, [means_by_unit(frame, np.stack([columns[name] for name in names], axis=1)) for frame, columns in seeds]
 
 
 def restoration_rows(found: Found) -> list[Row]:
@@ -322,7 +338,7 @@ def restoration_rows(found: Found) -> list[Row]:
     rows: list[Row] = []
     for arm in found.arms("restoration"):
         names, seeds = restoration_seeds(found, arm)
-        whole = estimate(seeds)
+        whole = found.estimate(seeds)
         values = intervals(whole)
         lost = values[0].excludes_zero()
         for position, ((what, part), value) in enumerate(zip(names, values, strict=True)):
@@ -342,10 +358,10 @@ def _task_rows(found: Found, arm: str) -> list[Row]:
         values = {str(label): part["log_probability"].to_numpy(float) for label, part in frame.groupby("restored", sort=False)}
         unchanged = block_label(())
         columns = [values[label] - values[unchanged] for label in labels.values()]
-        seeds.append(by_unit(frame[frame["restored"] == unchanged], np.stack(columns, axis=1)))
+        seeds.append(means_by_unit(frame[frame["restored"] == unchanged], np.stack(columns, axis=1)))
     return [
         {"arm": arm, "what": "task", "part": part} | numbers(value) | {"share": None}
-        for part, value in zip(labels, intervals(estimate(seeds)), strict=True)
+        for part, value in zip(labels, intervals(found.estimate(seeds)), strict=True)
     ]
 
 
@@ -355,8 +371,8 @@ def patching_rows(found: Found) -> list[Row]:
     for arm in found.arms("patching"):
         frames = [frame[(frame["popularity"] != 0) & frame["tuned"].notna()] for frame in found("patching", arm)]
         names = [name for name in frames[0].columns if name.startswith("state/")]
-        seeds = [by_unit(frame, frame[[*names, "base"]].to_numpy(float) - frame[["tuned"]].to_numpy(float)) for frame in frames]
-        values = intervals(estimate(seeds))
+        seeds = [means_by_unit(frame, frame[[*names, "base"]].to_numpy(float) - frame[["tuned"]].to_numpy(float)) for frame in frames]
+        values = intervals(found.estimate(seeds))
         rows += [{"arm": arm, "state": int(name.split("/")[1])} | numbers(value) for name, value in zip(names, values, strict=False)]
         rows.append({"arm": arm, "state": None} | numbers(values[-1]))
     return rows
@@ -385,7 +401,7 @@ def recoverability_rows(found: Found) -> list[Row]:
     for arm in found.arms("recoverability"):
         frames = found("recoverability", arm)
         before = [frame[(frame["curve"] == FORGOTTEN) & (frame["step"] == 0)] for frame in frames]
-        (lost,) = intervals(estimate([by_unit(part, (part["base_probability"] - part["probability"]).to_numpy()[:, None]) for part in before]))
+        (lost,) = intervals(found.estimate([means_by_unit(part, (part["base_probability"] - part["probability"]).to_numpy()[:, None]) for part in before]))
         of_seeds = [_relearnt(frame) for frame in frames]
         row: Row = {"arm": arm, "lost": numbers(lost), "savings": None, "brought_back": None}
         row |= {"bound": sorted({saved.bound for saved, _ in of_seeds})}

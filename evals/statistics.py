@@ -53,6 +53,7 @@ def bootstrap_means(
     *,
     shares: bool = False,
     strata: Sequence[Shaped[np.ndarray, " _"]] | None = None,
+    same_units: bool = False,
 ) -> Estimate:
     """Means over units, then over seeds, of several series measured on the same units.
 
@@ -60,7 +61,8 @@ def bootstrap_means(
     (`_with_pseudo_units`), without which a sample that is all right would have no interval at all. Values stay plain means.
 
     `strata` are labels of every seed's units: how many units each stratum has was decided and not drawn, so that what differs
-    between strata is no sampling error. Left out, all units are one stratum.
+    between strata is no sampling error. Left out, all units are one stratum. `same_units` says that every seed has the same units,
+    in one order; else they are taken as different ones.
 
     `stream` tells apart draws of units that must be independent of each other (different units); seeds are drawn alike
     in every stream, so that what differs between seeds but not within them cancels in a contrast. Deterministic.
@@ -71,7 +73,7 @@ def bootstrap_means(
     """
     value = np.mean([units.mean(axis=1) for units in seeds], axis=0)
     labels = [np.zeros(units.shape[1]) for units in seeds] if strata is None else strata
-    of_units = _law_of_units(value, seeds, labels, shares, np.random.default_rng([stream, 1]))
+    of_units = _law_of_units(value, seeds, labels, shares, same_units, np.random.default_rng([stream, 1]))
     if len(seeds) == 1:
         return Estimate(value, of_units)
     return Estimate(value, np.stack([_law_of_seeds(value, seeds, shares, np.random.default_rng([stream, len(seeds)])), of_units], axis=1))
@@ -91,30 +93,28 @@ def _law_of_units(
     seeds: Sequence[Float[np.ndarray, "series _"]],
     strata: Sequence[Shaped[np.ndarray, " _"]],
     shares: bool,
+    same_units: bool,
     generator: np.random.Generator,
 ) -> Float[np.ndarray, "series draws"]:
-    """Draws of the mean of these seeds when only their units are drawn again, within strata.
+    """Draws of the mean of these seeds when only their units are drawn again, within strata: as if of one seed.
 
-    Where seeds have as many units, those in one place are drawn together, as one unit of the seeds' average: this is right if
-    they are the same units (the same seed twice tells no more than once), and on average if they are not.
+    Units that all seeds have count once, with their mean over seeds: the same seed twice tells no more than once. Seeds of units of
+    their own are strata, each with the weight of one seed.
     """
-    inside = [within_strata(units.T, labels).T for units, labels in zip(seeds, strata, strict=True)]
     total = sum(units.shape[1] for units in seeds)
-    if len({units.shape[1] for units in seeds}) == 1:
-        pooled = np.mean(inside, axis=0)
+    if same_units:
+        pooled, labels = np.mean(seeds, axis=0), strata[0]
     else:
-        scaled = [(units - units.mean(axis=1, keepdims=True)) * total / (len(seeds) * units.shape[1]) for units in inside]
+        scaled = [(units - units.mean(axis=1, keepdims=True)) * total / (len(seeds) * units.shape[1]) for units in seeds]
         pooled = value[:, None] + np.concatenate(scaled, axis=1)
-    count = max(len(np.unique(labels)) for labels in strata)
+        labels = np.concatenate([np.unique(of_seed, return_inverse=True)[1] + 1j * seed for seed, of_seed in enumerate(strata)])
+    inside, count = within_strata(pooled.T, labels).T, len(np.unique(labels))
     if not shares:
-        return _bayesian_bootstrap(pooled, 0.0, generator, count)[0]
-    # Of pooled units: their answers over all seeds tell as much as they differ, and where nothing varies, as if seeds had units of their own.
-    varies = float(np.mean([units.var(axis=1).sum() for units in inside]))
-    alike = float(pooled.var(axis=1).sum()) / varies if varies > 1e-12 else 0.0
-    own = _own_weight(seeds) * float(np.clip(alike, pooled.shape[1] / total, 1.0))
-    draws, sizes = _bayesian_bootstrap(pooled, own, generator, count)
-    of_strata = [units[:, labels == label].mean(axis=1) for units, labels in zip(seeds, strata, strict=True) for label in np.unique(labels)]
-    return _with_pseudo_units(draws, sizes, own, generator, value[:, None] - np.stack(of_strata, axis=1))
+        return _bayesian_bootstrap(inside, 0.0, generator, count)[0]
+    own = _own_weight([pooled] if same_units else seeds)
+    draws, sizes = _bayesian_bootstrap(inside, own, generator, count)
+    lower = [value - units[:, of_seed == label].mean(axis=1) for units, of_seed in zip(seeds, strata, strict=True) for label in np.unique(of_seed)]
+    return _with_pseudo_units(draws, sizes, own, generator, np.stack(lower, axis=1))
 
 
 def _seed_weights(seeds: int) -> Float[np.ndarray, "seeds draws"]:

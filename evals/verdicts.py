@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from evals.findings import Found, by_unit, change, estimate, intervals, restoration_seeds, states_of
+from evals.findings import Found, change, intervals, means_by_unit, restoration_seeds, states_of
 from evals.statistics import Estimate
 from evals.study import Direct, Study
 from finetune.recipe import Tuning
@@ -38,20 +38,20 @@ def verdict_rows(found: Found, recoverability: Sequence[dict[str, Any]]) -> list
 def _density(found: Found, arm: str) -> list[Clause]:
     low = list(thirds(states_of(found("states", arm)[0]) - 1)["low"])
     seeds = change(found, arm, "residual", "last", low)
-    both = estimate(seeds)
+    both = found.estimate(seeds)
     clauses = [_clause("density", both, 0, None, seeds, SMALLEST_DENSITY), _clause("density/random", both, 0, 1, seeds, SMALLEST_DENSITY)]
     twin = _shuffled(found.study, arm)
     if twin is None:
         return [*clauses, measured("density/shuffled", None, note="no arm is the same with shuffled: true")]
     beside = [np.stack([one[:, 0], other[:, 0]], axis=1) for one, other in zip(seeds, change(found, twin, "residual", "last", low), strict=True)]
-    return [*clauses, _clause("density/shuffled", estimate(beside), 0, 1, beside, SMALLEST_DENSITY, note=f"less {twin}")]
+    return [*clauses, _clause("density/shuffled", found.estimate(beside), 0, 1, beside, SMALLEST_DENSITY, note=f"less {twin}")]
 
 
 def _restoration(found: Found, arm: str) -> list[Clause]:
     if not found.has("restoration", arm):
         return [measured(name, None, note="restoration was not measured") for name in ("restoration", "restoration/elsewhere")]
     names, seeds = restoration_seeds(found, arm)
-    of = estimate(seeds)
+    of = found.estimate(seeds)
     first = _clause("restoration", of, names.index(("shapley", "low")), names.index(("shapley", "high")), seeds, SMALLEST_KNOWLEDGE)
     control = next((names.index((kind, "low")) for kind in ("same-norm", "same-number") if (kind, "low") in names), None)
     if control is None:
@@ -70,8 +70,8 @@ def _freezing(found: Found, arm: str) -> Clause:
     for frame, other in zip(found("statement", twin), found("statement", arm), strict=True):
         exposed = (frame["popularity"] != 0).to_numpy()
         right = np.stack([frame["right"], other["right"]], axis=1).astype(float)[exposed]
-        seeds.append(by_unit(frame[exposed], right))
-    return _clause("freezing", estimate(seeds), 0, 1, seeds, SMALLEST_KNOWLEDGE, note=f"{twin} less {arm}")
+        seeds.append(means_by_unit(frame[exposed], right))
+    return _clause("freezing", found.estimate(seeds), 0, 1, seeds, SMALLEST_KNOWLEDGE, note=f"{twin} less {arm}")
 
 
 def _savings(row: dict[str, Any] | None) -> Clause:
