@@ -87,8 +87,8 @@ def levels(frame: pd.DataFrame) -> np.ndarray:
     """The stratum of every unit (sorted by name): its level of exposure where there are few, each of several units. Then how many units have it
     was decided and not drawn. All are one stratum where popularity is as it came."""
     of_units = frame.groupby("unit", sort=True)["popularity"].mean().to_numpy(float)
-    found, counts = np.unique(of_units, return_counts=True)
-    return of_units if len(found) <= FEW_LEVELS and counts.min() > 1 else np.zeros(len(of_units))
+    _, places, counts = np.unique(of_units, return_inverse=True, return_counts=True)
+    return places if len(counts) <= FEW_LEVELS and counts.min() > 1 else np.zeros(len(of_units), int)
 
 
 def means_by_unit(frame: pd.DataFrame, values: np.ndarray) -> np.ndarray:
@@ -276,10 +276,13 @@ def _weighted(table: pd.DataFrame, column: str) -> float:
 
 def _over_seeds(values: Sequence[float], bounds: tuple[float, float] = (-np.inf, np.inf)) -> dict[str, float | None]:
     """The mean of single numbers of seeds, with a t interval; of one seed no interval."""
+    return numbers(_seeds_interval(values, bounds))
+
+
+def _seeds_interval(values: Sequence[float], bounds: tuple[float, float]) -> Interval:
     if len(values) == 1:
-        return numbers(Interval(values[0], np.nan, np.nan))
-    (value,) = intervals(estimate([np.array([[value]]) for value in values]), bounds)
-    return numbers(value)
+        return Interval(values[0], np.nan, np.nan)
+    return intervals(estimate([np.array([[value]]) for value in values]), bounds)[0]
 
 
 def lens_rows(found: Found) -> list[Row]:
@@ -395,7 +398,7 @@ def recoverability_rows(found: Found) -> list[Row]:
     """Steps to regain what was lost and to gain as much for the first time, the savings, and what ten unrelated facts bring back.
 
     `lost` is base less tuned in the right candidate's probability before the first step. Savings and the share brought back are
-    None where that is within noise. With one seed the interval resamples units, with several it is over seeds.
+    None where that is within noise. Intervals resample units within seeds; with several seeds they are at least that of the seeds' t law.
     """
     rows: list[Row] = []
     for arm in found.arms("recoverability"):
@@ -407,8 +410,9 @@ def recoverability_rows(found: Found) -> list[Row]:
         row |= {"bound": sorted({saved.bound for saved, _ in of_seeds})}
         row |= {name: [_rounded(getattr(saved, name)) for saved, _ in of_seeds] for name in ("relearnt", "learnt")}
         if lost.low > 0:
-            row["savings"] = _return(frames, [saved.value for saved, _ in of_seeds], lambda frame: _relearnt(frame)[0].value, most=1.0)
-            row["brought_back"] = _return(frames, [share for _, share in of_seeds], lambda frame: _relearnt(frame)[1])
+            again = [[_relearnt(_resampled(frame, draw)) for frame in frames] for draw in range(RESAMPLES)]
+            row["savings"] = _return([saved.value for saved, _ in of_seeds], [[saved.value for saved, _ in seeds] for seeds in again], most=1.0)
+            row["brought_back"] = _return([share for _, share in of_seeds], [[share for _, share in seeds] for seeds in again])
         rows.append(row)
     return rows
 
@@ -419,22 +423,32 @@ def _relearnt(frame: pd.DataFrame) -> tuple[Savings, float | None]:
     return savings(curves, base), spurious(curves, [Item(question=str(unit), answer="none") for unit in units], base)
 
 
-def _return(
-    frames: Sequence[pd.DataFrame], values: Sequence[float | None], again: Callable[[pd.DataFrame], float | None], most: float = np.inf
-) -> dict[str, float | None] | None:
-    known = [value for value in values if value is not None]
-    if len(known) < len(values):
+def _return(of_seeds: Sequence[float | None], again: Sequence[Sequence[float | None]], most: float = np.inf) -> dict[str, float | None] | None:
+    """The mean over seeds with its interval; `again` are the seeds' values of units drawn again. None where some seed has no value."""
+    known = _known(of_seeds)
+    drawn = [np.mean(values) for seeds in again if (values := _known(seeds)) is not None]
+    if known is None or len(drawn) <= len(again) / 2:
         return None
-    if len(known) > 1:
-        return _over_seeds(known, (-np.inf, most))
-    draws = [value for draw in range(RESAMPLES) if (value := again(_resampled(frames[0], draw))) is not None]
-    return numbers(interval(known[0], np.array(draws))) if len(draws) > RESAMPLES / 2 else None
+    of_units = interval(float(np.mean(known)), np.array(drawn))
+    if len(known) == 1:
+        return numbers(of_units)
+    by_seeds = _seeds_interval(known, (-np.inf, most))
+    return numbers(Interval(by_seeds.value, min(by_seeds.low, of_units.low), max(by_seeds.high, of_units.high)))
+
+
+def _known(values: Sequence[float | None]) -> list[float] | None:
+    """The values where there are all."""
+    known = [value for value in values if value is not None]
+    return known if len(known) == len(values) else None
 
 
 def _resampled(frame: pd.DataFrame, draw: int) -> pd.DataFrame:
-    """Units drawn again, with all rows of their items; copies are items of their own, but of one unit, which must stay on one side."""
-    units = frame["unit"].unique()
-    drawn = pd.DataFrame({"unit": np.random.default_rng(draw).choice(units, len(units)), "copy": range(len(units))})
+    """Units drawn again within levels of exposure, with all rows of their items; copies are items of their own, but of one unit, which
+    must stay on one side. The same units are drawn of every seed that has them."""
+    of_units, generator = np.unique(frame["unit"]), np.random.default_rng(draw)
+    strata = levels(frame)
+    units = np.concatenate([generator.choice(of_units[strata == stratum], (strata == stratum).sum()) for stratum in np.unique(strata)])
+    drawn = pd.DataFrame({"unit": units, "copy": range(len(units))})
     again = drawn.merge(frame, on="unit")
     again["item"] = again.groupby(["copy", "item"], sort=False).ngroup()
     return again

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from evals.drawing import save
-from evals.findings import METRIC, Found, by_unit, intervals, states_of
+from evals.findings import METRIC, Found, by_unit, intervals, means_by_unit, states_of
 from evals.study import Study
 from probes.blocks import BLOCKS, thirds
 from probes.forgetting import familiarity
@@ -97,9 +97,9 @@ def relearning_curves(found: Found, arm: str) -> dict[str, Relearning]:
         parts = [frame[frame["curve"] == name] for frame in frames]
         if any(part.empty for part in parts):
             continue
-        tables = [part.pivot(index=["unit", "item"], columns="step", values="probability").astype(float) for part in parts]
+        tables = [part.pivot(index=["unit", "item", "popularity"], columns="step", values="probability").astype(float) for part in parts]
         steps = [int(step) for step in tables[0].columns]
-        value, low, high = np.array(intervals(found.estimate([by_unit(table.reset_index(), table.to_numpy()) for table in tables]))).clip(0, 1).T
+        value, low, high = np.array(intervals(found.estimate([means_by_unit(table.reset_index(), table.to_numpy()) for table in tables]))).clip(0, 1).T
         known = float(np.mean([part.drop_duplicates("item")["base_probability"].mean() for part in parts]))
         curves[name] = Relearning(steps, value, low, high, known)
     return curves

@@ -172,8 +172,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         """
         self._check_cache(past_key_values)
         several = position_ids is not None and attention_mask is None and has_several_texts(position_ids)
-        if several and (self.token_maps or prompts is not None):
-            raise UserError("position_ids: members that read tokens of their own cannot tell several texts in a row; give a text a row")
+        if several:
+            self._check_positions_are_heeded(prompts is not None)
         if past_key_values is None and (not several and getattr(self.config, "use_cache", True) if use_cache is None else use_cache):
             past_key_values = self.new_cache()
         if (
@@ -227,8 +227,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         lengths = torch.full((len(ids),), ids.shape[1], device=ids.device) if mask is None else mask.sum(1)
         if kwargs.get("position_ids") is not None:
             positions = kwargs["position_ids"] = kwargs["position_ids"].expand(len(ids), -1)
-            if prompts is not None or self.token_maps:
-                raise UserError("position_ids: members that read tokens of their own count positions of their own; leave it out")
+            self._check_positions_are_heeded(prompts is not None)
             if has_several_texts(positions, mask):
                 raise UserError("position_ids: a row's positions must go up by one, for generation goes on from one text; give each text a row")
             lengths = positions[:, -1] + 1
@@ -348,6 +347,13 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
                 f"past_key_values: a mixture keeps a cache for each member, which a {type(cache).__name__} is not; start with model.new_cache()"
             )
 
+    def _check_positions_are_heeded(self, own: bool) -> None:
+        deaf = [name for name in active(self.mixture) if name in self.token_maps or not self._readers[name].takes_positions]
+        if own or deaf:
+            raise UserError(
+                f"position_ids: {', '.join(deaf) or 'a member with its own prompt'} counts positions by itself; leave it out, give a text a row"
+            )
+
     def _check_going_on(self, cache: Any, ids: Int[Tensor, "batch time"], mask: Tensor | None, own: bool) -> None:
         """`ids` are the whole text or, with a mask over the whole, what comes after that of the cache."""
         self._check_cache(cache)
@@ -407,6 +413,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         for name in ("output_attentions", "output_hidden_states"):
             if getattr(settings, name):
                 raise UserError(f"{name}: a mixture has none of its own; ask its members")
+        if settings.assistant_early_exit is not None:
+            raise UserError("assistant_early_exit: a mixture has no layers of its own to leave early; use speculate=True")
         if settings.guidance_scale not in (None, 1) and (own is not None or by_place):
             raise UserError("guidance_scale: the prompt without guidance is one that all members share; leave prompts and functions out")
         if settings.token_healing and own is not None:
