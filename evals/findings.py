@@ -4,9 +4,9 @@ A row names what it is of, then value, low, high. Differences between arms are p
 within strata of one length and last token where there are such (`matched` counts the items), else as they are.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -381,8 +381,16 @@ def patching_rows(found: Found) -> list[Row]:
     return rows
 
 
-def _curves(frame: pd.DataFrame) -> tuple[dict[str, Curve], Known]:
-    """The curves of a record, and what the base knows of every item that is in one."""
+class Curves(NamedTuple):
+    """A record's curves, what the base knows of every item, every item's unit ("none" where no curve has it), and the units' strata."""
+
+    curves: dict[str, Curve]
+    base: Known
+    units: np.ndarray
+    strata: dict[str, int]
+
+
+def _relearning(frame: pd.DataFrame) -> Curves:
     count = int(frame["item"].max()) + 1
     base = Known(np.zeros(count, bool), np.zeros(count))
     base.right[frame["item"]], base.probability[frame["item"]] = frame["base_right"], frame["base_probability"]
@@ -391,7 +399,9 @@ def _curves(frame: pd.DataFrame) -> tuple[dict[str, Curve], Known]:
         right, probability = (part.pivot(index="step", columns="item", values=column) for column in ("right", "probability"))
         indices = [int(item) for item in right.columns]
         curves[str(name)] = Curve([int(step) for step in right.index], indices, right.to_numpy(bool), probability.to_numpy(float))
-    return curves, base
+    units = np.full(count, "none", object)
+    units[frame["item"]] = frame["unit"].astype(str)
+    return Curves(curves, base, units, dict(zip(np.unique(frame["unit"].astype(str)), levels(frame).tolist(), strict=True)))
 
 
 def recoverability_rows(found: Found) -> list[Row]:
@@ -404,23 +414,25 @@ def recoverability_rows(found: Found) -> list[Row]:
     for arm in found.arms("recoverability"):
         frames = found("recoverability", arm)
         before = [frame[(frame["curve"] == FORGOTTEN) & (frame["step"] == 0)] for frame in frames]
-        (lost,) = intervals(found.estimate([means_by_unit(part, (part["base_probability"] - part["probability"]).to_numpy()[:, None]) for part in before]))
-        of_seeds = [_relearnt(frame) for frame in frames]
+        (lost,) = intervals(
+            found.estimate([means_by_unit(part, (part["base_probability"] - part["probability"]).to_numpy()[:, None]) for part in before])
+        )
+        read = [_relearning(frame) for frame in frames]
+        of_seeds = [_relearnt(seed) for seed in read]
         row: Row = {"arm": arm, "lost": numbers(lost), "savings": None, "brought_back": None}
         row |= {"bound": sorted({saved.bound for saved, _ in of_seeds})}
         row |= {name: [_rounded(getattr(saved, name)) for saved, _ in of_seeds] for name in ("relearnt", "learnt")}
         if lost.low > 0:
-            again = [[_relearnt(_resampled(frame, draw)) for frame in frames] for draw in range(RESAMPLES)]
+            again = [[_relearnt(_resampled(seed, draw)) for seed in read] for draw in range(RESAMPLES)]
             row["savings"] = _return([saved.value for saved, _ in of_seeds], [[saved.value for saved, _ in seeds] for seeds in again], most=1.0)
             row["brought_back"] = _return([share for _, share in of_seeds], [[share for _, share in seeds] for seeds in again])
         rows.append(row)
     return rows
 
 
-def _relearnt(frame: pd.DataFrame) -> tuple[Savings, float | None]:
-    curves, base = _curves(frame)
-    units = frame.drop_duplicates("item").set_index("item")["unit"].reindex(range(len(base.right)), fill_value="none")
-    return savings(curves, base), spurious(curves, [Item(question=str(unit), answer="none") for unit in units], base)
+def _relearnt(read: Curves) -> tuple[Savings, float | None]:
+    items = [Item(question=str(unit), answer="none") for unit in read.units]
+    return savings(read.curves, read.base), spurious(read.curves, items, read.base)
 
 
 def _return(of_seeds: Sequence[float | None], again: Sequence[Sequence[float | None]], most: float = np.inf) -> dict[str, float | None] | None:
@@ -442,16 +454,26 @@ def _known(values: Sequence[float | None]) -> list[float] | None:
     return known if len(known) == len(values) else None
 
 
-def _resampled(frame: pd.DataFrame, draw: int) -> pd.DataFrame:
-    """Units drawn again within levels of exposure, with all rows of their items; copies are items of their own, but of one unit, which
-    must stay on one side. The same units are drawn of every seed that has them."""
-    of_units, generator = np.unique(frame["unit"]), np.random.default_rng(draw)
-    strata = levels(frame)
-    units = np.concatenate([generator.choice(of_units[strata == stratum], (strata == stratum).sum()) for stratum in np.unique(strata)])
-    drawn = pd.DataFrame({"unit": units, "copy": range(len(units))})
-    again = drawn.merge(frame, on="unit")
-    again["item"] = again.groupby(["copy", "item"], sort=False).ngroup()
-    return again
+def _resampled(read: Curves, draw: int) -> Curves:
+    """Units drawn again within strata, with all their items; copies are items of their own, but of one unit, which must stay on one side.
+
+    The same units are drawn of every seed that has them.
+    """
+    names, strata = np.array(list(read.strata)), np.array(list(read.strata.values()))
+    generator = np.random.default_rng(draw)
+    drawn = np.concatenate([generator.choice(names[strata == stratum], (strata == stratum).sum()) for stratum in np.unique(strata)])
+    items = [np.flatnonzero(read.units == unit) for unit in drawn]
+    source = np.concatenate(items)
+    curves = {}
+    for name, curve in read.curves.items():
+        places = np.full(len(read.units), -1)
+        places[curve.indices] = range(len(curve.indices))
+        indices = np.flatnonzero(places[source] >= 0)
+        columns = places[source[indices]]
+        curves[name] = Curve(curve.steps, indices.tolist(), curve.right[:, columns], curve.probability[:, columns])
+    base = Known(read.base.right[source], read.base.probability[source])
+    copies = {f"{copy}": int(stratum) for copy, stratum in enumerate(np.sort(strata))}
+    return Curves(curves, base, np.repeat(list(copies), [len(of_unit) for of_unit in items]), copies)
 
 
 def _rounded(value: float | None) -> float | None:

@@ -99,7 +99,9 @@ def relearning_curves(found: Found, arm: str) -> dict[str, Relearning]:
             continue
         tables = [part.pivot(index=["unit", "item", "popularity"], columns="step", values="probability").astype(float) for part in parts]
         steps = [int(step) for step in tables[0].columns]
-        value, low, high = np.array(intervals(found.estimate([means_by_unit(table.reset_index(), table.to_numpy()) for table in tables]))).clip(0, 1).T
+        value, low, high = (
+            np.array(intervals(found.estimate([means_by_unit(table.reset_index(), table.to_numpy()) for table in tables]))).clip(0, 1).T
+        )
         known = float(np.mean([part.drop_duplicates("item")["base_probability"].mean() for part in parts]))
         curves[name] = Relearning(steps, value, low, high, known)
     return curves
