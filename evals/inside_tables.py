@@ -330,7 +330,8 @@ def _verdicts(results: dict[str, Any]) -> list[Table]:
             "little is known: underpowered. One seed describes this model and this run, and judges nothing. Needed: so many seeds would decide "
             "the clause four times in five, were the effect the least that counts or none."
         )
-        tables.append(Table(f"Verdict, {row['arm']}: '{row['claim']}' is {row['verdict']}", frame, note))
+        judged = f": {row['verdict']}" if row["verdict"].startswith("cannot tell") else f" is {row['verdict']}"
+        tables.append(Table(f"Verdict, {row['arm']}: '{row['claim']}'{judged}", frame, note))
     return tables
 
 

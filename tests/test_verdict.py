@@ -35,35 +35,35 @@ CANNOT_TELL = {
 
 
 def clauses(**changed: tuple[float, float, float] | None) -> list[Clause]:
-    return [measured(name, interval) for name, interval in (HOLDS | {name.replace("_", "/"): value for name, value in changed.items()}).items()]
+    return [measured(name, interval, 3) for name, interval in (HOLDS | {name.replace("_", "/"): value for name, value in changed.items()}).items()]
 
 
 @pytest.mark.parametrize("name", RULE)
 def test_state_of_a_clause(name: str) -> None:
-    assert state(measured(name, HOLDS[name])) == "holds"
-    assert state(measured(name, FAILS[name])) == "fails"
-    assert state(measured(name, CANNOT_TELL[name])) == "cannot tell"
-    assert state(measured(name, None)) == "cannot tell"
+    assert state(measured(name, HOLDS[name], 3)) == "holds"
+    assert state(measured(name, FAILS[name], 3)) == "fails"
+    assert state(measured(name, CANNOT_TELL[name], 3)) == "cannot tell"
+    assert state(measured(name, None, 3)) == "cannot tell"
     value, low, high = HOLDS[name]
     for unknown in ((value, math.nan, high), (value, low, math.nan), (value, -math.inf, math.inf)):
-        assert state(measured(name, unknown)) == "cannot tell"
+        assert state(measured(name, unknown, 3)) == "cannot tell"
 
 
 @pytest.mark.parametrize("name", RULE)
 def test_one_clause_is_enough_against(name: str) -> None:
     others = {key: value for key, value in HOLDS.items() if key != name}
-    rest = [measured(key, value) for key, value in others.items()]
-    assert verdict([*rest, measured(name, HOLDS[name])]) == "supported"
-    assert verdict([*rest, measured(name, FAILS[name])]) == "not supported"
-    assert verdict([*rest, measured(name, CANNOT_TELL[name])]) == "underpowered"
-    assert verdict([*rest, measured(name, None, needs=12, note="nothing was forgotten")]) == "underpowered"
+    rest = [measured(key, value, 3) for key, value in others.items()]
+    assert verdict([*rest, measured(name, HOLDS[name], 3)]) == "supported"
+    assert verdict([*rest, measured(name, FAILS[name], 3)]) == "not supported"
+    assert verdict([*rest, measured(name, CANNOT_TELL[name], 3)]) == "underpowered"
+    assert verdict([*rest, measured(name, None, 3, needs=12, note="nothing was forgotten")]) == "underpowered"
     assert verdict(rest) == "underpowered"
 
 
 def test_a_refutation_outweighs_what_is_not_known() -> None:
     assert verdict([]) == "underpowered"
-    assert verdict([measured("savings", FAILS["savings"])]) == "not supported"
-    assert verdict([measured("savings", HOLDS["savings"])]) == "underpowered"
+    assert verdict([measured("savings", FAILS["savings"], 3)]) == "not supported"
+    assert verdict([measured("savings", HOLDS["savings"], 3)]) == "underpowered"
 
 
 def test_worst_of_several_intervals() -> None:
@@ -74,9 +74,9 @@ def test_worst_of_several_intervals() -> None:
 
 
 def test_an_effect_that_is_certain_but_too_small_fails() -> None:
-    assert state(measured("density", (-0.001, -0.0019, -0.0001))) == "fails"
-    assert state(measured("density", (-0.001, -0.0021, -0.0001))) == "holds"
-    assert state(measured("freezing", (0.005, 0.001, 0.009))) == "fails"
+    assert state(measured("density", (-0.001, -0.0019, -0.0001), 3)) == "fails"
+    assert state(measured("density", (-0.001, -0.0021, -0.0001), 3)) == "holds"
+    assert state(measured("freezing", (0.005, 0.001, 0.009), 3)) == "fails"
 
 
 def test_identical_models_refute_rather_than_support() -> None:
@@ -86,15 +86,15 @@ def test_identical_models_refute_rather_than_support() -> None:
 def test_the_opposite_of_the_claim_is_not_supported() -> None:
     for name, (value, low, high) in HOLDS.items():
         around = 2 * RULE[name].boundary
-        assert state(measured(name, (around - value, around - high, around - low))) == "fails", name
+        assert state(measured(name, (around - value, around - high, around - low), 3)) == "fails", name
 
 
 def test_needs_and_note_are_kept_and_names_are_those_of_the_rule() -> None:
-    clause = measured("freezing", (0.02, -0.01, 0.05), needs=9, note="3 seeds")
+    clause = measured("freezing", (0.02, -0.01, 0.05), 3, needs=9, note="3 seeds")
     assert (clause.value, clause.low, clause.high, clause.needs, clause.note) == (0.02, -0.01, 0.05, 9, "3 seeds")
     assert RULE["freezing"].value is None
     with pytest.raises(KeyError):
-        measured("frozen", (0.02, -0.01, 0.05))
+        measured("frozen", (0.02, -0.01, 0.05), 3)
 
 
 def shares(effects: dict[str, float], spread: float, studies: int = 400) -> dict[str, float]:
@@ -105,7 +105,7 @@ def shares(effects: dict[str, float], spread: float, studies: int = 400) -> dict
         for name, effect in effects.items():
             error = spread * (0.1 if name == "savings" else abs(RULE[name].threshold))
             value = float(generator.normal(effect, error))
-            study.append(measured(name, (value, value - 1.96 * error, value + 1.96 * error)))
+            study.append(measured(name, (value, value - 1.96 * error, value + 1.96 * error), 3))
         found[verdict(study)] += 1 / studies
     return found
 
