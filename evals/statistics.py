@@ -11,6 +11,7 @@ is of these units or of these seeds, whichever is the wider.
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -113,10 +114,11 @@ def _law_of_units(
         return _bayesian_bootstrap(inside, 0.0, generator, count)[0]
     own = _own_weight([pooled] if same_units else seeds)
     draws, sizes = _bayesian_bootstrap(inside, own, generator, count)
-    lower = [value - units[:, of_seed == label].mean(axis=1) for units, of_seed in zip(seeds, strata, strict=True) for label in np.unique(of_seed)]
+    lower = [value - pooled[:, labels == label].mean(axis=1) for label in np.unique(labels)]
     return _with_pseudo_units(draws, sizes, own, generator, np.stack(lower, axis=1))
 
 
+@cache
 def _seed_weights(seeds: int) -> Float[np.ndarray, "seeds draws"]:
     """Weights whose sums with the seeds' means are draws of the mean's error: s / √k · t, k - 1 degrees of freedom.
 

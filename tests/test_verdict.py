@@ -2,8 +2,13 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import norm
 
-from probes.verdict import RULE, Clause, measured, state, verdict, worst
+from evals.findings import Found
+from evals.study import Study
+from evals.verdicts import _clause
+from probes.exposure import needed_seeds
+from probes.verdict import RULE, Clause, State, measured, state, verdict, worst
 
 HOLDS = {
     "density": (-0.006, -0.009, -0.003),
@@ -120,3 +125,91 @@ def test_verdicts_of_studies_large_and_small() -> None:
     barely = {name: clause.threshold for name, clause in RULE.items()}
     for spread in (0.1, 1.0, 5.0):
         assert shares(barely, spread)["not supported"] < 0.18
+
+
+UNITS = 8
+
+
+def clause_of(seeds: list[np.ndarray], same_items: bool = False) -> Clause:
+    """The clause on freezing of seeds whose units gain so much."""
+    study = Study.model_validate(
+        {"study": "s", "measures": ["task"], "arms": {"base": {"kind": "base"}}}
+        | ({"models": {"base": "b"}, "data": {"test": "t"}} if same_items else {"world": "tiny"})
+    )
+    return _clause(Found(study, []), "freezing", [seed[:, None] for seed in seeds], 0, None, runs=len(seeds))
+
+
+def exactly(mean: float, sd: float, count: int) -> np.ndarray:
+    """Numbers of a normal law that have just this mean and sd."""
+    drawn = norm.ppf((np.arange(count) + 0.5) / count)
+    return mean + sd * (drawn - drawn.mean()) / drawn.std(ddof=1)
+
+
+def decided(seeds: int, effect: float, between: float, within: float, expected: State, studies: int) -> float:
+    """How often a study of so many seeds of a few units comes to this state."""
+    generator = np.random.default_rng(seeds)
+    states = []
+    for _ in range(studies):
+        of_seeds = effect + between * generator.normal(size=(seeds, 1)) + within * generator.normal(size=(seeds, UNITS))
+        states.append(state(clause_of(list(of_seeds))))
+    return states.count(expected) / studies
+
+
+FEW_OR_MANY = pytest.mark.parametrize(("studies", "power"), [(60, 0.7), pytest.param(600, 0.77, marks=pytest.mark.slow)])
+
+
+@FEW_OR_MANY
+def test_the_seeds_that_are_promised_decide_four_times_in_five(studies: int, power: float) -> None:
+    """Seeds whose means have an sd of .012, for effects of .01 and none. Twin: a promise for the effect that was seen keeps it not."""
+    seen = clause_of([np.full(UNITS, mean) for mean in exactly(0.012, 0.012, 6)])
+    assert (state(seen), seen.needs) == ("cannot tell", needed_seeds(2.571 * 0.012 / 6**0.5, 6, 0.01))
+    less = clause_of([np.full(UNITS, mean) for mean in exactly(0.005, 0.012, 6)])
+    assert less.needs == seen.needs == 14
+    assert decided(14, 0.01, 0.012, 0.0, "holds", studies) > power
+    assert decided(14, 0.0, 0.012, 0.0, "fails", studies) > power
+    for_seen = needed_seeds(2.571 * 0.012 / 6**0.5, 6, 0.012)
+    assert decided(for_seen, 0.01, 0.012, 0.0, "holds", studies) < 0.72
+
+
+@FEW_OR_MANY
+def test_seeds_that_agree_by_luck_promise_no_fewer_than_their_people_allow(studies: int, power: float) -> None:
+    lucky = clause_of([exactly(0.005, 0.012 * UNITS**0.5, UNITS) for _ in range(3)])
+    assert state(lucky) == "cannot tell"
+    assert lucky.needs is not None
+    assert 13 <= lucky.needs <= 16
+    assert decided(lucky.needs, 0.01, 0.0, 0.012 * UNITS**0.5, "holds", studies) > power
+
+
+def test_no_number_of_seeds_is_promised_where_the_same_items_are_too_few() -> None:
+    few = clause_of([exactly(0.005 + shift, 0.085, 50) for shift in (-0.001, 0.0, 0.001)], same_items=True)
+    assert (state(few), few.needs) == ("cannot tell", None)
+    assert "units needed, whatever the seeds" in few.note
+    many = clause_of([exactly(0.005 + shift, 0.085, 2000) for shift in (-0.01, 0.0, 0.01)], same_items=True)
+    assert state(many) == "cannot tell"
+    assert many.needs is not None
+    assert many.note == ""
+
+
+@pytest.mark.parametrize("name", RULE)
+def test_one_run_is_never_judged(name: str) -> None:
+    for interval in (HOLDS[name], FAILS[name], CANNOT_TELL[name], None):
+        once = measured(name, interval, 1, note="less other")
+        assert (state(once), once.note) == ("cannot tell", "less other; one seed")
+        assert verdict([*(measured(key, value, 1) for key, value in HOLDS.items() if key != name), once]) == "cannot tell: one seed"
+    assert state(measured(name, HOLDS[name], 2)) == "holds"
+
+
+def test_verdicts_of_no_effect_with_ordinary_noise_between_seeds() -> None:
+    """Nothing but tuning noise: one run is never judged, where its units alone would refute the claim; of eight runs few are wrong."""
+    generator = np.random.default_rng(0)
+    once, by_units, supported = [], [], []
+    for _ in range(100):
+        off = generator.normal(0, 0.02, 8)
+        seeds = [shift + 0.01 * generator.normal(size=UNITS) for shift in off]
+        one = clause_of(seeds[:1])
+        once.append((state(one), verdict([one])))
+        by_units.append(state(one._replace(runs=2)) != "cannot tell")
+        supported.append(state(clause_of(seeds)) == "holds")
+    assert set(once) == {("cannot tell", "cannot tell: one seed")}
+    assert np.mean(by_units) > 0.7  # the twin: what would have been judged
+    assert np.mean(supported) <= 0.05
