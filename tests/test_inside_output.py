@@ -303,7 +303,7 @@ def test_one_seed_is_no_verdict_and_every_note_says_of_what_it_is() -> None:
     assert table.title == "Verdict, full: 'direct tuning erodes what lower layers hold': cannot tell: one seed"
     assert "of this model and this run" in table.note
     several = only(make_results(verdicts=verdict_rows(), seeds=[0, 1, 2]), "Verdict")
-    assert "over units" not in several.note
+    assert "over units of one seed" not in several.note
 
 
 @pytest.mark.parametrize("name", RULE)
