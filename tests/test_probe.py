@@ -164,7 +164,7 @@ def test_seeds_judge_what_was_tuned_again_and_one_checkpoint_asked_three_times_i
 def _jittered(record: Record) -> Record:
     if record.measurement != "states" or record.arm == "base":
         return record
-    columns = [name for name in record.items if name.startswith("effective_rank")]
+    columns = [str(name) for name in record.items if str(name).startswith("effective_rank")]
     return replace(record, items=record.items.assign(**{name: record.items[name] + 1e-6 * record.seed for name in columns}))
 
 
