@@ -1,7 +1,8 @@
 """Pictures of what tuning did inside: density by layer and exposure, restoration, the lens, drift, and how soon knowledge returns.
 
 Drawn is what was measured. A panel is an arm; more than twelve go on to a second file. Intervals and bands are at 95 %: over units of
-a single seed; of several the wider of over seeds and over units within them. The heat map and the relearning curves come from the records, all else from the results object.
+a single seed; of several over seeds, or over units within them where that is wider. The heat map and the relearning curves come from
+the records, all else from the results object.
 """
 
 from collections.abc import Callable, Iterator, Sequence
