@@ -24,4 +24,8 @@ def cell(row: Any, scale: int | float = 1, digits: int = 1) -> str:
 def over(results: dict[str, Any]) -> str:
     """What the intervals of a study are over."""
     seeds = len(results["seeds"])
-    return "over units of one seed" if seeds == 1 else f"t over the means of {seeds} seeds"
+    return (
+        "over units of one seed: of this model and this run"
+        if seeds == 1
+        else f"t over the means of {seeds} seeds, or over units within them where that is wider"
+    )

@@ -72,7 +72,7 @@ def _knowledge(study: Study, records: Sequence[Record], path: Path) -> Path:
     arms = list(study.points)
     frames = frames_of(records, "statement", arms)
     labels = familiarity(frames[0][0]["popularity"].tolist()).labels
-    estimates = [estimate_means(frames, "right", in_bucket(label)) for label in labels]
+    estimates = [estimate_means(frames, "right", in_bucket(label), same_items=study.same_items) for label in labels]
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for position, arm in enumerate(arms):
         values = [interval(estimate.value[position], estimate.draws[position], SHARE) for estimate in estimates]

@@ -4,8 +4,9 @@ A row names what it is of, then value, low, high. Differences between arms are p
 within strata of one length and last token where there are such (`matched` counts the items), else as they are.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,8 +17,8 @@ from evals.study import Study
 from finetune.data import Item
 from probes.blocks import BLOCKS, thirds
 from probes.density import METRICS, SITES
-from probes.exposure import matched, matched_contrast, rank_slope, strata, unit_means
-from probes.forgetting import familiarity
+from probes.exposure import matched, matched_contrast, rank_slope, strata, unit_means, within_strata
+from probes.forgetting import FEW_LEVELS, familiarity
 from probes.knowledge import Known
 from probes.recoverability import FORGOTTEN, Curve, Savings, savings, spurious
 from probes.restoration import block_label, damage, recovery, shapley
@@ -35,6 +36,7 @@ class Found:
 
     def __init__(self, study: Study, records: Sequence[Record]):
         self.study = study
+        self.estimate = partial(estimate, same_units=study.same_items)
         self._frames: dict[tuple[str, str], list[pd.DataFrame]] = {}
         for record in records:
             self._frames.setdefault((record.measurement, record.arm), []).append(record.items)
@@ -59,15 +61,16 @@ def finite(number: float) -> float | None:
     return round(float(number), 6) + 0.0 if np.isfinite(number) else None
 
 
-def estimate(seeds: Sequence[np.ndarray]) -> Estimate:
+def estimate(seeds: Sequence[np.ndarray], same_units: bool = False) -> Estimate:
     """Of contributions [units, columns] of every seed; columns without a number in some seed have none. A hundred columns at a time."""
     columns = seeds[0].shape[1]
     whole = np.all([np.isfinite(seed).all(axis=0) for seed in seeds], axis=0)
     parts = [
-        bootstrap_means([np.nan_to_num(seed[:, start : start + COLUMNS_AT_ONCE]).T for seed in seeds]) for start in range(0, columns, COLUMNS_AT_ONCE)
+        bootstrap_means([np.nan_to_num(seed[:, start : start + COLUMNS_AT_ONCE]).T for seed in seeds], same_units=same_units)
+        for start in range(0, columns, COLUMNS_AT_ONCE)
     ]
     value, draws = np.concatenate([part.value for part in parts]), np.concatenate([part.draws for part in parts])
-    return Estimate(np.where(whole, value, np.nan), np.where(whole[:, None], draws, np.nan))
+    return Estimate(np.where(whole, value, np.nan), np.where(whole.reshape(-1, *[1] * (draws.ndim - 1)), draws, np.nan))
 
 
 def intervals(found: Estimate, bounds: tuple[float, float] = (-np.inf, np.inf)) -> list[Interval]:
@@ -78,6 +81,19 @@ def intervals(found: Estimate, bounds: tuple[float, float] = (-np.inf, np.inf)) 
 def by_unit(frame: pd.DataFrame, values: np.ndarray) -> np.ndarray:
     """Items' values [items, columns] as units'."""
     return unit_means(values, frame["unit"].tolist())
+
+
+def levels(frame: pd.DataFrame) -> np.ndarray:
+    """The stratum of every unit (sorted by name): its level of exposure where there are few, each of several units. Then how many units have it
+    was decided and not drawn. All are one stratum where popularity is as it came."""
+    of_units = frame.groupby("unit", sort=True)["popularity"].mean().to_numpy(float)
+    _, places, counts = np.unique(of_units, return_inverse=True, return_counts=True)
+    return places if len(counts) <= FEW_LEVELS and counts.min() > 1 else np.zeros(len(of_units), int)
+
+
+def means_by_unit(frame: pd.DataFrame, values: np.ndarray) -> np.ndarray:
+    """Items' values [items, columns] as units' contributions to their mean, within levels of exposure."""
+    return within_strata(by_unit(frame, values), levels(frame))
 
 
 def contrast_of(frame: pd.DataFrame) -> np.ndarray:
@@ -114,7 +130,7 @@ def exposure_rows(found: Found) -> list[Row]:
         if not frames:
             continue
         columns = density_columns(frames[0])
-        of = {name: _slopes(frames, columns, name) for name in ("contrast", "slope", "partial")}
+        of = {name: _slopes(found, frames, columns, name) for name in ("contrast", "slope", "partial")}
         for position, column in enumerate(columns):
             metric, site, place, state = column.split("/")
             row: Row = {"arm": label, "metric": metric, "site": site, "place": place, "state": int(state)}
@@ -122,7 +138,7 @@ def exposure_rows(found: Found) -> list[Row]:
     return rows
 
 
-def _slopes(frames: Sequence[pd.DataFrame], columns: Sequence[str], kind: str) -> list[Interval]:
+def _slopes(found: Found, frames: Sequence[pd.DataFrame], columns: Sequence[str], kind: str) -> list[Interval]:
     seeds = []
     for frame in frames:
         values = frame[list(columns)].to_numpy(float)
@@ -136,7 +152,7 @@ def _slopes(frames: Sequence[pd.DataFrame], columns: Sequence[str], kind: str) -
             seeds.append(by_unit(frame, rank_slope(values, frame["popularity"].to_numpy(float), _strata(frame), covariates)))
         except UserError:  # nothing of popularity is left: no slope, and the row says so
             return [Interval(np.nan, np.nan, np.nan)] * len(columns)
-    return intervals(estimate(seeds))
+    return intervals(found.estimate(seeds))
 
 
 def null_rows(found: Found) -> list[Row]:
@@ -201,7 +217,7 @@ def erosion_rows(found: Found) -> list[Row]:
         for place in places:
             for site in SITES:
                 for block, states in blocks.items():
-                    both = estimate(change(found, arm, site, place, states))
+                    both = found.estimate(change(found, arm, site, place, states))
                     less = Estimate(both.value[:1] - both.value[1:], both.draws[:1] - both.draws[1:])
                     (tuned, random), (beyond,) = intervals(both), intervals(less)
                     row = {"arm": arm, "block": block, "site": site, "place": place} | numbers(tuned)
@@ -220,7 +236,7 @@ def law_rows(found: Found) -> list[Row]:
     for arm in found.arms("law"):
         for group, sign in (("familiar", 1), ("unfamiliar", -1)):
             frames = [frame[contrast_of(frame) == sign] for frame in found("law", arm)]
-            (value,) = intervals(estimate([by_unit(frame, frame[["divergence"]].to_numpy(float)) for frame in frames]), (0.0, np.inf))
+            (value,) = intervals(found.estimate([means_by_unit(frame, frame[["divergence"]].to_numpy(float)) for frame in frames]), (0.0, np.inf))
             rows.append({"arm": arm, "group": group} | numbers(value))
     return rows
 
@@ -260,10 +276,13 @@ def _weighted(table: pd.DataFrame, column: str) -> float:
 
 def _over_seeds(values: Sequence[float], bounds: tuple[float, float] = (-np.inf, np.inf)) -> dict[str, float | None]:
     """The mean of single numbers of seeds, with a t interval; of one seed no interval."""
+    return numbers(_seeds_interval(values, bounds))
+
+
+def _seeds_interval(values: Sequence[float], bounds: tuple[float, float]) -> Interval:
     if len(values) == 1:
-        return numbers(Interval(values[0], np.nan, np.nan))
-    (value,) = intervals(estimate([np.array([[value]]) for value in values]), bounds)
-    return numbers(value)
+        return Interval(values[0], np.nan, np.nan)
+    return intervals(estimate([np.array([[value]]) for value in values]), bounds)[0]
 
 
 def lens_rows(found: Found) -> list[Row]:
@@ -274,7 +293,7 @@ def lens_rows(found: Found) -> list[Row]:
     for arm in found.arms("lens"):
         frames = [frame[frame["popularity"] != 0] for frame in found("lens", arm)]
         names = [name for name in frames[0].columns if name.startswith("lens/")]
-        whole = estimate([by_unit(frame, frame[names].to_numpy(float)) for frame in frames])
+        whole = found.estimate([means_by_unit(frame, frame[names].to_numpy(float)) for frame in frames])
         for position, name in enumerate(names):
             _, lens, what, state = name.split("/")
             bounds = (-np.inf, 0.0) if what == "log_probability" else (0.0, 1.0)
@@ -286,8 +305,8 @@ def lens_rows(found: Found) -> list[Row]:
         probes = [name for name in frames[0].columns if name.startswith("linear/probe/")]
         if probes:
             controls = [name.replace("/probe/", "/control/") for name in probes]
-            parts = [by_unit(frame, np.hstack([frame[probes], frame[probes].to_numpy() - frame[controls].to_numpy()])) for frame in frames]
-            for position, value in enumerate(intervals(estimate(parts))):
+            parts = [means_by_unit(frame, np.hstack([frame[probes], frame[probes].to_numpy() - frame[controls].to_numpy()])) for frame in frames]
+            for position, value in enumerate(intervals(found.estimate(parts))):
                 what = "accuracy" if position < len(probes) else "selectivity"
                 rows.append({"arm": arm, "lens": "linear", "what": what, "state": position % len(probes)} | numbers(value))
     return rows
@@ -311,7 +330,7 @@ def restoration_seeds(found: Found, arm: str) -> tuple[list[tuple[str, str]], li
         # A control that some seed does not have (no match outside its block) is left out of all.
         names = [name for name in names if name in columns] if names else list(columns)
         seeds.append((exposed[exposed["restored"] == block_label(())], columns))
-    return names, [by_unit(frame, np.stack([columns[name] for name in names], axis=1)) for frame, columns in seeds]
+    return names, [means_by_unit(frame, np.stack([columns[name] for name in names], axis=1)) for frame, columns in seeds]
 
 
 def restoration_rows(found: Found) -> list[Row]:
@@ -322,7 +341,7 @@ def restoration_rows(found: Found) -> list[Row]:
     rows: list[Row] = []
     for arm in found.arms("restoration"):
         names, seeds = restoration_seeds(found, arm)
-        whole = estimate(seeds)
+        whole = found.estimate(seeds)
         values = intervals(whole)
         lost = values[0].excludes_zero()
         for position, ((what, part), value) in enumerate(zip(names, values, strict=True)):
@@ -342,10 +361,10 @@ def _task_rows(found: Found, arm: str) -> list[Row]:
         values = {str(label): part["log_probability"].to_numpy(float) for label, part in frame.groupby("restored", sort=False)}
         unchanged = block_label(())
         columns = [values[label] - values[unchanged] for label in labels.values()]
-        seeds.append(by_unit(frame[frame["restored"] == unchanged], np.stack(columns, axis=1)))
+        seeds.append(means_by_unit(frame[frame["restored"] == unchanged], np.stack(columns, axis=1)))
     return [
         {"arm": arm, "what": "task", "part": part} | numbers(value) | {"share": None}
-        for part, value in zip(labels, intervals(estimate(seeds)), strict=True)
+        for part, value in zip(labels, intervals(found.estimate(seeds)), strict=True)
     ]
 
 
@@ -355,15 +374,23 @@ def patching_rows(found: Found) -> list[Row]:
     for arm in found.arms("patching"):
         frames = [frame[(frame["popularity"] != 0) & frame["tuned"].notna()] for frame in found("patching", arm)]
         names = [name for name in frames[0].columns if name.startswith("state/")]
-        seeds = [by_unit(frame, frame[[*names, "base"]].to_numpy(float) - frame[["tuned"]].to_numpy(float)) for frame in frames]
-        values = intervals(estimate(seeds))
+        seeds = [means_by_unit(frame, frame[[*names, "base"]].to_numpy(float) - frame[["tuned"]].to_numpy(float)) for frame in frames]
+        values = intervals(found.estimate(seeds))
         rows += [{"arm": arm, "state": int(name.split("/")[1])} | numbers(value) for name, value in zip(names, values, strict=False)]
         rows.append({"arm": arm, "state": None} | numbers(values[-1]))
     return rows
 
 
-def _curves(frame: pd.DataFrame) -> tuple[dict[str, Curve], Known]:
-    """The curves of a record, and what the base knows of every item that is in one."""
+class Curves(NamedTuple):
+    """A record's curves, what the base knows of every item, every item's unit ("none" where no curve has it), and the units' strata."""
+
+    curves: dict[str, Curve]
+    base: Known
+    units: np.ndarray
+    strata: dict[str, int]
+
+
+def _relearning(frame: pd.DataFrame) -> Curves:
     count = int(frame["item"].max()) + 1
     base = Known(np.zeros(count, bool), np.zeros(count))
     base.right[frame["item"]], base.probability[frame["item"]] = frame["base_right"], frame["base_probability"]
@@ -372,56 +399,81 @@ def _curves(frame: pd.DataFrame) -> tuple[dict[str, Curve], Known]:
         right, probability = (part.pivot(index="step", columns="item", values=column) for column in ("right", "probability"))
         indices = [int(item) for item in right.columns]
         curves[str(name)] = Curve([int(step) for step in right.index], indices, right.to_numpy(bool), probability.to_numpy(float))
-    return curves, base
+    units = np.full(count, "none", object)
+    units[frame["item"]] = frame["unit"].astype(str)
+    return Curves(curves, base, units, dict(zip(np.unique(frame["unit"].astype(str)), levels(frame).tolist(), strict=True)))
 
 
 def recoverability_rows(found: Found) -> list[Row]:
     """Steps to regain what was lost and to gain as much for the first time, the savings, and what ten unrelated facts bring back.
 
     `lost` is base less tuned in the right candidate's probability before the first step. Savings and the share brought back are
-    None where that is within noise. With one seed the interval resamples units, with several it is over seeds.
+    None where that is within noise. Intervals resample units within seeds; with several seeds they are at least that of the seeds' t law.
     """
     rows: list[Row] = []
     for arm in found.arms("recoverability"):
         frames = found("recoverability", arm)
         before = [frame[(frame["curve"] == FORGOTTEN) & (frame["step"] == 0)] for frame in frames]
-        (lost,) = intervals(estimate([by_unit(part, (part["base_probability"] - part["probability"]).to_numpy()[:, None]) for part in before]))
-        of_seeds = [_relearnt(frame) for frame in frames]
+        (lost,) = intervals(
+            found.estimate([means_by_unit(part, (part["base_probability"] - part["probability"]).to_numpy()[:, None]) for part in before])
+        )
+        read = [_relearning(frame) for frame in frames]
+        of_seeds = [_relearnt(seed) for seed in read]
         row: Row = {"arm": arm, "lost": numbers(lost), "savings": None, "brought_back": None}
         row |= {"bound": sorted({saved.bound for saved, _ in of_seeds})}
         row |= {name: [_rounded(getattr(saved, name)) for saved, _ in of_seeds] for name in ("relearnt", "learnt")}
         if lost.low > 0:
-            row["savings"] = _return(frames, [saved.value for saved, _ in of_seeds], lambda frame: _relearnt(frame)[0].value, most=1.0)
-            row["brought_back"] = _return(frames, [share for _, share in of_seeds], lambda frame: _relearnt(frame)[1])
+            again = [[_relearnt(_resampled(seed, draw)) for seed in read] for draw in range(RESAMPLES)]
+            row["savings"] = _return([saved.value for saved, _ in of_seeds], [[saved.value for saved, _ in seeds] for seeds in again], most=1.0)
+            row["brought_back"] = _return([share for _, share in of_seeds], [[share for _, share in seeds] for seeds in again])
         rows.append(row)
     return rows
 
 
-def _relearnt(frame: pd.DataFrame) -> tuple[Savings, float | None]:
-    curves, base = _curves(frame)
-    units = frame.drop_duplicates("item").set_index("item")["unit"].reindex(range(len(base.right)), fill_value="none")
-    return savings(curves, base), spurious(curves, [Item(question=str(unit), answer="none") for unit in units], base)
+def _relearnt(read: Curves) -> tuple[Savings, float | None]:
+    items = [Item(question=str(unit), answer="none") for unit in read.units]
+    return savings(read.curves, read.base), spurious(read.curves, items, read.base)
 
 
-def _return(
-    frames: Sequence[pd.DataFrame], values: Sequence[float | None], again: Callable[[pd.DataFrame], float | None], most: float = np.inf
-) -> dict[str, float | None] | None:
-    known = [value for value in values if value is not None]
-    if len(known) < len(values):
+def _return(of_seeds: Sequence[float | None], again: Sequence[Sequence[float | None]], most: float = np.inf) -> dict[str, float | None] | None:
+    """The mean over seeds with its interval; `again` are the seeds' values of units drawn again. None where some seed has no value."""
+    known = _known(of_seeds)
+    drawn = [np.mean(values) for seeds in again if (values := _known(seeds)) is not None]
+    if known is None or len(drawn) <= len(again) / 2:
         return None
-    if len(known) > 1:
-        return _over_seeds(known, (-np.inf, most))
-    draws = [value for draw in range(RESAMPLES) if (value := again(_resampled(frames[0], draw))) is not None]
-    return numbers(interval(known[0], np.array(draws))) if len(draws) > RESAMPLES / 2 else None
+    of_units = interval(float(np.mean(known)), np.array(drawn))
+    if len(known) == 1:
+        return numbers(of_units)
+    by_seeds = _seeds_interval(known, (-np.inf, most))
+    return numbers(Interval(by_seeds.value, min(by_seeds.low, of_units.low), max(by_seeds.high, of_units.high)))
 
 
-def _resampled(frame: pd.DataFrame, draw: int) -> pd.DataFrame:
-    """Units drawn again, with all rows of their items; copies are items of their own, but of one unit, which must stay on one side."""
-    units = frame["unit"].unique()
-    drawn = pd.DataFrame({"unit": np.random.default_rng(draw).choice(units, len(units)), "copy": range(len(units))})
-    again = drawn.merge(frame, on="unit")
-    again["item"] = again.groupby(["copy", "item"], sort=False).ngroup()
-    return again
+def _known(values: Sequence[float | None]) -> list[float] | None:
+    """The values where there are all."""
+    known = [value for value in values if value is not None]
+    return known if len(known) == len(values) else None
+
+
+def _resampled(read: Curves, draw: int) -> Curves:
+    """Units drawn again within strata, with all their items; copies are items of their own, but of one unit, which must stay on one side.
+
+    The same units are drawn of every seed that has them.
+    """
+    names, strata = np.array(list(read.strata)), np.array(list(read.strata.values()))
+    generator = np.random.default_rng(draw)
+    drawn = np.concatenate([generator.choice(names[strata == stratum], (strata == stratum).sum()) for stratum in np.unique(strata)])
+    items = [np.flatnonzero(read.units == unit) for unit in drawn]
+    source = np.concatenate(items)
+    curves = {}
+    for name, curve in read.curves.items():
+        places = np.full(len(read.units), -1)
+        places[curve.indices] = range(len(curve.indices))
+        indices = np.flatnonzero(places[source] >= 0)
+        columns = places[source[indices]]
+        curves[name] = Curve(curve.steps, indices.tolist(), curve.right[:, columns], curve.probability[:, columns])
+    base = Known(read.base.right[source], read.base.probability[source])
+    copies = {f"{copy}": int(stratum) for copy, stratum in enumerate(np.sort(strata))}
+    return Curves(curves, base, np.repeat(list(copies), [len(of_unit) for of_unit in items]), copies)
 
 
 def _rounded(value: float | None) -> float | None:

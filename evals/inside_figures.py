@@ -1,7 +1,8 @@
 """Pictures of what tuning did inside: density by layer and exposure, restoration, the lens, drift, and how soon knowledge returns.
 
 Drawn is what was measured. A panel is an arm; more than twelve go on to a second file. Intervals and bands are at 95 %: over units of
-a single seed, over seeds of several. The heat map and the relearning curves come from the records, all else from the results object.
+a single seed; of several over seeds, or over units within them where that is wider. The heat map and the relearning curves come from
+the records, all else from the results object.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from evals.drawing import drawn_name, save
-from evals.findings import METRIC, Found, by_unit, estimate, intervals, states_of
+from evals.findings import METRIC, Found, by_unit, intervals, means_by_unit, states_of
 from evals.study import Study
 from probes.blocks import BLOCKS, thirds
 from probes.forgetting import familiarity
@@ -74,7 +75,7 @@ def density_change(found: Found, arm: str) -> Change:
         inside = np.array([[bucket == label for label in buckets] for bucket in sorted_in.buckets])
         of_buckets = np.where(inside[:, None, :], change[:, :, None], np.nan)
         seeds.append(by_unit(base, of_buckets.reshape(len(base), -1)))
-    values = intervals(estimate(seeds))
+    values = intervals(found.estimate(seeds))
     shape = (-1, len(buckets))
     return Change(buckets, np.array([value.value for value in values]).reshape(shape), np.array([v.excludes_zero() for v in values]).reshape(shape))
 
@@ -97,9 +98,11 @@ def relearning_curves(found: Found, arm: str) -> dict[str, Relearning]:
         parts = [frame[frame["curve"] == name] for frame in frames]
         if any(part.empty for part in parts):
             continue
-        tables = [part.pivot(index=["unit", "item"], columns="step", values="probability").astype(float) for part in parts]
+        tables = [part.pivot(index=["unit", "item", "popularity"], columns="step", values="probability").astype(float) for part in parts]
         steps = [int(step) for step in tables[0].columns]
-        value, low, high = np.array(intervals(estimate([by_unit(table.reset_index(), table.to_numpy()) for table in tables]))).clip(0, 1).T
+        value, low, high = (
+            np.array(intervals(found.estimate([means_by_unit(table.reset_index(), table.to_numpy()) for table in tables]))).clip(0, 1).T
+        )
         known = float(np.mean([part.drop_duplicates("item")["base_probability"].mean() for part in parts]))
         curves[name] = Relearning(steps, value, low, high, known)
     return curves

@@ -319,28 +319,28 @@ def _savings(row: Row) -> str:
 
 def _verdicts(results: dict[str, Any]) -> list[Table]:
     """A table for every judged arm: its verdict, the clauses, and what would have refuted them."""
-    kind = "units" if len(results["seeds"]) == 1 else "seeds"
     tables = []
     for row in results["verdicts"]:
-        frame = pd.DataFrame([_clause(place, clause, kind) for place, clause in enumerate(row["clauses"], start=1)], dtype=str)
+        frame = pd.DataFrame([_clause(place, clause) for place, clause in enumerate(row["clauses"], start=1)], dtype=str)
         places = {state: [str(place) for place, clause in enumerate(row["clauses"], start=1) if clause["state"] == state] for state in STATES}
         found = "; ".join(f"{words}: {', '.join(places[state]) or 'none'}" for state, words in STATES.items())
         note = (
             f"{found}. A clause fails if its whole 95 % interval ({over(results)}) is on the side named first, and holds if it does not fail and its "
             "whole interval is on the second. The claim is supported if every clause holds, and refuted (not supported) if any one fails; else too "
-            f"little is known: underpowered. Needed: so many {kind} would decide the clause four times in five, were the effect as large as was seen "
-            "or the least that counts."
+            "little is known: underpowered. One seed describes this model and this run, and judges nothing. Needed: so many seeds would decide "
+            "the clause four times in five, were the effect the least that counts or none."
         )
-        tables.append(Table(f"Verdict, {row['arm']}: '{row['claim']}' is {row['verdict']}", frame, note))
+        judged = f": {row['verdict']}" if row["verdict"].startswith("cannot tell") else f" is {row['verdict']}"
+        tables.append(Table(f"Verdict, {row['arm']}: '{row['claim']}'{judged}", frame, note))
     return tables
 
 
-def _clause(place: int, clause: Row, kind: str) -> dict[str, str]:
+def _clause(place: int, clause: Row) -> dict[str, str]:
     scale, digits, unit = SCALES[clause["clause"].partition("/")[0]]
     rule = RULE[clause["clause"]]
     boundary, threshold = (f"{number * scale:.{digits}f}" for number in (rule.boundary, clause["threshold"]))
     other = "above" if rule.side == "below" else "below"
-    needs = "" if clause["state"] != "cannot tell" else "n/a" if clause["needs"] is None else f"{clause['needs']} {kind}"
+    needs = "" if clause["state"] != "cannot tell" else "n/a" if clause["needs"] is None else f"{clause['needs']} seeds"
     return {
         "claimed": f"{place}. {clause['claim']}",
         "value": cell(clause | {"note": None}, scale, digits),

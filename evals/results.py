@@ -15,6 +15,7 @@ from evals.findings import (
     finite,
     law_rows,
     lens_rows,
+    levels,
     null_rows,
     numbers,
     patching_rows,
@@ -55,12 +56,12 @@ def summarize(study: Study, records: Sequence[Record]) -> dict[str, Any]:
     results["kinds"] = {label: point.kind for label, point in study.points.items()}
     results |= {part: [] for part in ("rows", "gap_closed", "against_direct", "contrasts", "frontier", "costs")}
     if "task" in study.measures:
-        estimate = _share_rows(results, records, arms, "task", "task")
+        estimate = _share_rows(results, study, records, arms, "task", "task")
         _direct_rows(results, study, arms, "task", estimate)
         _contrast_rows(results, study, arms, "task", estimate, frames_of(records, "task", arms))
         _gap_rows(results, study, arms, estimate)
     if "knowledge" in study.measures:
-        known = _share_rows(results, records, arms, "statement", "knowledge")
+        known = _share_rows(results, study, records, arms, "statement", "knowledge")
         _direct_rows(results, study, arms, "knowledge", known)
         _contrast_rows(results, study, arms, "knowledge", known, frames_of(records, "statement", arms))
         if "task" in study.measures:
@@ -118,9 +119,11 @@ def frames_of(records: Sequence[Record], measurement: str, arms: Sequence[str]) 
     return [[found[seed, arm] for arm in arms] for seed in seeds]
 
 
-def estimate_means(frames: Sequence[Sequence[pd.DataFrame]], column: str, select: Select, stream: int = 0) -> Estimate:
-    """Shares of the selected items' units, one series an arm."""
-    return bootstrap_means([np.stack([_unit_means(frame[select(frame)], column) for frame in seed]) for seed in frames], stream, shares=True)
+def estimate_means(frames: Sequence[Sequence[pd.DataFrame]], column: str, select: Select, *, same_items: bool) -> Estimate:
+    """Shares of the selected items' units, one series an arm. `same_items`: see `Study.same_items`."""
+    seeds = [np.stack([_unit_means(frame[select(frame)], column) for frame in seed]) for seed in frames]
+    strata = [levels(seed[0][select(seed[0])]) for seed in frames]
+    return bootstrap_means(seeds, shares=True, strata=strata, same_units=same_items)
 
 
 def _unit_means(frame: pd.DataFrame, column: str) -> np.ndarray:
@@ -139,9 +142,9 @@ def _row(arm: str, measure: str, value: Interval, frames: Sequence[pd.DataFrame]
     return {"arm": arm, "measure": measure} | numbers(value) | {"n": sum(map(len, chosen)), "unparsed": unparsed} | tied
 
 
-def _share_rows(results: dict[str, Any], records: Sequence[Record], arms: Sequence[str], measurement: str, measure: str) -> Estimate:
+def _share_rows(results: dict[str, Any], study: Study, records: Sequence[Record], arms: Sequence[str], measurement: str, measure: str) -> Estimate:
     frames = frames_of(records, measurement, arms)
-    estimate = estimate_means(frames, "right", _exposed)
+    estimate = estimate_means(frames, "right", _exposed, same_items=study.same_items)
     for position, arm in enumerate(arms):
         value = interval(estimate.value[position], estimate.draws[position], SHARE)
         results["rows"].append(_row(arm, measure, value, [seed[position] for seed in frames], _exposed))
@@ -201,9 +204,15 @@ def _frontier_rows(results: dict[str, Any], study: Study, task: Estimate, known:
     for position, (label, point) in enumerate(study.points.items()):
         results["frontier"].append(
             {"arm": label, "family": point.arm, "dial": point.value, "on_frontier": bool(now[position])}
-            | {"share_of_draws": round(float(draws[position].mean()), 4)}
+            | {"share_of_draws": round(_share_of_draws(draws[position], bool(now[position])), 4)}
             | {"gain": _less(task, position, base), "kept": _less(known, position, base)}
         )
+
+
+def _share_of_draws(draws: np.ndarray, now: bool) -> float:
+    """By the law that agrees less with what was seen, as an interval is the wider of both."""
+    shares = draws.mean(axis=-1)
+    return float(shares.min() if now else shares.max())
 
 
 def _forgetting_rows(results: dict[str, Any], study: Study, records: Sequence[Record], arms: Sequence[str], measurement: str, measure: str) -> None:
@@ -213,7 +222,7 @@ def _forgetting_rows(results: dict[str, Any], study: Study, records: Sequence[Re
     base = arms.index(study.base_arm)
     for label in _familiarity(frames[0][base]).labels:
         select = in_bucket(label)
-        estimate = estimate_means(frames, "right", select)
+        estimate = estimate_means(frames, "right", select, same_items=study.same_items)
         for position, arm in enumerate(arms):
             if position != base:
                 value = interval(estimate.value[base] - estimate.value[position], estimate.draws[base] - estimate.draws[position], DIFFERENCE)

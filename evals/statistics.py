@@ -1,18 +1,26 @@
 """Intervals: joint draws of several arms' means over units and seeds, and what is derived from those draws.
 
 Arms are drawn together, so that a difference between two of them is paired. With one seed the draws are a bootstrap over
-units (people, questions), and the interval covers units only. With several seeds they are a t law over the seeds' means.
+units (people, questions), and the interval covers units only: it is of this model and this run. With several seeds there are
+draws of two laws, a t law over the seeds' means and the bootstrap of units within seeds, and an interval is the wider of both:
+three seeds agree by luck, and then their t interval is far narrower than the sampling of units alone allows.
+
+Not covered: both sources at once where seeds have the same units. The seeds' means then differ by tuning only, and the interval
+is of these units or of these seeds, whichever is the wider.
 """
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from scipy.linalg import hadamard, helmert
-from scipy.stats import bootstrap, chi2, norm, t
+from scipy.stats import chi2, norm, t
 from scipy.stats.qmc import Halton
+
+from probes.exposure import within_strata
 
 DRAWS = 4000
 LEVEL = 0.95
@@ -21,10 +29,14 @@ PSEUDO_UNITS = 2.0  # in all: one right and one wrong for an arm, one half for e
 
 
 class Estimate(NamedTuple):
-    """A value for every series and its draws; differences of rows are paired."""
+    """A value for every series and its draws; differences of rows are paired.
+
+    With one seed draws follow one law. With several they follow two (`laws`), of which `interval` takes the wider; whatever is
+    derived from draws is derived from both.
+    """
 
     value: Float[np.ndarray, " series"]
-    draws: Float[np.ndarray, "series draws"]
+    draws: Float[np.ndarray, "series *laws draws"]
 
 
 class Interval(NamedTuple):
@@ -36,36 +48,77 @@ class Interval(NamedTuple):
         return self.low > 0 or self.high < 0
 
 
-def bootstrap_means(seeds: Sequence[Float[np.ndarray, "series units"]], stream: int = 0, *, shares: bool = False) -> Estimate:
+def bootstrap_means(
+    seeds: Sequence[Float[np.ndarray, "series _"]],
+    stream: int = 0,
+    *,
+    shares: bool = False,
+    strata: Sequence[Shaped[np.ndarray, " _"]] | None = None,
+    same_units: bool = False,
+) -> Estimate:
     """Means over units, then over seeds, of several series measured on the same units.
 
     `shares` says that every value is a share of right answers, in [0, 1]. Draws are then smoothed by pseudo-units
     (`_with_pseudo_units`), without which a sample that is all right would have no interval at all. Values stay plain means.
 
+    `strata` are labels of every seed's units: how many units each stratum has was decided and not drawn, so that what differs
+    between strata is no sampling error. Left out, all units are one stratum. `same_units` says that every seed has the same units,
+    in one order; else they are taken as different ones.
+
     `stream` tells apart draws of units that must be independent of each other (different units); seeds are drawn alike
     in every stream, so that what differs between seeds but not within them cancels in a contrast. Deterministic.
 
-    With one seed: scipy's percentile bootstrap, or the Bayesian bootstrap for shares. With several: `_seed_weights`, where
-    units count only by what they do to their seed's mean. The price is width: 4.3 standard errors with three seeds and
-    12.7 with two, so that two seeds say next to nothing about how seeds differ.
+    With one seed: the Bayesian bootstrap of units (`_law_of_units`). With several: that, and `_law_of_seeds`, where units count
+    only by what they do to their seed's mean. The price is width: 4.3 standard errors with three seeds and 12.7 with two, so
+    that two seeds say next to nothing about how seeds differ.
     """
-    generator = np.random.default_rng([stream, len(seeds)])
+    value = np.mean([units.mean(axis=1) for units in seeds], axis=0)
+    labels = [np.zeros(units.shape[1]) for units in seeds] if strata is None else strata
+    of_units = _law_of_units(value, seeds, labels, shares, same_units, np.random.default_rng([stream, 1]))
+    if len(seeds) == 1:
+        return Estimate(value, of_units)
+    return Estimate(value, np.stack([_law_of_seeds(value, seeds, shares, np.random.default_rng([stream, len(seeds)])), of_units], axis=1))
+
+
+def _law_of_seeds(
+    value: Float[np.ndarray, " series"], seeds: Sequence[Float[np.ndarray, "series _"]], shares: bool, generator: np.random.Generator
+) -> Float[np.ndarray, "series draws"]:
     means = np.stack([units.mean(axis=1) for units in seeds])
-    value = means.mean(axis=0)
-    own = _own_weight(seeds) if shares else 1.0
-    size: float | Float[np.ndarray, " draws"] = float(sum(units.shape[1] for units in seeds))
-    if len(seeds) > 1:
-        draws = value[:, None] + (means - value).T @ _seed_weights(len(seeds))
-    elif shares:
-        draws, size = _bayesian_bootstrap(seeds[0], own, generator)
-    elif seeds[0].shape[1] == 1:
-        draws = np.repeat(seeds[0], DRAWS, axis=1)
+    draws = value[:, None] + (means - value).T @ _seed_weights(len(seeds))
+    size = float(sum(units.shape[1] for units in seeds))
+    return _with_pseudo_units(draws, size, _own_weight(seeds), generator, np.zeros((len(value), 1))) if shares else draws
+
+
+def _law_of_units(
+    value: Float[np.ndarray, " series"],
+    seeds: Sequence[Float[np.ndarray, "series _"]],
+    strata: Sequence[Shaped[np.ndarray, " _"]],
+    shares: bool,
+    same_units: bool,
+    generator: np.random.Generator,
+) -> Float[np.ndarray, "series draws"]:
+    """Draws of the mean of these seeds when only their units are drawn again, within strata: as if of one seed.
+
+    Units that all seeds have count once, with their mean over seeds: the same seed twice tells no more than once. Seeds of units of
+    their own are strata, each with the weight of one seed.
+    """
+    total = sum(units.shape[1] for units in seeds)
+    if same_units:
+        pooled, labels = np.mean(seeds, axis=0), strata[0]
     else:
-        result = bootstrap((seeds[0],), np.mean, axis=-1, n_resamples=DRAWS, method="percentile", batch=BATCH, rng=generator)
-        draws = result.bootstrap_distribution
-    return Estimate(value, _with_pseudo_units(draws, size, own, generator) if shares else draws)
+        scaled = [(units - units.mean(axis=1, keepdims=True)) * total / (len(seeds) * units.shape[1]) for units in seeds]
+        pooled = value[:, None] + np.concatenate(scaled, axis=1)
+        labels = np.concatenate([np.unique(of_seed, return_inverse=True)[1] + 1j * seed for seed, of_seed in enumerate(strata)])
+    inside, count = within_strata(pooled.T, labels).T, len(np.unique(labels))
+    if not shares:
+        return _bayesian_bootstrap(inside, 0.0, generator, count)[0]
+    own = _own_weight([pooled] if same_units else seeds)
+    draws, sizes = _bayesian_bootstrap(inside, own, generator, count)
+    lower = [value - pooled[:, labels == label].mean(axis=1) for label in np.unique(labels)]
+    return _with_pseudo_units(draws, sizes, own, generator, np.stack(lower, axis=1))
 
 
+@cache
 def _seed_weights(seeds: int) -> Float[np.ndarray, "seeds draws"]:
     """Weights whose sums with the seeds' means are draws of the mean's error: s / √k · t, k - 1 degrees of freedom.
 
@@ -92,12 +145,12 @@ def _own_weight(seeds: Sequence[Float[np.ndarray, "series units"]]) -> float:
 
 
 def _bayesian_bootstrap(
-    units: Float[np.ndarray, "series units"], own: float, generator: np.random.Generator
+    units: Float[np.ndarray, "series units"], own: float, generator: np.random.Generator, strata: int
 ) -> tuple[Float[np.ndarray, "series draws"], Float[np.ndarray, " draws"]]:
     """Means under exponential weights of the units (Rubin 1981, The Bayesian bootstrap), and the weights' sums.
 
-    Units of several answers have a spread that their mean does not tell: it is estimated from n - 1 degrees of freedom,
-    and the draws are widened as a t interval is. Whole 0/1 answers (`own` 1) are not.
+    Units of several answers have a spread that their mean does not tell: it is estimated from as many degrees of freedom as there
+    are units above strata, and the draws are widened as a t interval is. Whole 0/1 answers (`own` 1) are not, other values wholly.
     """
     count = units.shape[1]
     values = units.mean(axis=1, keepdims=True)
@@ -107,14 +160,18 @@ def _bayesian_bootstrap(
         sizes.append(weights.sum(axis=0))
         draws.append((units - values) @ weights / sizes[-1])
     widening = 1.0
-    if count > 1:
-        ends = t.ppf((1 + LEVEL) / 2, count - 1) / norm.ppf((1 + LEVEL) / 2)
+    if count > strata:
+        ends = t.ppf((1 + LEVEL) / 2, count - strata) / norm.ppf((1 + LEVEL) / 2)
         widening += (1 - own) * (ends * math.sqrt((count + 1) / (count - 1)) - 1)
     return values + widening * np.concatenate(draws, axis=1), np.concatenate(sizes)
 
 
 def _with_pseudo_units(
-    draws: Float[np.ndarray, "series draws"], size: float | Float[np.ndarray, " draws"], own: float, generator: np.random.Generator
+    draws: Float[np.ndarray, "series draws"],
+    size: float | Float[np.ndarray, " draws"],
+    own: float,
+    generator: np.random.Generator,
+    beside: Float[np.ndarray, "series strata"],
 ) -> Float[np.ndarray, "series draws"]:
     """The draws of shares as if `PSEUDO_UNITS` more had been seen, of which every series has half right and half wrong.
 
@@ -122,24 +179,27 @@ def _with_pseudo_units(
     one seed of n 0/1 units, x of them right, is drawn from Beta(x + 1, n - x + 1) (Bayes and Laplace), and the 2 x 2 table of
     two arms from a Dirichlet law with one half added to each cell (Jeffreys; Agresti and Min 2005 add the same to a
     Wald interval). The pseudo-units' weights are drawn: arms alike on every unit differ in their draws, too, by about
-    2 / n at the interval's ends. Units of several answers shrink the pseudo-units to `own` of a unit.
+    2 / n at the interval's ends. Units of several answers shrink the pseudo-units to `own` of a unit. Strata share the pseudo-units
+    equally; `beside` is by how much each stratum's mean lies below the whole: a wrong answer is worth more where all is right.
 
     Covers 95 % up to what counts of few units allow; the differences that are too narrow are those of one arm nearly all
     right with one nearly all wrong, at less than about 50 units.
     """
     order = 1 << len(draws).bit_length()
     right = (1 + hadamard(order)[1 : len(draws) + 1]) / 2
-    weights = own * generator.gamma(PSEUDO_UNITS / order, size=(order, draws.shape[1]))
-    return (size * draws + right @ weights) / (size + weights.sum(axis=0))
+    answers = (right[:, :, None] + beside[:, None, :]).reshape(len(draws), -1)
+    weights = own * generator.gamma(PSEUDO_UNITS / answers.shape[1], size=(answers.shape[1], draws.shape[1]))
+    return (size * draws + answers @ weights) / (size + weights.sum(axis=0))
 
 
-def interval(value: float, draws: Float[np.ndarray, " draws"], bounds: tuple[float, float] = (-math.inf, math.inf)) -> Interval:
-    """The value with its percentile interval at 95 %, widened to hold the value and cut to what it can be (`bounds`).
+def interval(value: float, draws: Float[np.ndarray, "*laws draws"], bounds: tuple[float, float] = (-math.inf, math.inf)) -> Interval:
+    """The value with its percentile interval at 95 %, the wider of several laws at each end, cut to what it can be (`bounds`).
 
-    Draws of shares lean away from 0 and 1, so that a sample all right would lie just outside its own interval.
+    It is widened to hold the value: draws of shares lean away from 0 and 1, so that a sample all right would lie just outside
+    its own interval.
     """
-    low, high = np.clip(np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]), *bounds)
-    return Interval(float(value), float(min(low, value)), float(max(high, value)))
+    low, high = np.clip(np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=-1), *bounds)
+    return Interval(float(value), float(min(low.min(), value)), float(max(high.max(), value)))
 
 
 def gap_closed(estimate: Estimate, arm: int, base: int, direct: int) -> Interval | None:
@@ -149,4 +209,5 @@ def gap_closed(estimate: Estimate, arm: int, base: int, direct: int) -> Interval
         return None
     with np.errstate(divide="ignore", invalid="ignore"):  # draws without any gap are left out below
         draws = (estimate.draws[arm] - estimate.draws[base]) / (estimate.draws[direct] - estimate.draws[base])
-    return interval((estimate.value[arm] - estimate.value[base]) / gap.value, draws[np.isfinite(draws)])
+    whole = np.isfinite(draws).reshape(-1, draws.shape[-1]).all(axis=0)
+    return interval((estimate.value[arm] - estimate.value[base]) / gap.value, draws[..., whole])

@@ -258,6 +258,11 @@ class Study(Strict):
         return next(name for name, arm in self.arms.items() if arm.kind == "base")
 
     @property
+    def same_items(self) -> bool:
+        """Whether every seed asks the same items, so that seeds differ by tuning only: the user's. A world's seeds have people of their own."""
+        return self.world is None
+
+    @property
     def direct_arm(self) -> str | None:
         """The point whose gain over the base is the whole gap."""
         return self.direct or next(iter(self.direct_points), None)

@@ -109,6 +109,21 @@ def unit_means(contributions: Float[np.ndarray, "items columns"], units: Sequenc
     return mean + sums * len(sums) / counts.clip(min=1)
 
 
+def within_strata(values: Float[np.ndarray, "units columns"], strata: Shaped[np.ndarray, " units"]) -> Float[np.ndarray, "units columns"]:
+    """Contributions to the mean over units of which so many were taken from every stratum: what differs between strata is no sampling error.
+
+    The mean plus each unit's distance from its stratum's mean, widened by what that mean took from it more than the whole mean
+    would have. With one stratum they are the values.
+    """
+    groups = _numbered(strata)
+    counts = np.bincount(groups)
+    count, mean = len(values), values.mean(axis=0)
+    if len(counts) == 1:
+        return values
+    spread = np.sqrt((1 - 1 / count) / (1 - 1 / counts.clip(min=2)))
+    return mean + spread[groups][:, None] * _within(values, groups)
+
+
 def needed(half_width: float, n: int, effect: float, power: float = 0.8) -> int:
     """How many items (or units) find `effect` with this power, where `n` of them gave a 95 % interval of this half width.
 

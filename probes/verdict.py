@@ -11,7 +11,8 @@ knowledge at the same task gain; (d) what was lost is not soon relearned.
 What refutes it: any one clause failing. It fails when its 95 % interval excludes every effect in the claimed direction that
 is large enough to count, be it because the effect is absent, reversed, or certain but too small. It holds when the interval
 lies wholly on the claimed side. Anything else, a clause that was not measured among it, cannot tell: then the verdict is
-"underpowered" and `needs` says how many units or seeds would decide. Chance: an effect that is just large enough fails a
+"underpowered" and `needs` says how many seeds would decide. One tuning run describes and never judges: its intervals cover units only,
+tuning again with another seed may give anything, and the verdict is "cannot tell: one seed". Chance: an effect that is just large enough fails a
 clause once in forty times, so a true claim is refuted at most in 15 % of studies; a false one is supported in 2.5 % at most.
 
 Not covered: knowledge that no read-out asks for, and a base that a proxy steers, whose layers cannot change by construction.
@@ -22,7 +23,7 @@ from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 State = Literal["holds", "fails", "cannot tell"]
-Verdict = Literal["supported", "not supported", "underpowered"]
+Verdict = Literal["supported", "not supported", "underpowered", "cannot tell: one seed"]
 
 # In effective rank: what separates hard from familiar questions in the source's own models of 1024 wide (.0021), a seventh of one vector's SD there.
 SMALLEST_DENSITY = 0.002
@@ -36,7 +37,8 @@ class Clause(NamedTuple):
     """One interval and what is claimed of it.
 
     Claimed is that the value lies on one `side` of the `boundary`; `threshold` is the nearest value there that counts.
-    `value`, `low` and `high` are None where it could not be measured; `needs` is the number of units or seeds that would be needed.
+    `value`, `low` and `high` are None where it could not be measured; `runs` is how many tuning runs (seeds) the interval is over, and
+    `needs` how many would be needed.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Clause(NamedTuple):
     value: float | None = None
     low: float | None = None
     high: float | None = None
+    runs: int = 0
     needs: int | None = None
     note: str = ""
 
@@ -65,8 +68,8 @@ RULE: dict[str, Clause] = {
 }
 
 
-def measured(name: str, interval: tuple[float, float, float] | None, needs: int | None = None, note: str = "") -> Clause:
-    """A clause of the `RULE` with (value, low, high); `interval` None, with a note why, where it could not be measured.
+def measured(name: str, interval: tuple[float, float, float] | None, runs: int, needs: int | None = None, note: str = "") -> Clause:
+    """A clause of the `RULE` with (value, low, high) over `runs`; `interval` None, with a note why, where it could not be measured.
 
     `density`: effective rank, tuned less base, familiar less unfamiliar; with `/random` and `/shuffled`: the same less the null's.
     `restoration`: Shapley value of the low block less that of the high block; with `/elsewhere`: what the low block alone brings back
@@ -74,12 +77,13 @@ def measured(name: str, interval: tuple[float, float, float] | None, needs: int 
     steps of what was never known. One unit gives a point and no interval: that is None, too. Raises KeyError for a name that is not in the rule.
     """
     value, low, high = interval or (None, None, None)
-    return RULE[name]._replace(value=value, low=low, high=high, needs=needs, note=note)
+    note = "; ".join(part for part in (note, "one seed" if runs == 1 else "") if part)
+    return RULE[name]._replace(value=value, low=low, high=high, runs=runs, needs=needs, note=note)
 
 
 def state(clause: Clause) -> State:
-    """Whether a clause holds, fails, or cannot be told, by its interval alone; an end that is NaN tells nothing."""
-    if clause.low is None or clause.high is None or math.isnan(clause.low + clause.high):
+    """Whether a clause holds, fails, or cannot be told, by its interval alone; an end that is NaN tells nothing, and neither does one run."""
+    if clause.runs < 2 or clause.low is None or clause.high is None or math.isnan(clause.low + clause.high):
         return "cannot tell"
     sign = -1 if clause.side == "below" else 1
     least, most = sorted((sign * clause.low, sign * clause.high))
@@ -97,7 +101,12 @@ def worst(states: Iterable[State]) -> State:
 
 
 def verdict(clauses: Iterable[Clause]) -> Verdict:
-    """Supported if every clause of the `RULE` holds, not supported if any fails, else underpowered; those not given cannot tell."""
+    """Supported if every clause of the `RULE` holds, not supported if any fails, else underpowered; those not given cannot tell.
+
+    Of one run there is no verdict, whatever the clauses.
+    """
     judged = RULE | {clause.name: clause for clause in clauses}
+    if any(clause.runs == 1 for clause in judged.values()):
+        return "cannot tell: one seed"
     words: dict[State, Verdict] = {"holds": "supported", "fails": "not supported", "cannot tell": "underpowered"}
     return words[worst(state(clause) for clause in judged.values())]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, StaticCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from proxytune.errors import UserError
@@ -30,6 +30,11 @@ class MixtureCache(Cache):
     def is_compileable(self) -> bool:
         """Never: generation would build one attention mask from one config, and each member must build its own."""
         return False
+
+    @property
+    def is_static(self) -> bool:
+        """Whether all its columns are there from the start."""
+        return any(isinstance(cache, StaticCache) for cache in self.members.values())
 
     @property
     def keeps_everything(self) -> bool:

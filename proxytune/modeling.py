@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel, StaticCache
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -22,11 +22,26 @@ from proxytune.cache import MixtureCache
 from proxytune.errors import UserError
 from proxytune.member import Member
 from proxytune.mixture import Mixture, Place, active, check_mixture, combine, depends_on_place
-from proxytune.padding import positions_of
+from proxytune.padding import has_several_texts, positions_of
 from proxytune.passes import Reader, at_once, grouped, run, run_mapped
 from proxytune.prompts import OwnPrompts, own_prompts, reading
 from proxytune.token_map import TokenMap, check_pairs
 from proxytune.vocabulary import check_rows, check_same_vocabulary
+
+STATIC = [kind for kind in ALL_STATIC_CACHE_IMPLEMENTATIONS if not kind.startswith("offloaded")]
+
+
+class NoStatesError(UserError, AttributeError):
+    """Someone asked for the states before the head. An AttributeError too, so that `hasattr` says no."""
+
+
+class MixtureOutput(CausalLMOutputWithPast):
+    @property
+    def last_hidden_state(self) -> Tensor:
+        raise NoStatesError(
+            "last_hidden_state: a mixture has logits but no states before one head, which TRL's DPO, GRPO and RLOO multiply"
+            " themselves; distil from it (GKD), or take one of its members as the reference"
+        )
 
 
 class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
@@ -125,40 +140,63 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> None:
         """A mixture has no head of its own."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where logits come out: the device of the first member, which offloaded weights have left."""
+        return next(iter(self._readers.values())).device
+
     def forward(
         self,
         input_ids: Int[Tensor, "batch time"],
         attention_mask: Int[Tensor, "batch all_time"] | None = None,
-        position_ids: Int[Tensor, "batch time"] | None = None,
-        past_key_values: MixtureCache | None = None,
+        position_ids: Int[Tensor, "#batch time"] | None = None,
+        past_key_values: Any = None,
         labels: Int[Tensor, "batch time"] | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Int[Tensor, " kept"] = 0,
         prompts: OwnPrompts | None = None,
         prompt_lengths: Int[Tensor, " batch"] | None = None,
         return_dict: bool | None = None,
-    ) -> CausalLMOutputWithPast:
-        """The mixture's logits, fp32, [batch, time or kept, rows].
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """The mixture's logits, fp32, [batch, time or kept, rows]; a tuple with `return_dict=False`.
 
         Padding may stand on either side if `attention_mask` says where; positions are then counted from the mask, which
-        bare transformers models do not do by themselves. `labels` are shifted inside, as transformers does. Where members
+        bare transformers models do not do by themselves. A row holds several texts where its `position_ids` begin again and
+        there is neither mask nor cache. `labels` are shifted inside, as transformers does. Where members
         read `prompts` of their own, logits begin with those of the prompt's last token. `prompt_lengths` (tokens a row,
         padding not counted) are where coefficients that are functions count their positions from; without it, from the
         row's beginning.
+
+        A cache comes back unless `use_cache` is false or a row holds several texts. Raises `UserError` for a cache that is
+        not one of `new_cache`, and for a mask that leaves out what the cache holds.
         """
-        if use_cache and past_key_values is None:
-            past_key_values = self.new_cache(active(self.mixture))
+        self._check_cache(past_key_values)
+        several = position_ids is not None and attention_mask is None and has_several_texts(position_ids)
+        if several:
+            self._check_positions_are_heeded(prompts is not None)
+        if past_key_values is None and (not several and getattr(self.config, "use_cache", True) if use_cache is None else use_cache):
+            past_key_values = self.new_cache()
+        if (
+            attention_mask is not None
+            and prompts is None
+            and attention_mask.shape[1] < (needed := self._already_read(past_key_values) + input_ids.shape[1])
+        ):
+            raise UserError(f"attention_mask: it must cover what the cache holds and the new tokens, {needed}, not {attention_mask.shape[1]}")
+        if position_ids is not None:
+            position_ids = position_ids.expand_as(input_ids)
         logits = self.member_logits(active(self.mixture), input_ids, attention_mask, position_ids, past_key_values, logits_to_keep, prompts)
         if position_ids is None and depends_on_place(self.mixture):
             mask = self._all_read(input_ids, past_key_values, prompts, input_ids.shape[1]) if attention_mask is None else attention_mask
             position_ids = positions_of(mask)[:, -input_ids.shape[1] :]
         mixed: Float[Tensor, "batch kept rows"] = self.mixed(logits, position_ids, prompt_lengths, logits_to_keep)
         loss = None if labels is None else self.loss_function(logits=mixed, labels=labels, vocab_size=self.config.vocab_size)
-        return CausalLMOutputWithPast(loss=loss, logits=mixed, past_key_values=past_key_values)
+        output = MixtureOutput(loss=loss, logits=mixed, past_key_values=past_key_values)
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def generate(
         self,
         inputs: Int[Tensor, "batch time"] | None = None,
+        generation_config: GenerationConfig | None = None,
         *args: Any,
         prompts: Mapping[str, Sequence[Sequence[int]]] | None = None,
         speculate: bool = False,
@@ -170,29 +208,54 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
 
         `prompts` are token ids that a member reads in place of the shared prompt, one list a row. `draft` is the member
         that proposes, `draft_tokens` how many tokens; without it, as many as pay off. Counts are in `speculation` after
-        it. Raises `UserError` for a prompt longer than a member's window.
+        it. Raises `UserError` for a prompt longer than a member's window, and for what a mixture or speculation cannot do
+        as one model would.
         """
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if kwargs.get("inputs_embeds") is not None:
+            raise UserError("inputs_embeds: each member has embeddings of its own; give input_ids")
         if ids is None:
             raise UserError("input_ids: a mixture needs token ids to go on from; give a prompt of at least one token")
+        by_place = depends_on_place(self.mixture)
         mask = kwargs.get("attention_mask")
-        if mask is None and not (ids == self.config.pad_token_id).any():
+        if mask is None and (prompts is not None or by_place):
+            pads = {self.config.pad_token_id, kwargs.get("pad_token_id"), getattr(generation_config, "pad_token_id", None)} - {None}
+            if any((ids == pad).any() for pad in pads):
+                raise UserError("attention_mask: the prompt holds padding tokens, so it must say where a row's tokens are; give it")
             mask = kwargs["attention_mask"] = torch.ones_like(ids)
-        if mask is None and (prompts is not None or depends_on_place(self.mixture)):
-            raise UserError("attention_mask: the prompt holds padding tokens, so it must say where a row's tokens are; give it")
+        self._check_going_on(kwargs.get("past_key_values"), ids, mask, prompts is not None)
         lengths = torch.full((len(ids),), ids.shape[1], device=ids.device) if mask is None else mask.sum(1)
+        if kwargs.get("position_ids") is not None:
+            positions = kwargs["position_ids"] = kwargs["position_ids"].expand(len(ids), -1)
+            self._check_positions_are_heeded(prompts is not None)
+            if has_several_texts(positions, mask):
+                raise UserError("position_ids: a row's positions must go up by one, for generation goes on from one text; give each text a row")
+            lengths = positions[:, -1] + 1
         if prompts is not None:
             kwargs["prompts"] = own_prompts(prompts, ids.shape[1], len(ids), self.config.pad_token_id or 0, ids.device)
-        if depends_on_place(self.mixture):
+        if by_place:
             kwargs["prompt_lengths"] = lengths
         self._check_windows(int(lengths.max()), {name: max(map(len, given)) for name, given in (prompts or {}).items()})
         if speculate:
             from proxytune.speculation import speculative_decoding
 
-            # transformers keeps the streamer from a decoding loop that it is given.
-            streamer = kwargs.get("streamer")
-            kwargs["custom_generate"] = functools.partial(speculative_decoding, draft=draft, draft_tokens=draft_tokens, streamer=streamer)
-        return super().generate(ids, *args, **kwargs)
+            for name in ("past_key_values", "custom_generate"):
+                if kwargs.get(name) is not None:
+                    raise UserError(f"{name}: speculation has its own; leave one of the two out")
+            kwargs["custom_generate"] = functools.partial(speculative_decoding, draft=draft, draft_tokens=draft_tokens)
+        return super().generate(ids, generation_config, *args, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, tokenizer: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """Hooks into `generate`, which hands a tokenizer that it was given on to `forward`."""
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
+
+    def _extract_generation_mode_kwargs(
+        self, custom_generate: Any, kwargs: dict[str, Any], synced_gpus: bool | None, assistant_model: Any, streamer: Any
+    ) -> dict[str, Any]:
+        """Hooks into `generate`, which keeps all three of these from a decoding loop that it is given."""
+        kept = {"tokenizer": kwargs.get("tokenizer"), "assistant_model": assistant_model, "streamer": streamer}
+        found = super()._extract_generation_mode_kwargs(custom_generate, kwargs, synced_gpus, assistant_model, streamer)
+        return found | {name: value for name, value in kept.items() if value is not None}
 
     def mixed(
         self,
@@ -228,7 +291,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         if past_key_values is not None and (missing := set(names) - past_key_values.members.keys()):
             raise UserError(f"past_key_values: it was made for another mixture and lacks {', '.join(sorted(missing))}; start a new cache")
         own = {} if prompts is None else prompts.ids
-        if attention_mask is None and (own or self.token_maps):
+        static = past_key_values is not None and past_key_values.is_static
+        if attention_mask is None and (own or self.token_maps or static):
             attention_mask = self._all_read(input_ids, past_key_values, prompts)
         if prompts is not None and attention_mask is not None and own:
             if not isinstance(logits_to_keep, int):
@@ -265,13 +329,45 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
 
         `already` of the tokens are in the cache by now.
         """
+        return ids.new_ones(len(ids), self._already_read(cache, prompts) - already + ids.shape[1])
+
+    def _already_read(self, cache: MixtureCache | None, prompts: OwnPrompts | None = None) -> int:
+        """How many columns of the shared tokens the cache holds."""
         if cache is None:
-            return torch.ones_like(ids)
-        name, member = next(iter(cache.members.items()))
-        read = int(member.get_seq_length()) - already
+            return 0
+        name, member = next((pair for pair in cache.members.items() if pair[0] not in self.token_maps), next(iter(cache.members.items())))
+        read = int(member.get_seq_length())
         if read and prompts is not None and name in prompts.ids:
             read += prompts.columns - prompts.ids[name].shape[1]
-        return ids.new_ones(len(ids), read + ids.shape[1])
+        return read
+
+    def _check_cache(self, cache: Any) -> None:
+        if not (cache is None or isinstance(cache, MixtureCache)):
+            raise UserError(
+                f"past_key_values: a mixture keeps a cache for each member, which a {type(cache).__name__} is not; start with model.new_cache()"
+            )
+
+    def _check_positions_are_heeded(self, own: bool) -> None:
+        deaf = [name for name in active(self.mixture) if name in self.token_maps or not self._readers[name].takes_positions]
+        if own or deaf:
+            raise UserError(
+                f"position_ids: {', '.join(deaf) or 'a member with its own prompt'} counts positions by itself; leave it out, give a text a row"
+            )
+
+    def _check_going_on(self, cache: Any, ids: Int[Tensor, "batch time"], mask: Tensor | None, own: bool) -> None:
+        """`ids` are the whole text or, with a mask over the whole, what comes after that of the cache."""
+        self._check_cache(cache)
+        read = self._already_read(cache)
+        if not read:
+            return
+        if own:
+            raise UserError("prompts: members read their own from its beginning; leave past_key_values out")
+        whole = ids.shape[1] if mask is None else mask.shape[1]
+        if whole not in (ids.shape[1], read + ids.shape[1]) or whole <= read:
+            raise UserError(
+                f"attention_mask: the cache holds {read} tokens and {ids.shape[1]} are given; give the whole text,"
+                " or new tokens with a mask over the whole"
+            )
 
     def _note_coverage(self, logits: Mapping[str, Tensor]) -> None:
         alike = [name for name in logits if name not in self.token_maps]
@@ -284,9 +380,9 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             if window is not None and own.get(name, longest) > window:
                 raise UserError(f"{name}: the prompt has {own.get(name, longest)} tokens, its window only {window}; shorten it")
 
-    def new_cache(self, names: Collection[str], static_length: int | None = None) -> MixtureCache:
-        """An empty cache of the named members; with `static_length`, of that fixed number of positions."""
-        configs = {name: self.members[name].config for name in names}
+    def new_cache(self, names: Collection[str] | None = None, static_length: int | None = None) -> MixtureCache:
+        """An empty cache of the named members, or of the mixture's; with `static_length`, of that fixed number of positions."""
+        configs = {name: self.members[name].config for name in (active(self.mixture) if names is None else names)}
         if static_length is None:
             return MixtureCache({name: DynamicCache(config=config) for name, config in configs.items()})
         return MixtureCache({name: StaticCache(config=config, max_cache_len=static_length) for name, config in configs.items()})
@@ -294,17 +390,32 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, max_cache_length: int
     ) -> None:
-        """Hooks into `generate`, which would otherwise build one cache from one config."""
-        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
-            return
-        kind = generation_config.cache_implementation
-        if kind not in (None, "dynamic", *ALL_STATIC_CACHE_IMPLEMENTATIONS):
+        """Hooks into `generate`, which would otherwise build one cache from one config; here the settings are all known."""
+        kind, own = generation_config.cache_implementation, model_kwargs.get("prompts")
+        self._check_settings(generation_config, own, "prompt_lengths" in model_kwargs)
+        if kind not in (None, "dynamic", *STATIC):
             raise UserError(f"cache_implementation: a mixture takes 'dynamic' or 'static', not {kind!r}")
-        if kind in ALL_STATIC_CACHE_IMPLEMENTATIONS and self.token_maps:
+        if kind in STATIC and self.token_maps:
             raise UserError("cache_implementation: members with a token map read more tokens than there are in the mixture; leave it out")
-        own = model_kwargs.get("prompts")
+        if model_kwargs.get("past_key_values") is not None:
+            if kind is not None:
+                raise UserError("cache_implementation: past_key_values is a cache already; leave one of the two out")
+            return
+        if generation_config.use_cache is False:
+            return
         further = 0 if own is None else max(0, *(ids.shape[1] - own.columns for ids in own.ids.values()))
-        static_length = max_cache_length + further if kind in ALL_STATIC_CACHE_IMPLEMENTATIONS else None
-        model_kwargs["past_key_values"] = self.new_cache(active(self.mixture), static_length)
+        static_length = max(max_cache_length, generation_config.max_cache_len or 0) + further if kind in STATIC else None
+        model_kwargs["past_key_values"] = self.new_cache(static_length=static_length)
         if generation_config.is_assistant:
             model_kwargs["past_key_values"].activate_past_recording()
+
+    def _check_settings(self, settings: GenerationConfig, own: OwnPrompts | None, by_place: bool) -> None:
+        for name in ("output_attentions", "output_hidden_states"):
+            if getattr(settings, name):
+                raise UserError(f"{name}: a mixture has none of its own; ask its members")
+        if settings.assistant_early_exit is not None:
+            raise UserError("assistant_early_exit: a mixture has no layers of its own to leave early; use speculate=True")
+        if settings.guidance_scale not in (None, 1) and (own is not None or by_place):
+            raise UserError("guidance_scale: the prompt without guidance is one that all members share; leave prompts and functions out")
+        if settings.token_healing and own is not None:
+            raise UserError("token_healing: it mends the shared prompt alone; leave it or prompts out")

@@ -18,3 +18,12 @@ def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -
 def positions_of(mask: Int[Tensor, "rows time"]) -> Int[Tensor, "rows time"]:
     """Each token's position in its own row, counted from the mask; padding has position 0 or that of the token before it."""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def has_several_texts(positions: Int[Tensor, "#rows time"], mask: Int[Tensor, "rows all_time"] | None = None) -> bool:
+    """Whether the positions of some row's tokens do not go up by one, as where several texts are packed into a row."""
+    steps = positions[:, 1:] - positions[:, :-1] != 1
+    if mask is not None:
+        held = mask[:, -positions.shape[1] :].bool()
+        steps = steps & held[:, 1:] & held[:, :-1]
+    return bool(steps.any())

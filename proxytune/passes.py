@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StaticCache
 
 from proxytune.cache import MixtureCache, can_stack, stacked
 from proxytune.member import Adapter
@@ -32,8 +32,14 @@ class Reader(NamedTuple):
 
     @property
     def device(self) -> torch.device:
-        """Where it takes its tokens: the device of its embeddings, one of several if it is spread over some."""
-        return self.model.get_input_embeddings().weight.device
+        """Where it takes its tokens: the device of its embeddings, one of several if it is spread over some.
+
+        Offloaded weights are on no device; accelerate's hook knows where they will be computed with.
+        """
+        embeddings = self.model.get_input_embeddings()
+        if not embeddings.weight.is_meta:
+            return embeddings.weight.device
+        return torch.device(embeddings._hf_hook.execution_device)
 
 
 def grouped(readers: Sequence[Reader], own: Collection[str], cache: MixtureCache | None) -> list[list[Reader]]:
@@ -55,7 +61,11 @@ def run(
     first, count = together[0], len(together)
     own = None if cache is None else [cache.members[reader.name] for reader in together]
     options: dict[str, Any] = {"position_ids": fed.positions} if first.takes_positions else {}
-    options |= {"input_ids": fed.ids, "attention_mask": fed.mask}
+    mask = fed.mask
+    if mask is not None and isinstance(own and own[0], StaticCache):
+        # Models that reckon a bias from the mask (ALiBi) need one for every column that there is.
+        mask = torch.nn.functional.pad(mask, (0, max(0, own[0].get_max_length() - mask.shape[1])))
+    options |= {"input_ids": fed.ids, "attention_mask": mask}
     options = {key: value if value is None else value.to(first.device).repeat(count, 1) for key, value in options.items()}
     with _through_adapters(together, len(fed.ids)):
         output = first.model(

@@ -3,12 +3,14 @@
 The draft proposes a few tokens; every other member reads them in one pass; each proposal d is accepted with probability
 min(1, p(d) / q(d)), and the first refused one is drawn again from (p - q)+, where p is the mixture's law and q the draft's,
 both after temperature, top-k, top-p and whatever else `generate` was asked for (Leviathan et al. 2023, arXiv 2211.17192,
-with the mixture as the target). What comes out has the mixture's law exactly; greedy decoding gives the plain one's tokens.
+with the mixture as the target). What comes out has the mixture's law exactly; greedy decoding gives the same tokens as the
+plain one in fp32. In bf16 near ties may fall otherwise, since a pass over several tokens rounds differently from one over each.
 The draft's own logits at the proposals are those the mixture needs, so it reads nothing twice.
 
 In a batch the rows accept different numbers of tokens: what a row refused is masked out of its cache, and what all rows
-refused is cut off. Members that share the draft's weights read along with it. Not covered: beams, and members whose caches
-do not keep every position.
+refused is cut off. Members that share the draft's weights read along with it. Stopping criteria are asked as in plain
+decoding, about all rows at one length. Not covered, and refused: beams, members whose caches do not keep every position,
+going on from a cache, and logits processors that are not known to be functions of the text and its scores.
 
 Large batches gain nothing where arithmetic is dear (a CPU): all rows wait for the one that accepts least. The draft need not
 be in the mixture: any member with its vocabulary will do (`drafting` makes a fast one).
@@ -18,10 +20,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import EosTokenCriteria, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerationMode
 
+from proxytune.cache import MixtureCache
 from proxytune.cost import PACE, step_seconds
 from proxytune.errors import UserError
 from proxytune.mixture import active
@@ -30,6 +35,37 @@ from proxytune.padding import positions_of
 from proxytune.prompts import OwnPrompts
 
 LONGEST_DRAFT = 12
+# Functions of the text and its scores, whatever calls came before. Others count their calls, or keep a cache.
+PURE = frozenset(
+    {
+        transformers.EncoderNoRepeatNGramLogitsProcessor,
+        transformers.EncoderRepetitionPenaltyLogitsProcessor,
+        transformers.EpsilonLogitsWarper,
+        transformers.EtaLogitsWarper,
+        transformers.ExponentialDecayLengthPenalty,
+        transformers.ForcedBOSTokenLogitsProcessor,
+        transformers.ForcedEOSTokenLogitsProcessor,
+        transformers.InfNanRemoveLogitsProcessor,
+        transformers.LogitNormalization,
+        transformers.MinLengthLogitsProcessor,
+        transformers.MinNewTokensLengthLogitsProcessor,
+        transformers.MinPLogitsWarper,
+        transformers.NoBadWordsLogitsProcessor,
+        transformers.NoRepeatNGramLogitsProcessor,
+        transformers.PrefixConstrainedLogitsProcessor,
+        transformers.RepetitionPenaltyLogitsProcessor,
+        transformers.SequenceBiasLogitsProcessor,
+        transformers.SuppressTokensAtBeginLogitsProcessor,
+        transformers.SuppressTokensLogitsProcessor,
+        transformers.TemperatureLogitsWarper,
+        transformers.TopKLogitsWarper,
+        transformers.TopPLogitsWarper,
+        transformers.TypicalLogitsWarper,
+        transformers.WatermarkLogitsProcessor,
+    }
+)
+# What plain decoding hands to `forward` and speculation heeds or has no need of.
+HEEDED = {"attention_mask", "position_ids", "prompts", "prompt_lengths", "past_key_values", "use_cache", "logits_to_keep", "tokenizer"}
 
 
 class SpeculationReport(NamedTuple):
@@ -76,7 +112,6 @@ def verify(
     return accepted, torch.multinomial(left, 1)[:, 0]
 
 
-@torch.inference_mode()
 def speculative_decoding(
     model: ProxyTunedForCausalLM,
     input_ids: Int[Tensor, "rows time"],
@@ -86,82 +121,166 @@ def speculative_decoding(
     draft: str = "expert",
     draft_tokens: int | None = None,
     streamer: Any = None,
-    prompts: OwnPrompts | None = None,
-    prompt_lengths: Int[Tensor, " rows"] | None = None,
     **model_kwargs: Any,
 ) -> Int[Tensor, "rows longer_time"]:
     """`generate`'s decoding loop; called through `model.generate(..., speculate=True)`.
 
-    Leaves a `SpeculationReport` in `model.speculation`. Raises `UserError` for a draft that is no member, for beams, for
-    dictionary output and for caches that do not keep every position.
+    Leaves a `SpeculationReport` in `model.speculation`. Raises `UserError` for a draft that is no member and for what is
+    not covered.
     """
-    _check(model, draft, draft_tokens, generation_config)
+    _check(model, draft, draft_tokens, generation_config, logits_processor, model_kwargs)
     sample = bool(generation_config.do_sample)
     names = list(dict.fromkeys([draft, *active(model.mixture)]))
     cache = model.new_cache(names)
     if not cache.keeps_everything:
         raise UserError("speculate: a member's cache does not keep every position (a sliding window, say); decode plainly")
+    # Not parameters of their own: `generate` would keep them out of what it repeats for several sequences a prompt.
+    prompts, prompt_lengths = model_kwargs.get("prompts"), model_kwargs.get("prompt_lengths")
     together = model.sharing(draft, names, prompts)
     apart = [name for name in names if name not in together]
-    # `generate` hands the mask over among the model's arguments, and twice if it is named here.
-    given = model_kwargs.get("attention_mask")
+    given, positions = model_kwargs.get("attention_mask"), model_kwargs["position_ids"].expand_as(input_ids)
     mask = torch.ones_like(input_ids) if given is None else given.long()
-    rows = [row.tolist() for row in input_ids]
-    running = torch.ones(len(rows), dtype=torch.bool, device=input_ids.device)
+    # Tokens to come count on from where the prompt's last is said to stand.
+    shift = positions[:, -1:] - positions_of(mask)[:, -1:]
+    rows = _Rows(input_ids, stopping_criteria, generation_config, streamer)
 
-    def mixture_scores(logits: dict[str, Tensor], held: Tensor, fed: Tensor) -> Float[Tensor, "rows positions vocabulary"]:
-        positions = positions_of(held)[:, -fed.shape[1] :]
-        mixed = model.mixed({name: logits[name] for name in active(model.mixture)}, positions, prompt_lengths)
+    def mixture_scores(logits: dict[str, Tensor], places: Tensor, fed: Tensor) -> Float[Tensor, "rows positions vocabulary"]:
+        mixed = model.mixed({name: logits[name] for name in active(model.mixture)}, places, prompt_lengths)
         return _processed(mixed, rows, fed, logits_processor)
 
     # The prompt gives the first token; from then on a row's last token is the one that nobody has read yet.
-    first = mixture_scores(model.member_logits(names, input_ids, mask, None, cache, 1, prompts), mask, input_ids[:, -1:])
-    pending = verify(first, first, input_ids[:, :0], sample)[1]
-    for number in range(len(rows)):
-        running[number] = not _emit(rows[number], [int(pending[number])], stopping_criteria, input_ids.device, streamer)
-    passes, drafted_count, accepted_count = len(rows), 0, 0
+    first = mixture_scores(model.member_logits(names, input_ids, mask, positions, cache, 1, prompts), positions, input_ids[:, -1:])
+    rows.extend(input_ids[:, :0], *verify(first, first, input_ids[:, :0], sample))
+    passes, drafted_count, accepted_count = len(input_ids), 0, 0
     length = _DraftLength(model, together, apart, draft_tokens)
-    while running.any():
-        room = int(generation_config.max_length or 0) - 1 - min(len(row) for row, runs in zip(rows, running.tolist(), strict=True) if runs)
-        fed, logits, scores = _draft(model, draft, together, pending, room, length, running, cache, mask, rows, logits_processor, sample, prompts)
+    while (running := rows.running).any():
+        fed, logits, scores = _draft(model, draft, together, rows, length, cache, mask, shift, logits_processor, sample, prompts)
         ahead = fed.shape[1] - 1
         held = torch.cat([mask, torch.ones_like(fed)], dim=1)
-        logits |= model.member_logits(apart, fed, held, None, cache, 0, prompts) if apart else {}
-        accepted, following = verify(mixture_scores(logits, held, fed), scores, fed[:, 1:], sample)
+        places = (positions_of(held) + shift)[:, -ahead - 1 :]
+        logits |= model.member_logits(apart, fed, held, places, cache, 0, prompts) if apart else {}
+        accepted, following = verify(mixture_scores(logits, places, fed), scores, fed[:, 1:], sample)
         passes += int(running.sum())
         drafted_count += ahead * int(running.sum())
         accepted_count += int(accepted[running].sum())
         length.learn(scores[running, :-1].softmax(-1).amax(-1), accepted[running])
-        # Kept are the pending token and the accepted ones; a row that has ended keeps nothing.
-        read = ((torch.arange(ahead + 1, device=mask.device) <= accepted[:, None]) & running[:, None]).long()
-        refused_by_all = ahead - int(accepted[running].max())
-        if refused_by_all:
-            cache.crop(-refused_by_all)
-        mask = torch.cat([mask, read[:, : ahead + 1 - refused_by_all]], dim=1)
-        for number in running.nonzero()[:, 0].tolist():
-            proposed = [*fed[number, 1 : 1 + int(accepted[number])].tolist(), int(following[number])]
-            running[number] = not _emit(rows[number], proposed, stopping_criteria, input_ids.device, streamer)
-        pending = following
+        # Of what was fed, a row keeps all that now stands before its last token; one that has ended keeps nothing.
+        kept = rows.extend(fed[:, 1:], accepted, following)
+        unkept = ahead + 1 - int(kept.max())
+        if unkept:
+            cache.crop(-unkept)
+        mask = torch.cat([mask, (torch.arange(ahead + 1 - unkept, device=mask.device) < kept[:, None]).long()], dim=1)
     if streamer is not None:
         streamer.end()
-    emitted = sum(len(row) - input_ids.shape[1] for row in rows)
-    model.speculation = SpeculationReport(passes, drafted_count, accepted_count, emitted)
-    longest, pad = max(map(len, rows)), generation_config.pad_token_id
-    pad = model.config.pad_token_id if pad is None else pad
-    return torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=input_ids.device)
+    model.speculation = SpeculationReport(passes, drafted_count, accepted_count, rows.emitted)
+    return rows.shown()
 
 
-def _check(model: ProxyTunedForCausalLM, draft: str, draft_tokens: int | None, generation_config: GenerationConfig) -> None:
+def _check(
+    model: ProxyTunedForCausalLM,
+    draft: str,
+    draft_tokens: int | None,
+    settings: GenerationConfig,
+    logits_processor: LogitsProcessorList,
+    model_kwargs: dict[str, Any],
+) -> None:
     if draft not in model.members:
         raise UserError(f"draft: '{draft}' is no member; the members are {', '.join(model.members)}")
     if draft_tokens is not None and not 1 <= draft_tokens <= LONGEST_DRAFT:
         raise UserError(f"draft_tokens: must be from 1 to {LONGEST_DRAFT}, not {draft_tokens}")
     if model.token_maps:
         raise UserError(f"speculate: {', '.join(model.token_maps)} read tokens of their own, which cannot be taken back; decode plainly")
-    if (generation_config.num_beams or 1) > 1:
-        raise UserError(f"num_beams: speculation decodes one beam, not {generation_config.num_beams}; leave one of the two out")
-    if generation_config.return_dict_in_generate:
+    if (settings.num_beams or 1) > 1:
+        raise UserError(f"num_beams: speculation decodes one beam, not {settings.num_beams}; leave one of the two out")
+    mode = settings.get_generation_mode(model_kwargs.get("assistant_model"))
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise UserError(f"speculate: it decodes greedily or samples, and {mode.replace('_', ' ')} was asked for; leave one of the two out")
+    if settings.return_dict_in_generate:
         raise UserError("return_dict_in_generate: speculation returns the tokens alone; leave it out")
+    if settings.cache_implementation not in (None, "dynamic"):
+        raise UserError(f"cache_implementation: speculation takes back what it read, which {settings.cache_implementation!r} cannot; leave it out")
+    for processor in logits_processor:
+        if type(processor) not in PURE:
+            kind = type(processor).__name__
+            raise UserError(f"speculate: {kind} may keep state from call to call, and speculation asks about tokens that do not come; decode plainly")
+    for name, value in model_kwargs.items():
+        if value is not None and name not in HEEDED:
+            raise UserError(f"{name}: speculation cannot heed it; decode plainly")
+
+
+class _Rows:
+    """Rows of tokens that grow at their own pace.
+
+    Criteria and streamer see them as in plain decoding: all rows, longer by one token at each call, ended ones padded. So a
+    row that is ahead waits to be asked about, and may be cut back then.
+    """
+
+    def __init__(self, input_ids: Int[Tensor, "rows time"], criteria: StoppingCriteriaList, settings: GenerationConfig, streamer: Any):
+        self.tokens = [row.tolist() for row in input_ids]
+        self._device, self._width = input_ids.device, input_ids.shape[1]
+        self._criteria, self._streamer = criteria, streamer
+        self._asked = self._width  # the length up to which the criteria have been
+        self._unfinished = torch.ones(len(self.tokens), dtype=torch.bool, device=self._device)
+        self._longest = int(criteria.max_length or settings.max_length)
+        self._ends = {int(end) for criterion in criteria if isinstance(criterion, EosTokenCriteria) for end in criterion.eos_token_id}
+        # Where no end token is known, `generate` lets a row that was stopped go on until all are.
+        self._pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        pad = getattr(settings, "_pad_token_tensor", None)
+        if self._pads and pad is None:
+            raise UserError("pad_token_id: rows that end early are filled up with it; give one")
+        self._pad = 0 if pad is None else int(pad)
+
+    @property
+    def _open(self) -> list[bool]:
+        return self._unfinished.tolist() if self._pads else [bool(self._unfinished.any())] * len(self.tokens)
+
+    @property
+    def running(self) -> Bool[Tensor, " rows"]:
+        """Those that want more tokens now: not stopped, and not waiting to be."""
+        wants = [runs and (len(row) == self._asked or not self._is_full(row)) for row, runs in zip(self.tokens, self._open, strict=True)]
+        return torch.tensor(wants, device=self._device)
+
+    @property
+    def room(self) -> int:
+        """How many tokens may be drafted for the shortest of the running rows, and one follow."""
+        return self._longest - 1 - min(len(row) for row, runs in zip(self.tokens, self.running.tolist(), strict=True) if runs)
+
+    @property
+    def pending(self) -> Int[Tensor, "rows 1"]:
+        return torch.tensor([row[-1:] for row in self.tokens], device=self._device)
+
+    @property
+    def emitted(self) -> int:
+        return sum(len(row) - self._width for row in self.tokens)
+
+    def _is_full(self, row: list[int]) -> bool:
+        return len(row) >= self._longest or row[-1] in self._ends
+
+    def extend(self, proposed: Int[Tensor, "rows drafted"], accepted: Int[Tensor, " rows"], following: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+        """Gives each running row its accepted tokens and the one that follows, and asks the criteria. Returns how many each took."""
+        before = [len(row) for row in self.tokens]
+        for number in self.running.nonzero()[:, 0].tolist():
+            row = self.tokens[number]
+            for token in [*proposed[number, : int(accepted[number])].tolist(), int(following[number])]:
+                row.append(token)
+                if self._is_full(row):
+                    break
+        taken = [len(row) - length for row, length in zip(self.tokens, before, strict=True)]
+        while any(self._open) and all(len(row) > self._asked for row, runs in zip(self.tokens, self._open, strict=True) if runs):
+            self._asked += 1
+            shown = self.shown()
+            self._unfinished &= ~self._criteria(shown, None)
+            if self._streamer is not None:
+                self._streamer.put(shown[:, -1].cpu())
+            for row, runs in zip(self.tokens, self._open, strict=True):
+                if not runs:
+                    del row[self._asked :]
+        return torch.tensor(taken, device=self._device)
+
+    def shown(self) -> Int[Tensor, "rows asked"]:
+        """The rows up to the length that the criteria were asked about."""
+        rows = [row[: self._asked] + [self._pad] * (self._asked - len(row)) for row in self.tokens]
+        return torch.tensor(rows, device=self._device)
 
 
 class _DraftLength:
@@ -216,25 +335,22 @@ def _draft(
     model: ProxyTunedForCausalLM,
     draft: str,
     together: Sequence[str],
-    pending: Int[Tensor, " rows"],
-    room: int,
+    rows: _Rows,
     length: _DraftLength,
-    running: Bool[Tensor, " rows"],
-    cache: Any,
+    cache: MixtureCache,
     mask: Int[Tensor, "rows all_time"],
-    rows: Sequence[list[int]],
+    shift: Int[Tensor, "rows 1"],
     logits_processor: LogitsProcessorList,
     sample: bool,
     prompts: OwnPrompts | None,
 ) -> tuple[Int[Tensor, "rows drafted_and_one"], dict[str, Tensor], Float[Tensor, "rows drafted_and_one vocabulary"]]:
-    """Lets the draft go on by at most `room` tokens. Returns what it was fed, the raw logits after each token of those
-    that read along, and its scores."""
-    fed, scores = pending[:, None], []
+    """Lets the draft go on. Returns what it was fed, the raw logits after each token of those that read along, and its scores."""
+    fed, scores, running, room = rows.pending, [], rows.running, rows.room
     confidence = torch.empty(int(running.sum()), 0, device=mask.device)
     raw: dict[str, list[Tensor]] = {name: [] for name in together}
     while True:
         held = torch.cat([mask, torch.ones_like(fed)], dim=1)
-        logits = model.member_logits(together, fed[:, -1:], held, None, cache, 0, prompts)
+        logits = model.member_logits(together, fed[:, -1:], held, (positions_of(held) + shift)[:, -1:], cache, 0, prompts)
         for name in together:
             raw[name].append(logits[name])
         scores.append(_processed(logits[draft].float(), rows, fed, logits_processor, first=fed.shape[1] - 1))
@@ -247,35 +363,25 @@ def _draft(
 
 def _processed(
     logits: Float[Tensor, "rows positions vocabulary"],
-    rows: Sequence[list[int]],
+    rows: _Rows,
     fed: Int[Tensor, "rows fed"],
     logits_processor: LogitsProcessorList,
     first: int = 0,
 ) -> Float[Tensor, "rows positions vocabulary"]:
     """The logits after `generate`'s processors, each position seeing its own row up to it. A row ends with fed[:, 0].
 
-    Processors may count rows, so each call gets all of them: those of one length, and for the others a stand-in.
+    Processors may count rows, so each call gets all of them: those that run and are of one length, and for the others a
+    stand-in.
     """
     if not len(logits_processor):
         return logits
-    processed = torch.empty_like(logits)
-    for length in {len(row) for row in rows}:
-        same = [number for number, row in enumerate(rows) if len(row) == length]
-        stand_in = torch.tensor([number if len(row) == length else same[0] for number, row in enumerate(rows)], device=logits.device)
-        ids = torch.tensor([rows[number] for number in stand_in.tolist()], device=logits.device)
+    processed = logits.clone()
+    lengths = [len(row) if runs else 0 for row, runs in zip(rows.tokens, rows.running.tolist(), strict=True)]
+    for length in set(lengths) - {0}:
+        same = [number for number, other in enumerate(lengths) if other == length]
+        stand_in = torch.tensor([number if other == length else same[0] for number, other in enumerate(lengths)], device=logits.device)
+        ids = torch.tensor([rows.tokens[number] for number in stand_in.tolist()], device=logits.device)
         for place in range(logits.shape[1]):
             seen = torch.cat([ids, fed[stand_in, 1 : 1 + first + place]], dim=1)
             processed[same, place] = logits_processor(seen, logits[stand_in, place])[same]
     return processed
-
-
-def _emit(row: list[int], tokens: Sequence[int], stopping_criteria: StoppingCriteriaList, device: torch.device, streamer: Any) -> bool:
-    """Appends tokens to the row until a criterion stops it; tells whether one did."""
-    for token in tokens:
-        row.append(token)
-        if streamer is not None:
-            streamer.put(torch.tensor([token]))
-        stops: Bool[Tensor, " rows"] = stopping_criteria(torch.tensor([row], device=device), None)
-        if bool(stops.all()):
-            return True
-    return False

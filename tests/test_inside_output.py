@@ -103,7 +103,7 @@ RELEARNT = [
 
 
 def clause(name: str, low: float | None, high: float | None, needs: int | None = None, note: str = "") -> dict[str, Any]:
-    found = measured(name, None if low is None or high is None else ((low + high) / 2, low, high), needs, note)
+    found = measured(name, None if low is None or high is None else ((low + high) / 2, low, high), 3, needs, note)
     return {"clause": name, "claim": found.claim, "state": state(found)} | {
         key: getattr(found, key) for key in ("value", "low", "high", "threshold", "needs", "note")
     }
@@ -291,12 +291,19 @@ def test_a_verdict_is_in_the_title_and_each_clause_says_what_counts_and_what_is_
     assert table.title == "Verdict, full: 'direct tuning erodes what lower layers hold' is not supported"
     first, second, third, fourth = table.frame.to_dict("records")
     assert (first["value"], first["in"], first["state"], first["needed"]) == ("-4.5 [-6.0, -3.0]", "thousandths of effective rank", "holds", "")
-    assert (second["state"], second["needed"]) == ("cannot tell", "505 units")
+    assert (second["state"], second["needed"]) == ("cannot tell", "505 seeds")
     assert (third["value"], third["needed"], third["note"]) == ("n/a", "n/a", "no arm is the same with shuffled: true")
     assert (fourth["value"], fourth["in"], fourth["fails if all"]) == ("0.1 [-0.4, 0.6]", "points of probability", "below 1.0")
     assert table.note.startswith("Failed: 4; held: 1; cannot tell: 2, 3.")
+
+
+def test_one_seed_is_no_verdict_and_every_note_says_of_what_it_is() -> None:
+    rows = [verdict_rows()[0] | {"verdict": "cannot tell: one seed"}]
+    table = only(make_results(verdicts=rows), "Verdict")
+    assert table.title == "Verdict, full: 'direct tuning erodes what lower layers hold': cannot tell: one seed"
+    assert "of this model and this run" in table.note
     several = only(make_results(verdicts=verdict_rows(), seeds=[0, 1, 2]), "Verdict")
-    assert several.frame["needed"][1] == "505 seeds"
+    assert "over units of one seed" not in several.note
 
 
 @pytest.mark.parametrize("name", RULE)
@@ -311,7 +318,7 @@ def test_the_sides_that_a_verdict_names_are_those_of_the_rule(name: str) -> None
     step = -1e-4 if side == "below" else 1e-4
 
     def judged(*ends: float) -> str:
-        return state(measured(name, (ends[0], min(ends), max(ends))))
+        return state(measured(name, (ends[0], min(ends), max(ends)), 3))
 
     assert row["fails if all"].startswith("above" if side == "below" else "below")
     assert judged(boundary + step, threshold + step) == "holds"

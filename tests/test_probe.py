@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 from evals.cli import app
 from evals.compare import run_study
-from evals.findings import Found, restoration_seeds
+from evals.findings import Found, change, intervals, restoration_seeds
 from evals.material import material_for
 from evals.probe import INSIDE, Probe, probe_study
 from evals.progress import Display
@@ -108,7 +109,7 @@ def test_a_copy_of_the_base_differs_in_nothing(whole: tuple[Study, Path, list[Re
     lens = {row["arm"]: row["value"] for row in results["lens"] if (row["lens"], row["what"], row["state"]) == ("plain", "share", 2)}
     assert lens["copy"] == lens["base"] != lens["full"]
     verdict = next(row for row in results["verdicts"] if row["arm"] == "copy")
-    assert verdict["verdict"] == "not supported"
+    assert verdict["verdict"] == "cannot tell: one seed"
 
 
 def test_divergence_is_that_of_the_two_models_laws(whole: tuple[Study, Path, list[Record], dict[str, Any]], place: Path) -> None:
@@ -133,13 +134,38 @@ def test_restored_blocks_add_up_to_the_loss(whole: tuple[Study, Path, list[Recor
 def test_each_clause_finds_its_control(whole: tuple[Study, Path, list[Record], dict[str, Any]]) -> None:
     study, _, records, _ = whole
     rows = {row["arm"]: {clause["clause"]: clause for clause in row["clauses"]} for row in verdict_rows(Found(study, records), [])}
-    assert rows["full"]["density/shuffled"]["note"] == "less full-shuffled"
-    assert rows["full"]["freezing"]["note"] == "full-frozen less full"
+    assert rows["full"]["density/shuffled"]["note"] == "less full-shuffled; one seed"
+    assert rows["full"]["freezing"]["note"] == "full-frozen less full; one seed"
     assert rows["full"]["freezing"]["value"] is not None
     assert rows["lora"]["freezing"]["value"] is None
     assert "no arm is the same" in rows["lora"]["density/shuffled"]["note"]
-    below = [clause for row in rows.values() for clause in row.values() if clause["state"] == "cannot tell" and clause["value"] is not None]
-    assert all(clause["needs"] > 1 for clause in below)
+    assert all((clause["state"], clause["needs"]) == ("cannot tell", None) for row in rows.values() for clause in row.values())
+
+
+def test_seeds_judge_what_was_tuned_again_and_one_checkpoint_asked_three_times_is_one_seed(
+    whole: tuple[Study, Path, list[Record], dict[str, Any]],
+) -> None:
+    """The same items in every seed. Twins: seeds that are alike to the bit; a checkpoint given by its path, whatever its seeds say."""
+    study, _, records, _ = whole
+    alike = [replace(record, seed=seed) for seed in range(3) for record in records]
+    noisy = [_jittered(record) for record in alike]
+    for found, judged in ((alike, set()), (noisy, {"full"})):
+        rows = verdict_rows(Found(study, found), [])
+        assert {row["arm"] for row in rows if row["verdict"] != "cannot tell: one seed"} == judged
+        told = {row["arm"] for row in rows for clause in row["clauses"] if clause["state"] != "cannot tell"}
+        assert told <= judged
+    once, thrice = (
+        np.array(intervals(of.estimate(change(of, "lora", "residual", "last", [1])))) for of in (Found(study, records), Found(study, alike))
+    )
+    np.testing.assert_allclose(thrice, once, rtol=1e-9)
+    assert (once[:, 1] < once[:, 2]).all()
+
+
+def _jittered(record: Record) -> Record:
+    if record.measurement != "states" or record.arm == "base":
+        return record
+    columns = [str(name) for name in record.items if str(name).startswith("effective_rank")]
+    return replace(record, items=record.items.assign(**{name: record.items[name] + 1e-6 * record.seed for name in columns}))
 
 
 def test_records_are_used_again_and_belong_to_their_weights(

@@ -1,10 +1,11 @@
 from functools import cache
+from itertools import product
 
 import numpy as np
 import pytest
 from scipy.stats import beta, binom, t
 
-from evals.statistics import Interval, bootstrap_means, gap_closed, interval
+from evals.statistics import Estimate, Interval, bootstrap_means, gap_closed, interval
 
 
 def draws(seeds: int, units: int, shift: tuple[float, ...], seed: int = 0) -> list[np.ndarray]:
@@ -23,14 +24,14 @@ def test_interval_of_one_seed_is_that_of_the_normal_law() -> None:
 def test_differences_are_paired() -> None:
     estimate = bootstrap_means(draws(3, 100, (0.0, 0.1)))
     paired = interval(estimate.value[1] - estimate.value[0], estimate.draws[1] - estimate.draws[0])
-    broken = interval(estimate.value[1] - estimate.value[0], estimate.draws[1] - np.random.default_rng(0).permutation(estimate.draws[0]))
+    broken = interval(estimate.value[1] - estimate.value[0], estimate.draws[1] - np.random.default_rng(0).permutation(estimate.draws[0], axis=-1))
     assert paired.excludes_zero()
     assert not broken.excludes_zero()
 
 
 def test_interval_of_several_seeds_is_that_of_the_t_law() -> None:
     for means in ((0.0, 1.0, 5.0), (0.3, 0.1), (2.0, -1.0, 0.5, 0.0, 0.1)):
-        estimate = bootstrap_means([np.array([[mean - 1, mean + 1]]) for mean in means])
+        estimate = bootstrap_means([np.array([[mean - 0.01, mean + 0.01]]) for mean in means])
         value = interval(estimate.value[0], estimate.draws[0])
         half = t.ppf(0.975, len(means) - 1) * np.std(means, ddof=1) / len(means) ** 0.5
         assert value.value == pytest.approx(np.mean(means))
@@ -249,3 +250,114 @@ def test_means_over_seeds_are_covered_however_much_seeds_differ(between: float) 
 @pytest.mark.slow
 def test_units_alone_do_not_cover_what_differs_between_seeds() -> None:
     assert seeds_that_cover(0.14, draw_seeds=False, studies=200) < 0.5 * 200
+
+
+LEVELS = np.array([0.05, 0.2, 0.5, 0.85, 0.97])  # how much is right of what was stated seldom and often
+EFFECTS = np.array([0.0, 0.0, 0.12, 0.4])  # base, an arm like it, an arm that closes three tenths of the gap, direct
+
+
+def some_study(seeds: int, between: float, shares: bool, generator: np.random.Generator, people: int = 20) -> Estimate:
+    """Four arms asked of as many people of every level; each arm's tuning puts it off by an sd of `between` in each seed."""
+    found = []
+    for _ in range(seeds):
+        off = np.concatenate([[0.0], generator.normal(0, between, 3)])
+        truth = np.repeat(LEVELS, people) * 0.6 + (EFFECTS + off)[:, None]
+        luck, own = generator.random(5 * people), generator.random((4, 5 * people))
+        drawn = np.where(generator.random((4, 5 * people)) < 0.7, luck, own)  # arms agree on most people
+        found.append((drawn < truth).astype(float) if shares else truth + 0.3 * (luck - 0.5) + 0.1 * (own - 0.5))
+    return bootstrap_means(found, shares=shares, strata=[np.repeat(range(5), people)] * seeds)
+
+
+def covered(seeds: int, between: float, shares: bool, studies: int) -> dict[str, float]:
+    """How often intervals hold what is true of all people and tunings, and how often the t law alone does."""
+    generator = np.random.default_rng(seeds)
+    held: dict[str, list[bool]] = {}
+    for _ in range(studies):
+        of = some_study(seeds, between, shares, generator)
+        for name, arm, truth in (("null", 1, 0.0), ("planted", 2, 0.12)):
+            draws = of.draws[arm] - of.draws[0]
+            for law, its in (("", draws), (" by t", draws[0])):
+                value = interval(of.value[arm] - of.value[0], its)
+                held.setdefault(name + law, []).append(value.low <= truth <= value.high)
+        value = interval(of.value[0], of.draws[0])
+        held.setdefault("value", []).append(value.low <= 0.6 * LEVELS.mean() <= value.high)
+        closed = gap_closed(of, 2, 0, 3)
+        if closed is not None:
+            held.setdefault("gap", []).append(closed.low <= 0.3 <= closed.high)
+    assert len(held["gap"]) > 0.95 * studies
+    return {name: float(np.mean(of_name)) for name, of_name in held.items()}
+
+
+@pytest.mark.parametrize(
+    ("seeds", "between", "shares", "studies"),
+    [
+        (3, 0.001, False, 30),
+        (8, 0.001, False, 15),
+        *(pytest.param(*case, 1000, marks=pytest.mark.slow) for case in product((3, 8), (0.001, 0.03), (True, False))),
+    ],
+)
+def test_differences_and_gaps_of_several_seeds_are_covered(seeds: int, between: float, shares: bool, studies: int) -> None:
+    found = covered(seeds, between, shares, studies)
+    slack = 2.5 * (0.05 * 0.95 / studies) ** 0.5
+    for name in ("null", "planted", "gap", "value"):
+        assert found[name] > 0.93 - slack
+        assert seeds == 3 or found[name] < 0.985 + slack
+    assert found["null"] >= found["null by t"]
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_seeds_that_agree_by_luck_are_no_surer_than_their_people_allow(shares: bool) -> None:
+    """Three seeds of one mean: a t interval of no width. Twin: seeds that differ, where the t interval is the wider."""
+    generator = np.random.default_rng(0)
+    strata = np.repeat(range(5), 20)
+    for off, by_people in ((0.0, True), (0.1, False)):
+        seeds = []
+        for shift in (-off, 0.0, off):
+            first = np.concatenate([right(20, count)[0] for count in (2, 6, 10, 14, 18)])
+            second = np.concatenate([generator.permutation(right(20, count)[0]) for count in (6, 8, 12, 14, 18)])
+            seeds.append(np.stack([first, second]) * (0.8 if shares else 1.0) + (0.1 + shift if shares else shift) * np.array([[0.0], [1.0]]))
+        of = bootstrap_means(seeds, shares=shares, strata=[strata] * 3)
+        value = interval(of.value[1] - of.value[0], of.draws[1] - of.draws[0])
+        less_of = [seed[1] - seed[0] for seed in seeds]
+        error = (sum(each[strata == level].var(ddof=1) * 20 / 100**2 for each in less_of for level in range(5)) / 9) ** 0.5
+        by_t = 4.303 * float(np.std([each.mean() for each in less_of], ddof=1)) / 3**0.5
+        assert (value.high - value.low) / 2 == pytest.approx(1.96 * error if by_people else by_t, rel=0.08)
+        assert (by_t < 1e-9) == by_people
+        ratio = interval(of.value[1] / of.value[0], of.draws[1] / of.draws[0])
+        assert ratio.high - ratio.low > 1.5 * error / of.value[0]
+
+
+def test_a_seed_told_three_times_is_one_seed() -> None:
+    """Where all seeds have the same units. Twin: units that are others' in every seed tell more."""
+    for seed, shares in ((right(40, 20, 31), True), (right(40, 40, 40), True), (draws(1, 40, (0.0, 0.3))[0], False)):
+        once = bootstrap_means([seed], shares=shares)
+        thrice, apart = (bootstrap_means([seed] * 3, shares=shares, same_units=same) for same in (True, False))
+        for of_series in range(2):
+            one, three, other = (interval(of.value[of_series], of.draws[of_series]) for of in (once, thrice, apart))
+            assert tuple(three) == pytest.approx(tuple(one), abs=1e-9)
+            assert other.high - other.low < 0.75 * (one.high - one.low)
+
+
+def test_levels_of_exposure_are_taken_as_given() -> None:
+    """How many are often stated was decided: one seed's share covers as it should, and is far narrower. Twin: labels that tell nothing."""
+    generator = np.random.default_rng(1)
+    levels = np.array([0.01, 0.02, 0.1, 0.98, 0.99])
+    strata, truth = np.repeat(range(5), 40), np.repeat(levels, 40)
+    held, widths = [], {"given": 0.0, "left out": 0.0, "of nothing": 0.0}
+    for _ in range(60):
+        answers = (generator.random((1, 200)) < truth).astype(float)
+        for name, labels in (("given", [strata]), ("left out", None), ("of nothing", [generator.permutation(strata)])):
+            of = bootstrap_means([answers], shares=True, strata=labels)
+            value = interval(of.value[0], of.draws[0])
+            widths[name] += value.high - value.low
+            if name == "given":
+                held.append(value.low <= levels.mean() <= value.high)
+    assert np.mean(held) > 0.88
+    assert widths["left out"] > 2 * widths["given"]
+    assert widths["of nothing"] == pytest.approx(widths["left out"], rel=0.02)
+
+
+def test_levels_all_right_or_all_wrong_still_have_an_interval() -> None:
+    of = bootstrap_means([right(100, 50)], shares=True, strata=[np.repeat([0, 1], 50)])
+    value = interval(of.value[0], of.draws[0])
+    assert 0.47 < value.low < 0.485 < 0.515 < value.high < 0.53
