@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import os
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,15 +43,16 @@ def write_record(folder: Path, key: str, items: pd.DataFrame, provenance: dict[s
     """Writes `items` (one row an item) and its provenance. Raises `UserError` where the folder cannot be written."""
     table = pa.Table.from_pandas(items, preserve_index=False)
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), PROVENANCE: json.dumps(provenance, sort_keys=True).encode()})
-    written = io.BytesIO()
+    written, mark = io.BytesIO(), secrets.token_hex(32).encode()  # a place that no item's text can name
     with pq.ParquetWriter(written, table.schema, write_page_checksum=True) as writer:
         writer.write_table(table)
-        writer.add_key_value_metadata({DIGEST: BLANK})
+        writer.add_key_value_metadata({DIGEST: mark})
     record = written.getvalue()
+    digest = _digest(_filled(record, mark, BLANK))
     target = _path(folder, key)
     partial = target.with_suffix(f".{os.getpid()}.partial")
     try:
-        partial.write_bytes(_filled(record, BLANK, _digest(record)))
+        partial.write_bytes(_filled(record, mark, digest))
         partial.replace(target)
     except OSError as error:
         raise UserError(f"out: the record '{target}' cannot be written ({error}); free some space or choose another folder") from error
@@ -80,9 +82,8 @@ def _digest(record: bytes) -> bytes:
 
 
 def _filled(record: bytes, old: bytes, new: bytes) -> bytes:
-    """With the digest's place, which is in the last of the metadata, filled anew."""
-    before, _, after = record.rpartition(old)
-    return before + new + after
+    """With the digest's place filled anew."""
+    return record.replace(old, new, 1)
 
 
 def _path(folder: Path, key: str) -> Path:

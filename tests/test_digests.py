@@ -14,12 +14,12 @@ import pandas as pd
 import pytest
 from test_faults import RECIPES, Stop, fingerprint, run
 from test_recipes import folder, items
+from transformers import TrainerCallback
 
 from evals.arms import _tuned
 from evals.material import Material
 from evals.records import read_record, write_record
 from evals.responses import Responses
-from finetune import checkpoints
 from finetune.checkpoints import last_whole
 from finetune.data import encode_examples
 from finetune.frozen import read_frozen
@@ -214,16 +214,16 @@ class Death(BaseException):
 
 
 def dying_removal(steps: int) -> Callable[..., None]:
-    """`shutil.rmtree` that removes so many files, over all calls, and then dies; it goes through a folder as the system lists it."""
-    left = iter(range(steps))
+    """`shutil.rmtree` that removes so many files of checkpoints, over all calls, and then dies."""
+    left, whole = iter(range(steps)), shutil.rmtree
 
-    def rmtree(place: Path | str, ignore_errors: bool = False, **_: object) -> None:
-        for file in sorted(Path(place).rglob("*")):
-            if file.is_file():
+    def rmtree(place: Any, *arguments: Any, **options: Any) -> None:
+        if "checkpoint-" in Path(place).name:
+            for file in sorted(Path(place).iterdir()):
                 if next(left, None) is None:
                     raise Death
                 file.unlink()
-        Path(place).rmdir()
+        whole(place, *arguments, **options)
 
     return rmtree
 
@@ -235,7 +235,6 @@ def test_a_kill_while_checkpoints_rotate(folder: Path, recipe: str, steps: int |
     for number in [steps] if isinstance(steps, int) else steps:
         with monkeypatch.context() as patched:
             patched.setattr("shutil.rmtree", dying_removal(number))
-            patched.setattr(checkpoints.shutil, "rmtree", dying_removal(number))
             with pytest.raises(Death):
                 run(folder, "out", every=0.0, **RECIPES[recipe])
         partial = folder / ".out.partial"
@@ -248,9 +247,12 @@ def test_a_kill_while_checkpoints_rotate(folder: Path, recipe: str, steps: int |
         assert not partial.exists()
 
 
+PAST_ITS_BEST = RECIPES["early-stopped"] | {"learning_rate": 0.05, "epochs": 5.0}
+
+
 @pytest.mark.parametrize("gone", ["best", "best's weights", "newest", "newest's optimizer", "both"])
 def test_a_best_checkpoint_that_is_gone_never_changes_the_end(folder: Path, gone: str) -> None:
-    options = RECIPES["early-stopped"] | {"learning_rate": 0.05}  # soon past its best
+    options = PAST_ITS_BEST
     unbroken = run(folder, "unbroken", every=1e9, **options)
     best = 2 * (1 + int(np.argmin(unbroken.validation_losses)))
     assert best < unbroken.steps - 2
@@ -272,7 +274,7 @@ def test_a_best_checkpoint_that_is_gone_never_changes_the_end(folder: Path, gone
 
 def test_without_its_best_checkpoint_a_run_would_end_elsewhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative twin: other weights under the best checkpoint's name do change the end."""
-    options = RECIPES["early-stopped"] | {"learning_rate": 0.05}
+    options = PAST_ITS_BEST
     unbroken = run(folder, "unbroken", every=1e9, **options)
     best = 2 * (1 + int(np.argmin(unbroken.validation_losses)))
     partial = stopped(folder, unbroken.steps - 1, every=1e9, **options)
@@ -283,7 +285,7 @@ def test_without_its_best_checkpoint_a_run_would_end_elsewhere(folder: Path, mon
 
 
 def test_a_run_that_was_moved_goes_on_to_its_own_best(folder: Path, tmp_path: Path) -> None:
-    options = RECIPES["early-stopped"] | {"learning_rate": 0.05}
+    options = PAST_ITS_BEST
     unbroken = run(folder, "unbroken", every=1e9, **options)
     partial = stopped(folder, unbroken.steps - 1, every=1e9, **options)
     partial.rename(folder / ".moved.partial")
@@ -313,7 +315,7 @@ def test_a_damaged_result_is_made_again(folder: Path, method: str, caplog: pytes
     tuning = Tuning(method=method, learning_rate=1e-2, epochs=1.0, batch_size=12, rank=2 if method == "lora" else None)  # type: ignore[arg-type]
 
     def tuned() -> Path:
-        weights = _tuned(Weights(str(folder / "small")), tuning, "arm", material(folder), 0, folder / "study", None)  # type: ignore[arg-type]
+        weights = _tuned(Weights(str(folder / "small")), tuning, "arm", material(folder), 0, folder / "study", TrainerCallback())
         return weights.adapter or Path(weights.path)
 
     result = tuned()
