@@ -28,7 +28,8 @@ logger = logging.getLogger("proxytune")
 class Checkpoints(TrainerCallback):
     """Asks for a checkpoint every so many seconds, seals those that are whole, and stops a run that has broken.
 
-    Once a new one is sealed, all go but it and the best, or the last two where no best is sought. Raises `UserError` at the first step whose loss or gradient is not finite, before anything of it is saved.
+    Once a new one is sealed, all go but it and the best, or the last two where no best is sought. Raises `UserError` at the first
+    step whose loss or gradient is not finite, before anything of it is saved.
     """
 
     def __init__(self, every_seconds: float, meter: Meter):

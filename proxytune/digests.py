@@ -21,7 +21,10 @@ def seal(folder: Path) -> None:
         if file.is_file() and file != folder / DIGESTS:
             with file.open("rb") as written:
                 os.fsync(written.fileno())
-                sealed[file.relative_to(folder).as_posix()] = {"size": file.stat().st_size, "sha256": hashlib.file_digest(written, "sha256").hexdigest()}
+                sealed[file.relative_to(folder).as_posix()] = {
+                    "size": file.stat().st_size,
+                    "sha256": hashlib.file_digest(written, "sha256").hexdigest(),
+                }
     partial = folder / f"{DIGESTS}.partial"
     partial.write_text(json.dumps(sealed, indent=1) + "\n")
     partial.replace(folder / DIGESTS)
