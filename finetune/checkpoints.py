@@ -82,10 +82,10 @@ def last_whole(folder: Path) -> tuple[Path | None, Meter]:
         damage = find_damage(place)
         if damage is None:
             best = _best(folder, TrainerState.load_from_json(str(place / "trainer_state.json")))
-            damage = None if best in (None, place) else find_damage(best)
-            if damage is None:
+            if best is not None and best != place and (lost := find_damage(best)) is not None:
+                damage = f"the best checkpoint before it, {best.name}: {lost}"
+            else:
                 return place, Meter(**json.loads((place / METER).read_text()))
-            damage = f"the best checkpoint before it, {best.name}: {damage}"
         if is_main_process():  # the others look at the same time, and find the same
             if (place / DIGESTS).exists():  # or else it was merely interrupted
                 logger.warning("the checkpoint '%s' is damaged (%s); the run goes on from an earlier one or begins again", place, damage)
