@@ -10,6 +10,7 @@ from typing import Any
 
 from proxytune.errors import UserError
 
+ERRORS = (sqlite3.Error, UnicodeDecodeError)  # the second where sqlite3 would quote a damaged name
 logger = logging.getLogger("proxytune")
 
 
@@ -26,7 +27,7 @@ class Responses:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._open()
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, *ERRORS) as error:
             if not _is_damage(error):
                 raise UserError(f"cache: '{path}' cannot be opened as a file of answers ({error}); choose another") from error
             self._begin_anew(error)
@@ -35,7 +36,7 @@ class Responses:
         """Raises `UserError` where the file cannot be read, as while another process writes for more than a minute."""
         try:
             row = self._file.execute("SELECT value FROM responses WHERE key = ?", (key,)).fetchone()
-        except sqlite3.Error as error:
+        except ERRORS as error:
             self._begin_anew(error)
             row = None
         digest, _, value = row[0].partition(b" ") if row is not None and isinstance(row[0], bytes) else (b"", b"", b"")
@@ -47,7 +48,7 @@ class Responses:
         rows = [(key, (_digest(key, text) + b" " + text).decode()) for key, text in texts.items()]
         try:
             self._write(rows)
-        except sqlite3.Error as error:
+        except ERRORS as error:
             self._begin_anew(error)
             self._write(rows)
 
@@ -75,7 +76,8 @@ class Responses:
 
 
 def _is_damage(error: Exception) -> bool:
-    return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK) & 0xFF == sqlite3.SQLITE_CORRUPT
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK)
+    return isinstance(error, UnicodeDecodeError) or code & 0xFF == sqlite3.SQLITE_CORRUPT
 
 
 def _digest(key: str, value: bytes) -> bytes:
