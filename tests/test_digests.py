@@ -417,7 +417,7 @@ def test_a_damaged_shipped_family_is_an_error(smallest: Path, tmp_path: Path, mo
 ANSWERS = {f"key-{number}": [float(number) / 7, number % 2 == 0] for number in range(300)}
 
 
-@pytest.mark.parametrize("count", [pytest.param(60, id="few"), pytest.param(2000, id="many", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [pytest.param(60, id="few"), pytest.param(600, id="many", marks=pytest.mark.slow)])
 def test_damaged_answers_are_asked_again(tmp_path: Path, count: int) -> None:
     Responses(tmp_path / "answers.db").put(ANSWERS)
     content = (tmp_path / "answers.db").read_bytes()
