@@ -16,6 +16,7 @@ from finetune.recipe import Tuning
 from finetune.tuning import tune
 from proxytune.adapters import is_adapter
 from proxytune.content import content_key
+from proxytune.digests import is_whole
 from proxytune.errors import UserError
 from proxytune.member import Weights, load_member, load_tokenizer
 from proxytune.mixture import Mixture, proxy_tuning
@@ -118,7 +119,7 @@ def _tuned(start: Weights, tuning: Tuning, name: str, material: Material, seed: 
         seed=seed,
     )
     result = out / "checkpoints" / key
-    if not (result / "tuning.json").exists():
+    if not is_whole(result):
         try:
             tune(
                 start.path,

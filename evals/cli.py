@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import signal
 import sys
+import threading
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -412,15 +414,45 @@ def build(
             display.say(f"seed {seed}: {build_family(size.value, seed, out, display, checkpoints=checkpoints)}")
 
 
+RESUMED = {"compare", "probe", "tune"}
+_received: list[int] = []
+
+
+class Stopped(SystemExit):
+    """Ctrl-C or SIGTERM. It is no `Exception`: what catches errors lets it pass."""
+
+
+def _stop(number: int, _: object) -> None:
+    _received.append(number)
+    raise Stopped(128 + number)
+
+
+def _send_again(dropped: "sys.UnraisableHookArgs") -> None:
+    """Python drops what is raised in a `__del__`, say: a signal that came there is sent again, a moment later."""
+    if isinstance(dropped.exc_value, Stopped):
+        threading.Timer(0.05, os.kill, (os.getpid(), _received[-1])).start()
+    else:
+        sys.__unraisablehook__(dropped)
+
+
 def main() -> None:
-    """Runs the command line; a user's mistake is one line on standard error and exit code 2."""
+    """Runs the command line; a user's mistake is one line on standard error and exit code 2, Ctrl-C one and 130, SIGTERM one and 143."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.unraisablehook = _send_again
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
         sys.exit(app(standalone_mode=False))
-    except USAGE_ERROR as error:
-        _fail(error.format_message())  # nothing where there were no arguments: help was printed
-    except (ValueError, OSError) as error:
+    except BaseException as error:
+        if _received:  # whatever became of it on the way
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
+            again = "; run the same command again, it goes on" if {*sys.argv[1:2]} & RESUMED else ""
+            print(f"proxytune: stopped{again}", file=sys.stderr)
+            sys.exit(128 + _received[0])
+        if isinstance(error, USAGE_ERROR):
+            _fail(error.format_message())  # nothing where there were no arguments: help was printed
         from proxytune.errors import UserError
 
         # A full disk or a forbidden file is the machine's state and no fault in the program either.

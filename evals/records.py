@@ -1,10 +1,15 @@
 """Records: what measuring one arm with one measure and one seed gave, item by item, with its provenance.
 
-A record is one Parquet file named by a hash of its content's causes, written atomically: it is there whole or not at all.
+A record is one Parquet file named by a hash of its content's causes, written atomically: it is there whole or not at all. It
+holds a digest of every byte of its own, so that a damaged one is no record.
 """
 
+import hashlib
+import io
 import json
+import logging
 import os
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +23,9 @@ from proxytune.errors import UserError
 from proxytune.files import check_writable
 
 PROVENANCE = b"proxytune"
+DIGEST = b"proxytune.sha256"  # of the whole file as it is with the blank in the digest's place
+BLANK = b"_" * 64
+logger = logging.getLogger("proxytune")
 
 
 @dataclass(frozen=True)
@@ -36,25 +44,49 @@ def write_record(folder: Path, key: str, items: pd.DataFrame, provenance: dict[s
     """Writes `items` (one row an item) and its provenance. Raises `UserError` where the folder cannot be written or a link is in the way."""
     table = pa.Table.from_pandas(items, preserve_index=False)
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), PROVENANCE: json.dumps(provenance, sort_keys=True).encode()})
+    written, mark = io.BytesIO(), secrets.token_hex(32).encode()  # a place that no item's text can name
+    with pq.ParquetWriter(written, table.schema, write_page_checksum=True) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({DIGEST: mark})
+    record = written.getvalue()
+    digest = _digest(_filled(record, mark, BLANK))
     target = _path(folder, key)
     partial = target.with_suffix(f".{os.getpid()}.partial")
     for path in (target, partial):
         check_writable(path, "out")
     try:
-        pq.write_table(table, partial, write_page_checksum=True)
+        partial.write_bytes(_filled(record, mark, digest))
         partial.replace(target)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"out: the record '{target}' cannot be written ({error}); free some space or choose another folder") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_record(folder: Path, key: str) -> tuple[pd.DataFrame, dict[str, Any]] | None:
     """The record's items and provenance; None where there is none or the file is damaged (it is then made again)."""
+    path = _path(folder, key)
     try:
-        table = pq.read_table(_path(folder, key), page_checksum_verification=True)
-        return table.to_pandas(), json.loads(table.schema.metadata[PROVENANCE])
-    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
+        record = path.read_bytes()
+        digest = pq.read_metadata(io.BytesIO(record)).metadata[DIGEST]
+        if len(digest) == len(BLANK) and _digest(_filled(record, digest, BLANK)) == digest:
+            table = pq.read_table(io.BytesIO(record))
+            return table.to_pandas(), json.loads(table.schema.metadata[PROVENANCE])
+    except FileNotFoundError:
         return None
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
+        pass
+    logger.warning("the record '%s' is damaged; it is made again", path)
+    return None
+
+
+def _digest(record: bytes) -> bytes:
+    return hashlib.sha256(record).hexdigest().encode()
+
+
+def _filled(record: bytes, old: bytes, new: bytes) -> bytes:
+    """With the digest's place filled anew."""
+    return record.replace(old, new, 1)
 
 
 def _path(folder: Path, key: str) -> Path:

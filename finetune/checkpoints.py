@@ -1,6 +1,7 @@
 """Checkpoints inside a run: whole or not at all, of sound weights only, and what was counted up to them."""
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -17,20 +18,28 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.costs import Meter
+from proxytune.digests import DIGESTS, find_damage, seal
 from proxytune.errors import UserError
 
-WHOLE = "whole.json"  # written last: a checkpoint without it was interrupted
+METER = "meter.json"  # what was counted up to a checkpoint
+logger = logging.getLogger("proxytune")
 
 
 class Checkpoints(TrainerCallback):
-    """Asks for a checkpoint every so many seconds, marks those that are whole, and stops a run that has broken.
+    """Asks for a checkpoint every so many seconds, seals those that are whole, and stops a run that has broken.
 
-    Raises `UserError` at the first step whose loss or gradient is not finite, before anything of it is saved.
+    Once a new one is sealed, all go but it and the best, or the last two where no best is sought. Raises `UserError` at the first
+    step whose loss or gradient is not finite, before anything of it is saved.
     """
 
     def __init__(self, every_seconds: float, meter: Meter):
         self._every, self._meter = every_seconds, meter
         self._last = time.monotonic()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        best = _best(Path(args.output_dir), state)
+        # The path in a state that was read is that of the process that wrote it, which may have run elsewhere.
+        state.best_model_checkpoint = None if best is None else str(best)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self._meter.tick()
@@ -49,27 +58,54 @@ class Checkpoints(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module | None = None, **_: object) -> None:
         self._last = time.monotonic()
         assert model is not None
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # the other processes write their own random state
         if not state.is_world_process_zero or not all(parameter.isfinite().all() for parameter in model.parameters()):
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        for file in folder.iterdir():
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
         self._meter.tick()
-        partial = folder / f"{WHOLE}.partial"
-        partial.write_text(json.dumps(asdict(self._meter)))
-        partial.replace(folder / WHOLE)
+        (folder / METER).write_text(json.dumps(asdict(self._meter)))
+        seal(folder)
+        found = _by_age(folder.parent)
+        best = _best(folder.parent, state)
+        for place in set(found) - (set(found[-2:]) if best in (None, *found[-2:]) else {best, found[-1]}):
+            _remove(place)
 
 
 def last_whole(folder: Path) -> tuple[Path | None, Meter]:
-    """The latest whole checkpoint in a folder and the meter as it stood there; what was interrupted is removed."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda place: int(place.name.removeprefix("checkpoint-")))
-    whole = [place for place in found if (place / WHOLE).exists()]
-    for place in set(found) - set(whole):
-        shutil.rmtree(place, ignore_errors=True)  # another process of the run may be at it too
-    if not whole:
-        return None, Meter()
-    return whole[-1], Meter(**json.loads((whole[-1] / WHOLE).read_text()))
+    """The latest checkpoint in a folder from which a run goes on as if it had not stopped, and the meter as it stood there.
+
+    It is whole, and so is the best one before it where a best is sought. What is later is removed: it was interrupted, or is
+    damaged, which a warning says.
+    """
+    for place in reversed(_by_age(folder)):
+        damage = find_damage(place)
+        if damage is None:
+            best = _best(folder, TrainerState.load_from_json(str(place / "trainer_state.json")))
+            if best is not None and best != place and (lost := find_damage(best)) is not None:
+                damage = f"the best checkpoint before it, {best.name}: {lost}"
+            else:
+                return place, Meter(**json.loads((place / METER).read_text()))
+        if is_main_process():  # the others look at the same time, and find the same
+            if (place / DIGESTS).exists():  # or else it was merely interrupted
+                logger.warning("the checkpoint '%s' is damaged (%s); the run goes on from an earlier one or begins again", place, damage)
+            _remove(place)
+    return None, Meter()
+
+
+def _by_age(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, whole or not, the oldest first."""
+    return sorted(folder.glob("checkpoint-*"), key=lambda place: int(place.name.removeprefix("checkpoint-")))
+
+
+def _best(folder: Path, state: TrainerState) -> Path | None:
+    """The best checkpoint so far, where one is sought."""
+    return folder / f"checkpoint-{state.best_global_step}" if state.best_global_step else None
+
+
+def _remove(checkpoint: Path) -> None:
+    (checkpoint / DIGESTS).unlink(missing_ok=True)  # first, or what is left where the process dies now would pass for a damaged one
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def is_main_process() -> bool:
@@ -94,14 +130,15 @@ def workplace(out: Path, key: str) -> Iterator[Path]:
         raise UserError(f"out: another process is tuning into '{out}'; wait for it or choose another folder") from error
     try:
         owner = folder / "run"
-        if owner.exists() and owner.read_text() != key and last_whole(folder)[0] is not None:
-            raise UserError(f"out: '{folder}' holds the checkpoints of another run (weights, data, settings or seed differ); remove it")
-        if main:
-            owner.write_text(key)
+        if not owner.exists() or owner.read_bytes() != key.encode():
+            if last_whole(folder)[0] is not None:
+                raise UserError(f"out: '{folder}' holds the checkpoints of another run (weights, data, settings or seed differ); remove it")
+            if main:
+                owner.write_text(key)
         yield folder
     except BaseException:
         lock.release()
-        if main and last_whole(folder)[0] is None:
+        if main and not any(folder.glob(f"checkpoint-*/{DIGESTS}")):
             shutil.rmtree(folder, ignore_errors=True)
         raise
     lock.release()

@@ -5,6 +5,9 @@ of the vocabulary's. The head is applied again at every step, so that a step cos
 """
 
 import copy
+import hashlib
+import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +15,8 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -22,6 +26,7 @@ from proxytune.errors import UserError
 from proxytune.member import Member
 
 TOKENS_AT_ONCE = 4096
+logger = logging.getLogger("proxytune")
 
 
 class Frozen:
@@ -61,16 +66,41 @@ def read_frozen(member: Member, rows: Sequence[Row], folder: Path, field: str) -
     distinct = list({tuple(row["input_ids"]): row for row in rows}.values())
     read = [[row["input_ids"], row["completion_mask"]] for row in distinct]
     file = folder / f"states-{content_key(model=member.fingerprint, rows=read)}.safetensors"
-    if not file.exists():
+    states = _kept(file)
+    if states is None:
         folder.mkdir(parents=True, exist_ok=True)
         states = torch.cat(_states(member, distinct, field))
-        partial = file.with_suffix(".partial")
-        save_file({"states": states}, partial)
-        partial.replace(file)
+        partial = file.with_suffix(f".{os.getpid()}.partial")
+        try:
+            save_file({"states": states}, partial, metadata={"sha256": _digest(states)})
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
     sizes = [sum(row["completion_mask"][1:]) for row in distinct]
-    states_of_row = load_file(file)["states"].split(sizes)
+    states_of_row = states.split(sizes)
     head = copy.deepcopy(member.model.get_output_embeddings())
     return Frozen(head, {tuple(row["input_ids"]): states for row, states in zip(distinct, states_of_row, strict=True)})
+
+
+def _kept(file: Path) -> Float[Tensor, "places hidden"] | None:
+    """The states in a file; None where there is none or it is damaged, which a warning says."""
+    try:
+        with safe_open(file, framework="pt") as kept:
+            states = kept.get_tensor("states")
+            if (kept.metadata() or {}).get("sha256") == _digest(states):
+                return states
+    except FileNotFoundError:
+        return None
+    except (OSError, SafetensorError):
+        pass
+    logger.warning("'%s' is damaged; it is made again", file)
+    return None
+
+
+def _digest(states: Tensor) -> str:
+    digest = hashlib.sha256(f"{states.dtype} {tuple(states.shape)}\n".encode())
+    digest.update(states.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return digest.hexdigest()
 
 
 def _states(member: Member, rows: Sequence[Row], field: str) -> list[Tensor]:

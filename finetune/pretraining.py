@@ -22,6 +22,8 @@ from transformers import (
     set_seed,
 )
 
+from proxytune.digests import seal
+
 
 @dataclass(frozen=True)
 class Pretraining:
@@ -76,6 +78,7 @@ class KeepCheckpoints(TrainerCallback):
     def _keep(self, step: int, model: LlamaForCausalLM) -> None:
         for part in (model, self._tokenizer):
             part.save_pretrained(self._folder / f"step-{step}")
+        seal(self._folder / f"step-{step}")
 
 
 def pretrain(

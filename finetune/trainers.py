@@ -220,7 +220,6 @@ def _options(tuning: Tuning, seed: int, folder: Path, processes: int, fsdp: bool
         "seed": seed,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
-        "save_total_limit": 2,
         "restore_callback_states_from_checkpoint": True,
         "report_to": "none",
         "disable_tqdm": True,

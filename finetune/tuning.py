@@ -1,8 +1,8 @@
 """LoRA and full fine-tuning on questions and answers, through TRL's trainers and PEFT.
 
-Loss on the answer only. The result is a folder of safetensors with its tokenizer and `tuning.json`, the card of what was
-done; the folder appears whole or not at all. A run that is stopped leaves its checkpoints beside it and goes on from the last
-whole one, to the same result. It finetunes; it never scores.
+Loss on the answer only. The result is a folder of safetensors with its tokenizer, `tuning.json`, the card of what was
+done, and the digests of all; the folder appears whole or not at all. A run that is stopped leaves its checkpoints beside it
+and goes on from the last whole one, to the same result. It finetunes; it never scores.
 """
 
 import gc
@@ -18,12 +18,13 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 
-from finetune.checkpoints import Checkpoints, last_whole, workplace
+from finetune.checkpoints import Checkpoints, is_main_process, last_whole, workplace
 from finetune.costs import training_flops
 from finetune.data import Item, Row, check_rows, encode_examples, encode_pairs, hold_out, row_length, shuffle_answers, trained_share
 from finetune.recipe import Tuning
 from finetune.trainers import make_trainer, started_processes
 from proxytune.content import as_json, content_key
+from proxytune.digests import publish
 from proxytune.errors import UserError
 from proxytune.member import Member, load_member
 
@@ -88,6 +89,8 @@ def tune(
         start=member.fingerprint, base=None if base is None else str(base), rows=rows, held_out=held_out, tuning=tuning.model_dump(), seed=seed
     )
     with workplace(out, started) as folder:
+        if is_main_process():
+            shutil.rmtree(folder / "result", ignore_errors=True)  # of a run that was killed while it saved
         checkpoint, meter = last_whole(folder)
         try:
             trainer, flops = make_trainer(
@@ -158,5 +161,4 @@ def _finish(result: Path, member: Member, report: TuningReport, tuning: Tuning, 
     card: dict[str, Any] = {"tuning": tuning.model_dump(), "seed": seed, "report": asdict(report)}
     (result / "tuning.json").write_text(as_json(card) + "\n")
     (result / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
-    shutil.rmtree(out, ignore_errors=True)
-    result.rename(out)
+    publish(result, out)

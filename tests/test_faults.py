@@ -15,11 +15,12 @@ from filelock import FileLock
 from test_recipes import folder, items
 from transformers import TrainerCallback
 
-from finetune.checkpoints import WHOLE, last_whole
+from finetune.checkpoints import METER, last_whole
 from finetune.data import Item, check_rows
 from finetune.recipe import EarlyStopping, Tuning
 from finetune.tuning import TuningReport, tune
 from proxytune import UserError, load_member
+from proxytune.digests import seal
 
 assert folder  # a fixture
 
@@ -93,6 +94,7 @@ def test_a_run_that_begins_again_at_another_place_would_differ(folder: Path) -> 
     checkpoint, _ = last_whole(folder / ".out.partial")
     assert checkpoint is not None
     (checkpoint / "optimizer.pt").unlink()
+    seal(checkpoint)
     assert run(folder, "out").losses != unbroken.losses
 
 
@@ -102,8 +104,8 @@ def test_two_kills_in_a_row_and_an_interrupted_checkpoint(folder: Path) -> None:
         with pytest.raises(KeyboardInterrupt):
             run(folder, "out", Stop(step))
     partial = folder / ".out.partial"
-    seconds = json.loads((partial / "checkpoint-7" / WHOLE).read_text())["seconds"]
-    (partial / "checkpoint-7" / WHOLE).unlink()
+    seconds = json.loads((partial / "checkpoint-7" / METER).read_text())["seconds"]
+    (partial / "checkpoint-7" / METER).unlink()
     (partial / "checkpoint-7" / "model.safetensors").write_bytes(b"torn")
     resumed = run(folder, "out")
     assert resumed.losses == unbroken.losses
@@ -133,7 +135,7 @@ def test_a_killed_process_goes_on_to_the_same_bits(folder: Path) -> None:
     unbroken = run(folder, "unbroken", every=1e9, epochs=4.0)
     process = subprocess.Popen(script(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     began = time.monotonic()
-    while not list((folder / ".out.partial").glob(f"checkpoint-[3-9]/{WHOLE}")) and time.monotonic() - began < 60:
+    while not list((folder / ".out.partial").glob(f"checkpoint-[3-9]/{METER}")) and time.monotonic() - began < 60:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -295,6 +297,7 @@ def test_a_checkpoint_cannot_run_code(folder: Path, name: str) -> None:
     checkpoint, _ = last_whole(folder / ".out.partial")
     assert checkpoint is not None
     torch.save(Trap(folder / "sprung"), checkpoint / name)
+    seal(checkpoint)  # by someone who knows how
     if name == "training_args.bin":
         run(folder, "out")  # nothing reads it
     else:

@@ -4,7 +4,6 @@ The plain model is written the obvious way: transformers' own caches hold nothin
 of it again, each by itself, for every token. It shares no code with the mixture.
 """
 
-import copy
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +12,6 @@ import pytest
 import torch
 import transformers
 from conftest import make_model
-from scipy.stats import chisquare
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -23,12 +21,10 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
     SynthIDTextWatermarkingConfig,
     WatermarkingConfig,
-    pipeline,
 )
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast

@@ -5,7 +5,6 @@ it; `build_family` makes it again. What a family is and knows follows from its s
 """
 
 import json
-import shutil
 import tempfile
 from dataclasses import asdict
 from functools import cache
@@ -18,6 +17,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from finetune.pretraining import KeepCheckpoints, Pretraining, pretrain
 from probes.world.corpus import SIZES, World, make_world, vocabulary
 from probes.world.ledger import items_of, make_ledger, write_ledger
+from proxytune.digests import DIGESTS, find_damage, is_whole, publish, seal
 from proxytune.errors import UserError
 
 RECIPES = {
@@ -53,7 +53,7 @@ def world_of(size: str, seed: int) -> World:
 
 
 def build_family(size: str, seed: int, folder: Path, watcher: TrainerCallback | None = None, *, checkpoints: bool = False) -> Path:
-    """Pretrains base and small model and writes `folder`/`size`/seed-N: two model folders, ledger.parquet, recipe.json.
+    """Pretrains base and small model and writes `folder`/`size`/seed-N: two model folders, ledger.parquet, recipe.json, digests.
 
     With `checkpoints` also checkpoints/step-N, the base as it was on the way (`KeepCheckpoints`), and knowledge.jsonl to read them
     by; all else is the same bytes.
@@ -74,28 +74,37 @@ def build_family(size: str, seed: int, folder: Path, watcher: TrainerCallback | 
             model, losses[name] = pretrain(recipe, documents, tokenizer, seed=seed, scratch=Path(scratch) / "trainer", watchers=watchers)
             model.save_pretrained(result / name)
             tokenizer.save_pretrained(result / name)
+            seal(result / name)
         write_ledger(world, result / "ledger.parquet")
         if checkpoints:
             items = items_of(make_ledger(world), "test")
             (result / "knowledge.jsonl").write_text("".join(item.model_dump_json(exclude_none=True) + "\n" for item in items))
         (result / "recipe.json").write_text(json.dumps(_recipe(size, world) | {"losses": losses}, indent=1) + "\n")
-        shutil.rmtree(target, ignore_errors=True)
-        result.rename(target)
+        publish(result, target)
     return target
 
 
 def find_family(size: str, seed: int, folder: Path) -> Path | None:
-    """The folder of a family that is shipped or was built into `folder`; None where it has yet to be built.
+    """The folder of a family that is shipped or was built into `folder`; None where it has yet to be built, or is damaged there.
 
-    Raises `UserError` where its corpus is not the one that today's code draws: its ledger would not be true of it.
+    A family without digests is taken as it is. Raises `UserError` where its corpus is not the one that today's code draws (its
+    ledger would not be true of it), and where a shipped one is damaged.
     """
     for place in (SHIPPED, folder):
         family = family_folder(size, seed, place)
-        if (family / "recipe.json").exists():
-            found = json.loads((family / "recipe.json").read_text())["corpus_hash"]
-            if found != world_of(size, seed).corpus_hash:
-                raise UserError(f"world: '{family}' was trained on another corpus ({found[:12]}); build it again with 'proxytune world build'")
-            return family
+        if place == SHIPPED and family.exists() and (damage := find_damage(family)) is not None:
+            raise UserError(f"world: '{family}' is damaged ({damage}); install proxytune again")
+        if place != SHIPPED and (family / DIGESTS).exists() and not is_whole(family):
+            return None
+        if not (family / "recipe.json").exists():
+            continue
+        try:
+            found = str(json.loads((family / "recipe.json").read_bytes())["corpus_hash"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"world: '{family}/recipe.json' cannot be read; remove the folder, or build it with 'proxytune world build'") from error
+        if found != world_of(size, seed).corpus_hash:
+            raise UserError(f"world: '{family}' was trained on another corpus ({found[:12]}); build it again with 'proxytune world build'")
+        return family
     return None
 
 
