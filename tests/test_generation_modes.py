@@ -401,7 +401,7 @@ def law_of(plain: Plain, prompt: list[int], options: dict[str, Any]) -> torch.Te
         if positions is not None:
             settings["position_ids"] = positions
             positions = torch.cat([positions, positions[:, -1:] + 1], dim=1)
-        scores = plain.generate(rows, return_dict_in_generate=True, output_scores=True, **settings).scores[0]
+        scores = plain.generate(rows, attention_mask=torch.ones_like(rows), **settings, **DICTIONARY).scores[0]
         count = scores.shape[1]
         rows = torch.cat([rows.repeat_interleave(count, 0), torch.arange(count).repeat(len(rows))[:, None]], dim=1)
         law = (law[:, None] * scores.softmax(-1)).flatten()
