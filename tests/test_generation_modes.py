@@ -489,7 +489,7 @@ def test_a_mask_is_read_off_whichever_padding_token_is_named() -> None:
 def test_functions_with_several_sequences_a_prompt(speculate: bool) -> None:
     """Trap: prompt lengths that are not repeated with their rows."""
     mixture = mixture_of("llama")
-    mixture.mixture = proxy_tuning(lambda place: ALPHA + 0.2 * place.position.float())
+    mixture.mixture = proxy_tuning(lambda place: 2.0 - 0.7 * place.position)
     options = GREEDY | {"do_sample": True, "top_k": 1}
     apart = mixture.generate(**padded(), **options).repeat_interleave(3, 0)
     assert torch.equal(mixture.generate(**padded(), num_return_sequences=3, speculate=speculate, **options), apart)
@@ -499,10 +499,10 @@ def test_functions_with_several_sequences_a_prompt(speculate: bool) -> None:
 
 
 def by_hand(mixture: ProxyTunedForCausalLM, inputs: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-    """Greedy decoding of a mixture whose strength grows by 0.2 a token."""
+    """Greedy decoding of a mixture whose strength falls by 0.7 a token."""
     ids, positions = inputs, position_ids
     for step in range(10):
-        token = Plain(*models_of("llama"), alpha=ALPHA + 0.2 * step)(ids, position_ids=positions, use_cache=False).logits[:, -1:].argmax(-1)
+        token = Plain(*models_of("llama"), alpha=2.0 - 0.7 * step)(ids, position_ids=positions, use_cache=False).logits[:, -1:].argmax(-1)
         ids, positions = torch.cat([ids, token], dim=1), torch.cat([positions, positions[:, -1:] + 1], dim=1)
         if token == 2:
             break
@@ -518,3 +518,29 @@ def test_what_was_speculated_can_be_trained_on() -> None:
     assert student.get_input_embeddings().weight.grad.abs().sum() > 0
     with torch.inference_mode():
         assert mixture.generate(drawn(1, 6), speculate=True, **GREEDY).is_inference()
+
+
+def test_rows_are_counted_until_they_end() -> None:
+    mixture, ids = mixture_of("llama"), drawn(4, 6)
+    options = GREEDY | {"max_new_tokens": 60, "eos_token_id": list(range(3, 9)), "draft_tokens": 4, "speculate": True}
+    apart, lengths = [], []
+    for row in ids:
+        lengths.append(mixture.generate(row[None], **options).shape[1])
+        apart.append(mixture.speculation)
+    assert 8 < max(lengths) < 40 and len(set(lengths)) > 2
+    mixture.generate(ids, **options)
+    assert mixture.speculation == tuple(map(sum, zip(*apart, strict=True)))
+
+
+def test_a_batch_may_fill_the_window() -> None:
+    """Trap: positions of tokens that are drafted behind the last that a row will have."""
+    members = {}
+    for name, seed in (("base", 1), ("expert", 1), ("antiexpert", 3)):
+        torch.manual_seed(seed)
+        config = transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=24, initializer_range=0.3, pad_token_id=0)
+        members[name] = Member(AutoModelForCausalLM.from_config(config).eval(), letters())
+    mixture = ProxyTunedForCausalLM(members, proxy_tuning(0.4))
+    options = GREEDY | {"max_new_tokens": 18, "eos_token_id": None}
+    ids = drawn(6, 6)
+    assert torch.equal(mixture.generate(ids, speculate=True, draft_tokens=4, **options), mixture.generate(ids, **options))
+    assert 0 < mixture.speculation.acceptance < 1
