@@ -2,7 +2,7 @@
 
 `ProxyTunedForCausalLM` runs its members on the same tokens and adds up their logits (see `mixture.combine`). Everything
 that takes a causal language model takes it: `generate` with beams, sampling, streaming and stopping criteria, evaluation
-harnesses, trainers that only read the loss.
+harnesses, trainers that read logits or loss (TRL's GKD). What needs one model's states, cache or head is refused in one line.
 """
 
 import copy
@@ -214,7 +214,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         draft_tokens: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """transformers' `generate`; with `speculate`, the same law from fewer passes of the base (see `speculation`).
+        """transformers' `generate`; with `speculate`, the same law from fewer passes of the base, and greedily the same tokens in fp32
+        (see `speculation`).
 
         `prompts` are token ids that a member reads in place of the shared prompt, one list a row. `draft` is the member
         that proposes, `draft_tokens` how many tokens; without it, as many as pay off. Counts are in `speculation` after
