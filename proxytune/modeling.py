@@ -238,7 +238,10 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         lengths = torch.full((len(ids),), ids.shape[1], device=ids.device) if mask is None else mask.sum(1)
         if kwargs.get("position_ids") is not None:
             positions = kwargs["position_ids"] = kwargs["position_ids"].expand(len(ids), -1)
-            self._check_positions_are_heeded(prompts is not None)
+            held, width = torch.ones_like(ids) if mask is None else mask, positions.shape[1]
+            # Assisted decoding names the positions that are counted anyway.
+            if ((positions - positions_of(held)[:, -width:]) * held[:, -width:]).any():
+                self._check_positions_are_heeded(prompts is not None)
             if has_several_texts(positions, mask):
                 raise UserError("position_ids: a row's positions must go up by one, for generation goes on from one text; give each text a row")
             lengths = positions[:, -1] + 1

@@ -286,6 +286,9 @@ def test_going_on_from_a_cache(architecture: str) -> None:
         found = mixture.generate(ids[:, 6:], attention_mask=covered, past_key_values=cache, **GREEDY)
         assert torch.equal(found[:, 3:], right[:, 9:])
     cache = mixture(ids[:, :6]).past_key_values
+    named = {"attention_mask": covered, "position_ids": torch.arange(6, 9)[None]}
+    assert torch.equal(mixture.generate(ids[:, 6:], past_key_values=cache, **named, **GREEDY)[:, 3:], right[:, 9:])
+    cache = mixture(ids[:, :6]).past_key_values
     for given, words in ((ids[:, 6:], "holds 6 tokens and 3 are given"), (ids[:, :6], "holds 6 tokens and 6 are given")):
         with pytest.raises(UserError, match=words):
             mixture.generate(given, past_key_values=cache, **GREEDY)
