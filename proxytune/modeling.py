@@ -2,7 +2,7 @@
 
 `ProxyTunedForCausalLM` runs its members on the same tokens and adds up their logits (see `mixture.combine`). Everything
 that takes a causal language model takes it: `generate` with beams, sampling, streaming and stopping criteria, evaluation
-harnesses, trainers that only read the loss.
+harnesses, trainers that read logits or loss (TRL's GKD). What needs one model's states, cache or head is refused in one line.
 """
 
 import copy
@@ -31,6 +31,12 @@ from proxytune.vocabulary import check_rows, check_same_vocabulary
 STATIC = [kind for kind in ALL_STATIC_CACHE_IMPLEMENTATIONS if not kind.startswith("offloaded")]
 
 
+NO_STATES = (
+    "last_hidden_state: a mixture has logits but no states before one head, which TRL's DPO, GRPO and RLOO multiply themselves;"
+    " distil from it (GKD), or take one of its members as the reference"
+)
+
+
 class NoStatesError(UserError, AttributeError):
     """Someone asked for the states before the head. An AttributeError too, so that `hasattr` says no."""
 
@@ -38,10 +44,7 @@ class NoStatesError(UserError, AttributeError):
 class MixtureOutput(CausalLMOutputWithPast):
     @property
     def last_hidden_state(self) -> Tensor:
-        raise NoStatesError(
-            "last_hidden_state: a mixture has logits but no states before one head, which TRL's DPO, GRPO and RLOO multiply"
-            " themselves; distil from it (GKD), or take one of its members as the reference"
-        )
+        raise NoStatesError(NO_STATES)
 
 
 class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
@@ -58,6 +61,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = PreTrainedConfig
     main_input_name = "input_ids"
+    accepts_loss_kwargs = False
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -147,7 +151,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Int[Tensor, "batch time"],
+        input_ids: Int[Tensor, "batch time"] | None = None,
         attention_mask: Int[Tensor, "batch all_time"] | None = None,
         position_ids: Int[Tensor, "#batch time"] | None = None,
         past_key_values: Any = None,
@@ -157,6 +161,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         prompts: OwnPrompts | None = None,
         prompt_lengths: Int[Tensor, " batch"] | None = None,
         return_dict: bool | None = None,
+        **unheeded: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """The mixture's logits, fp32, [batch, time or kept, rows]; a tuple with `return_dict=False`.
 
@@ -168,8 +173,13 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         row's beginning.
 
         A cache comes back unless `use_cache` is false or a row holds several texts. Raises `UserError` for a cache that is
-        not one of `new_cache`, and for a mask that leaves out what the cache holds.
+        not one of `new_cache`, for a mask that leaves out what the cache holds, and for arguments that it would not heed.
         """
+        for name, value in unheeded.items():
+            if not (value is None or value is False):
+                raise UserError(NO_STATES if name == "fused_lm_head" else f"{name}: a mixture's forward does not take it; leave it out")
+        if input_ids is None:
+            raise UserError("input_ids: members read tokens; give them")
         self._check_cache(past_key_values)
         several = position_ids is not None and attention_mask is None and has_several_texts(position_ids)
         if several:
@@ -204,7 +214,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         draft_tokens: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """transformers' `generate`; with `speculate`, the same law from fewer passes of the base (see `speculation`).
+        """transformers' `generate`; with `speculate`, the same law from fewer passes of the base, and greedily the same tokens in fp32
+        (see `speculation`).
 
         `prompts` are token ids that a member reads in place of the shared prompt, one list a row. `draft` is the member
         that proposes, `draft_tokens` how many tokens; without it, as many as pay off. Counts are in `speculation` after
@@ -227,7 +238,10 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         lengths = torch.full((len(ids),), ids.shape[1], device=ids.device) if mask is None else mask.sum(1)
         if kwargs.get("position_ids") is not None:
             positions = kwargs["position_ids"] = kwargs["position_ids"].expand(len(ids), -1)
-            self._check_positions_are_heeded(prompts is not None)
+            held, width = torch.ones_like(ids) if mask is None else mask, positions.shape[1]
+            # Assisted decoding names the positions that are counted anyway.
+            if ((positions - positions_of(held)[:, -width:]) * held[:, -width:]).any():
+                self._check_positions_are_heeded(prompts is not None)
             if has_several_texts(positions, mask):
                 raise UserError("position_ids: a row's positions must go up by one, for generation goes on from one text; give each text a row")
             lengths = positions[:, -1] + 1

@@ -62,7 +62,7 @@ def run(
     own = None if cache is None else [cache.members[reader.name] for reader in together]
     options: dict[str, Any] = {"position_ids": fed.positions} if first.takes_positions else {}
     mask = fed.mask
-    if mask is not None and isinstance(own and own[0], StaticCache):
+    if mask is not None and own is not None and isinstance(own[0], StaticCache):
         # Models that reckon a bias from the mask (ALiBi) need one for every column that there is.
         mask = torch.nn.functional.pad(mask, (0, max(0, own[0].get_max_length() - mask.shape[1])))
     options |= {"input_ids": fed.ids, "attention_mask": mask}

@@ -140,9 +140,8 @@ def speculative_decoding(
     apart = [name for name in names if name not in together]
     given, positions = model_kwargs.get("attention_mask"), model_kwargs["position_ids"].expand_as(input_ids)
     mask = torch.ones_like(input_ids) if given is None else given.long()
-    # Tokens to come count on from where the prompt's last is said to stand.
-    shift = positions[:, -1:] - positions_of(mask)[:, -1:]
     rows = _Rows(input_ids, stopping_criteria, generation_config, streamer)
+    counted = _Positions(positions[:, -1:] - positions_of(mask)[:, -1:], positions[:, -1:] + rows.longest - 1 - input_ids.shape[1])
 
     def mixture_scores(logits: dict[str, Tensor], places: Tensor, fed: Tensor) -> Float[Tensor, "rows positions vocabulary"]:
         mixed = model.mixed({name: logits[name] for name in active(model.mixture)}, places, prompt_lengths)
@@ -154,10 +153,10 @@ def speculative_decoding(
     passes, drafted_count, accepted_count = len(input_ids), 0, 0
     length = _DraftLength(model, together, apart, draft_tokens)
     while (running := rows.running).any():
-        fed, logits, scores = _draft(model, draft, together, rows, length, cache, mask, shift, logits_processor, sample, prompts)
+        fed, logits, scores = _draft(model, draft, together, rows, length, cache, mask, counted, logits_processor, sample, prompts)
         ahead = fed.shape[1] - 1
         held = torch.cat([mask, torch.ones_like(fed)], dim=1)
-        places = (positions_of(held) + shift)[:, -ahead - 1 :]
+        places = counted.of_last(ahead + 1, held)
         logits |= model.member_logits(apart, fed, held, places, cache, 0, prompts) if apart else {}
         accepted, following = verify(mixture_scores(logits, places, fed), scores, fed[:, 1:], sample)
         passes += int(running.sum())
@@ -208,6 +207,16 @@ def _check(
             raise UserError(f"{name}: speculation cannot heed it; decode plainly")
 
 
+class _Positions(NamedTuple):
+    """Where tokens stand: they count on from the prompt's last, up to the last that is read; what a row drafts behind it is refused."""
+
+    shift: Int[Tensor, "rows 1"]
+    last: Int[Tensor, "rows 1"]
+
+    def of_last(self, count: int, held: Int[Tensor, "rows all_time"]) -> Int[Tensor, "rows count"]:
+        return (positions_of(held) + self.shift).minimum(self.last)[:, -count:]
+
+
 class _Rows:
     """Rows of tokens that grow at their own pace.
 
@@ -221,7 +230,7 @@ class _Rows:
         self._criteria, self._streamer = criteria, streamer
         self._asked = self._width  # the length up to which the criteria have been
         self._unfinished = torch.ones(len(self.tokens), dtype=torch.bool, device=self._device)
-        self._longest = int(criteria.max_length or settings.max_length)
+        self.longest = int(criteria.max_length or settings.max_length)
         self._ends = {int(end) for criterion in criteria if isinstance(criterion, EosTokenCriteria) for end in criterion.eos_token_id}
         # Where no end token is known, `generate` lets a row that was stopped go on until all are.
         self._pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
@@ -243,7 +252,7 @@ class _Rows:
     @property
     def room(self) -> int:
         """How many tokens may be drafted for the shortest of the running rows, and one follow."""
-        return self._longest - 1 - min(len(row) for row, runs in zip(self.tokens, self.running.tolist(), strict=True) if runs)
+        return self.longest - 1 - min(len(row) for row, runs in zip(self.tokens, self.running.tolist(), strict=True) if runs)
 
     @property
     def pending(self) -> Int[Tensor, "rows 1"]:
@@ -254,7 +263,7 @@ class _Rows:
         return sum(len(row) - self._width for row in self.tokens)
 
     def _is_full(self, row: list[int]) -> bool:
-        return len(row) >= self._longest or row[-1] in self._ends
+        return len(row) >= self.longest or row[-1] in self._ends
 
     def extend(self, proposed: Int[Tensor, "rows drafted"], accepted: Int[Tensor, " rows"], following: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
         """Gives each running row its accepted tokens and the one that follows, and asks the criteria. Returns how many each took."""
@@ -339,7 +348,7 @@ def _draft(
     length: _DraftLength,
     cache: MixtureCache,
     mask: Int[Tensor, "rows all_time"],
-    shift: Int[Tensor, "rows 1"],
+    counted: _Positions,
     logits_processor: LogitsProcessorList,
     sample: bool,
     prompts: OwnPrompts | None,
@@ -350,7 +359,7 @@ def _draft(
     raw: dict[str, list[Tensor]] = {name: [] for name in together}
     while True:
         held = torch.cat([mask, torch.ones_like(fed)], dim=1)
-        logits = model.member_logits(together, fed[:, -1:], held, (positions_of(held) + shift)[:, -1:], cache, 0, prompts)
+        logits = model.member_logits(together, fed[:, -1:], held, counted.of_last(1, held), cache, 0, prompts)
         for name in together:
             raw[name].append(logits[name])
         scores.append(_processed(logits[draft].float(), rows, fed, logits_processor, first=fed.shape[1] - 1))

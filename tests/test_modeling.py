@@ -3,12 +3,17 @@
 import copy
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from conftest import make_members, make_model, make_tokenizer
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, StoppingCriteria, TextIteratorStreamer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 from proxytune import Member, ProxyTunedForCausalLM, UserError, proxy_tuning
 from proxytune.cache import MixtureCache
@@ -278,3 +283,137 @@ def test_assisted_by_the_expert_is_greedy(proxy: ProxyTunedForCausalLM, random_i
 def test_saving_is_refused(proxy: ProxyTunedForCausalLM, tmp_path: object) -> None:
     with pytest.raises(UserError, match="save its members"):
         proxy.save_pretrained(tmp_path)
+
+
+def test_a_cache_comes_back_as_of_every_library_model(proxy: ProxyTunedForCausalLM, random_ids: Ids) -> None:
+    ids = random_ids(2, 9)
+    with torch.no_grad():
+        for model in (proxy, proxy.members["base"]):
+            output = model(ids[:, :5])
+            assert output.past_key_values.get_seq_length() == 5
+            torch.testing.assert_close(
+                model(ids[:, 5:], past_key_values=output.past_key_values).logits, model(ids).logits[:, 5:], atol=1e-5, rtol=1e-5
+            )
+            assert model(ids, use_cache=False).past_key_values is None
+            model.config.use_cache = False
+            assert model(ids).past_key_values is None
+            assert model(ids, use_cache=True).past_key_values is not None
+
+
+def test_tuples_come_back_where_they_are_asked_for(proxy: ProxyTunedForCausalLM, random_ids: Ids) -> None:
+    ids = random_ids(2, 9)
+    with torch.no_grad():
+        for model in (proxy, proxy.members["base"]):
+            output = model(ids, labels=ids)
+            loss, logits, cache = model(ids, labels=ids, return_dict=False)
+            assert torch.equal(loss, output.loss) and torch.equal(logits, output.logits) and cache.get_seq_length() == 9
+            (alone,) = model(ids, use_cache=False, return_dict=False)
+            assert torch.equal(alone, output.logits)
+        proxy.config.return_dict = False
+        assert isinstance(proxy(ids), tuple)
+        assert isinstance(proxy(ids, return_dict=True), dict)
+
+
+@pytest.mark.parametrize("options", [{"inputs_embeds": torch.zeros(1, 4, 32)}, {"output_hidden_states": True}, {"output_attentions": True}])
+def test_what_forward_would_not_heed_is_refused(options: dict, proxy: ProxyTunedForCausalLM, random_ids: Ids) -> None:
+    ids = None if "inputs_embeds" in options else random_ids(1, 4)
+    with pytest.raises(UserError, match=next(iter(options))):
+        proxy(ids, **options)
+    proxy(random_ids(1, 4), **dict.fromkeys(options))
+
+
+def test_texts_packed_into_a_row_are_read_apart(any_proxy: ProxyTunedForCausalLM, random_ids: Ids) -> None:
+    """Trap: with a cache, transformers reads them as one text."""
+    ids, positions = random_ids(1, 9), torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    with torch.no_grad():
+        apart = torch.cat([slow_logits(any_proxy, ids[:, :4]), slow_logits(any_proxy, ids[:, 4:])], dim=1)
+        packed = any_proxy(ids, position_ids=positions)
+        torch.testing.assert_close(packed.logits, apart, atol=1e-5, rtol=1e-5)
+        assert packed.past_key_values is None
+        assert not torch.allclose(any_proxy(ids).logits, apart, atol=1e-2)
+        both = ids.expand(3, -1)
+        torch.testing.assert_close(any_proxy(both, position_ids=positions).logits, apart.expand(3, -1, -1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bloom", "falcon", "mpt"])
+def test_biases_reckoned_from_the_mask_reach_over_a_static_cache(kind: str, random_ids: Ids) -> None:
+    """ALiBi: bare Falcon fails here."""
+    sizes = {
+        "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+        "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True, "new_decoder_architecture": False},
+        "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 128},
+    }
+    members = {}
+    for seed, name in enumerate(("base", "expert", "antiexpert")):
+        torch.manual_seed(seed)
+        config = CONFIG_MAPPING[kind](vocab_size=50, initializer_range=0.3, pad_token_id=0, **sizes[kind])
+        members[name] = Member(AutoModelForCausalLM.from_config(config).eval(), make_tokenizer())
+    model = ProxyTunedForCausalLM(members, proxy_tuning(0.8))
+    ids, mask = padded([random_ids(length, seed=length) for length in (3, 8)], "left")
+    for batch in ({"inputs": ids, "attention_mask": mask}, {"inputs": ids[1:]}):
+        right = model.generate(**batch, **GREEDY, use_cache=False)
+        for options in ({"cache_implementation": "static"}, {}, {"speculate": True}):
+            assert torch.equal(model.generate(**batch, **GREEDY, **options), right)
+    assert not torch.equal(model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY), model.generate(ids, attention_mask=mask, **GREEDY))
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_members_that_accelerate_keeps_elsewhere(where: str, random_ids: Ids, tmp_path: Path) -> None:
+    """Trap: their weights are on no device between passes."""
+    ids, members = random_ids(2, 6), make_members()
+    right = ProxyTunedForCausalLM(make_members(), proxy_tuning(1.0)).generate(ids, **GREEDY)
+    for name in ("base", "expert"):
+        if where == "cpu":
+            accelerate.cpu_offload(members[name].model, execution_device=torch.device("cpu"))
+        else:
+            accelerate.disk_offload(members[name].model, tmp_path / name, execution_device=torch.device("cpu"))
+        assert members[name].model.device.type == "meta"
+    model = ProxyTunedForCausalLM(members, proxy_tuning(1.0))
+    assert model.device.type == "cpu"
+    for options in ({}, {"speculate": True}, {"num_beams": 1, "cache_implementation": "static"}):
+        assert torch.equal(model.generate(ids, **GREEDY, **options), right)
+    with torch.no_grad():
+        assert model(ids, labels=ids).loss.isfinite()
+
+
+PAIRS = [{"prompt": "w5 w6", "chosen": " w7 w8", "rejected": " w9 w10"}] * 2
+
+
+@pytest.mark.parametrize("method", ["DPO", "GRPO", "RLOO"])
+def test_trainers_that_need_one_head_are_told_so(method: str, proxy: ProxyTunedForCausalLM, lora_family: Path, tmp_path: Path) -> None:
+    policy, data = AutoModelForCausalLM.from_pretrained(lora_family / "small"), Dataset.from_list(PAIRS)
+    options = {"output_dir": str(tmp_path), "per_device_train_batch_size": 2, "max_steps": 1, "use_cpu": True, "bf16": False, "report_to": []}
+    if method == "DPO":
+        trainer = DPOTrainer(policy, ref_model=proxy, args=DPOConfig(**options), train_dataset=data, processing_class=make_tokenizer())
+    else:
+        kind, settings = {"GRPO": (GRPOTrainer, GRPOConfig), "RLOO": (RLOOTrainer, RLOOConfig)}[method]
+        trainer = kind(
+            policy,
+            reward_funcs=lambda completions, **_: [float(len(completion)) for completion in completions],
+            args=settings(**options, num_generations=2, max_completion_length=4, beta=0.1),
+            train_dataset=data.select_columns(["prompt"]),
+            processing_class=make_tokenizer(),
+        )
+        trainer.ref_model = proxy
+    with pytest.raises(UserError, match=r"last_hidden_state: .*DPO, GRPO and RLOO .* distil from it \(GKD\)") as error:
+        trainer.train()
+    assert "\n" not in str(error.value)
+    output = ProxyTunedForCausalLM.forward(proxy, torch.tensor([[3, 4]]))
+    assert not hasattr(output, "last_hidden_state") and hasattr(output, "logits")
+
+
+def test_a_mixture_is_distilled_by_gkd(proxy: ProxyTunedForCausalLM, lora_family: Path, tmp_path: Path) -> None:
+    data = Dataset.from_list([{"messages": [{"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": "w7 w8"}]}] * 2)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}"
+    student = AutoModelForCausalLM.from_pretrained(lora_family / "small")
+    before = {name: copy.deepcopy(model.state_dict()) for name, model in proxy.members.items()}
+    settings = GKDConfig(
+        output_dir=str(tmp_path), per_device_train_batch_size=2, max_steps=2, use_cpu=True, bf16=False, report_to=[], lmbda=0.5, max_new_tokens=4
+    )
+    trainer = GKDTrainer(student, teacher_model=proxy, args=settings, train_dataset=data, processing_class=tokenizer)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert not torch.equal(student.lm_head.weight, AutoModelForCausalLM.from_pretrained(lora_family / "small").lm_head.weight)
+    for name, weights in before.items():
+        assert all(torch.equal(tensor, weights[key]) for key, tensor in proxy.members[name].state_dict().items())
