@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainerCallback
 from transformers.utils import CONFIG_NAME, cached_file
@@ -13,7 +14,7 @@ from evals.material import Material
 from evals.measures import Probe
 from evals.study import Direct, Expert, Proxy, Study, expanded, proxy_name
 from finetune.recipe import Tuning
-from finetune.tuning import tune
+from finetune.tuning import TuningReport, tune
 from proxytune.adapters import is_adapter
 from proxytune.content import content_key
 from proxytune.digests import is_whole
@@ -156,7 +157,16 @@ def _files_of(path: str) -> tuple[tuple[object, ...], ...]:
     return tuple((str(file), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for file, stat in files)
 
 
-def tuning_summary(weights: Weights) -> dict[str, object] | None:
-    """The card of a tuned member: what `tune` reported. None for weights that we did not tune."""
-    card = (weights.adapter or Path(weights.path)) / "tuning.json"
-    return json.loads(card.read_text()) if card.exists() else None
+def tuning_summary(weights: Weights) -> dict[str, Any] | None:
+    """The card of a tuned member: what `tune` reported. None for weights that we did not tune. Raises `UserError` for a card that is none."""
+    file = (weights.adapter or Path(weights.path)) / "tuning.json"
+    if not file.exists():
+        return None
+    try:
+        card: dict[str, Any] = json.loads(file.read_bytes())
+        TuningReport(**card["report"])
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{weights.field}: '{file}' is no card of a tuning ({type(error).__name__}: {error}); remove it, costs are then not told"
+        ) from error
+    return card

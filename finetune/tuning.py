@@ -85,9 +85,8 @@ def tune(
     rows, held_out = (_encode(part, member, tuning, prompt, ending) for part in (train, validation))
     window = getattr(member.model.config.get_text_config(), "max_position_embeddings", None)
     check_rows(rows + held_out, window, member.model.get_input_embeddings().weight.shape[0])
-    started = content_key(
-        start=member.fingerprint, base=None if base is None else str(base), rows=rows, held_out=held_out, tuning=tuning.model_dump(), seed=seed
-    )
+    served = None if base is None else load_member(base, field="base").fingerprint
+    started = content_key(start=member.fingerprint, base=served, rows=rows, held_out=held_out, tuning=tuning.model_dump(), seed=seed)
     with workplace(out, started) as folder:
         if is_main_process():
             shutil.rmtree(folder / "result", ignore_errors=True)  # of a run that was killed while it saved

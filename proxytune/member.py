@@ -18,6 +18,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, find_adapter_config_file
 
 from proxytune.adapters import UNTOUCHED, AdapterSwitch, attach, describe_keys, mixes_in_batches, put_on
 from proxytune.content import content_key
+from proxytune.digests import check_whole
 from proxytune.errors import UserError
 from proxytune.packing import pack_linear_layers
 
@@ -167,8 +168,11 @@ def load_member(
     read, or the one GGUF file of a folder without a config, and no code that a folder brings along is run. Raises
     `UserError` for a folder that is missing or holds no causal language model, for one without a tokenizer, where the
     model or the adapter lacks weights or has some that belong nowhere, for weights that are not finite, and for a device
-    that is missing or cannot compute in `dtype`.
+    that is missing or cannot compute in `dtype`. A folder that holds digests (`digests`) must be as it was made.
     """
+    for folder in (path, adapter):
+        if folder is not None:
+            check_whole(folder, field)
     _check_device(device, dtype, field)
     with _explained(f"{field}: no causal language model could be loaded from '{path}'", "check the folder or name"):
         only_adapter = find_adapter_config_file(str(path)) is not None
@@ -225,6 +229,8 @@ def load_members(weights: Mapping[str, Weights], *, dtype: torch.dtype = torch.f
 def _load_shared(together: Sequence[Weights], adapted: Sequence[Weights], dtype: torch.dtype, packed: bool) -> dict[Weights, Member]:
     first = together[0]
     member = load_member(first.path, field=first.field, dtype=dtype, device=first.device)
+    for other in adapted:
+        check_whole(str(other.adapter), other.field)
     with _explained(*_adapter_words(adapted[0], ", ".join(str(other.adapter) for other in adapted))):
         attached = attach(member.model, [str(other.adapter) for other in adapted])
     if attached is None:

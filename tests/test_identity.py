@@ -12,7 +12,9 @@ from conftest import make_model, make_tokenizer
 from test_compare import run_in_process
 
 import evals.compare
+from evals.arms import tuning_summary
 from evals.study import Study
+from proxytune import UserError, Weights
 
 TUNING = {"method": "full", "learning_rate": 3e-3, "epochs": 1, "batch_size": 4}
 
@@ -102,3 +104,12 @@ def test_other_places_and_newer_files_of_the_same_content_are_not_measured_again
     edit(tmp_path / "elsewhere" / "base" / "config.json", transformers_version="1.0", _name_or_path="x")
     monkeypatch.setattr(evals.compare, "measure", None)
     assert len(run(tmp_path / "elsewhere")) == 4
+
+
+@pytest.mark.parametrize("card", ["{", "[]", '{"report": {"steps": 1}}', "[" * 100_000])
+def test_a_card_of_tuning_that_is_none_is_one_line(tmp_path: Path, card: str) -> None:
+    assert tuning_summary(Weights(str(tmp_path))) is None
+    (tmp_path / "tuning.json").write_text(card)
+    with pytest.raises(UserError, match=r"base: '.*tuning\.json' is no card of a tuning") as raised:
+        tuning_summary(Weights(str(tmp_path)))
+    assert "\n" not in str(raised.value)
