@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils.modeling import get_state_dict_offloaded_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -125,7 +126,7 @@ def _tokenizer_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def _tensors(model: torch.nn.Module, adapter: str | None) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in model.state_dict().items():
+    for name, tensor in _weights(model).items():
         if adapter == UNTOUCHED:
             if ".lora_" not in name:
                 yield name.replace(".base_layer.", "."), tensor
@@ -243,6 +244,12 @@ def _load_shared(together: Sequence[Weights], adapted: Sequence[Weights], dtype:
     return {other: Member(member.model, member.tokenizer, Adapter(switch, named.get(other, UNTOUCHED))) for other in together}
 
 
+def _weights(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The state dictionary; of a model that accelerate keeps elsewhere between passes, with the weights themselves."""
+    tensors = model.state_dict()
+    return get_state_dict_offloaded_model(model) if any(tensor.is_meta for tensor in tensors.values()) else tensors
+
+
 def _mixes_in_batches(wanted: Weights) -> bool:
     assert wanted.adapter is not None
     with _explained(*_adapter_words(wanted, str(wanted.adapter))):
@@ -270,7 +277,7 @@ def _check_finite(model: PreTrainedModel, field: str, where: str) -> None:
         if isinstance(module, LoraLayer)
         for adapter, scale in module.scaling.items()
     }
-    for name, tensor in (model.state_dict() | scales).items():
+    for name, tensor in (_weights(model) | scales).items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(f"{field}: the weights '{name}' of '{where}' hold NaN or infinity; save the model again before it broke")
 

@@ -181,7 +181,7 @@ BAD_MEMBERS: list[tuple[dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("given", "said"), BAD_MEMBERS, ids=[str(given)[:60] for given, _ in BAD_MEMBERS])
+@pytest.mark.parametrize(("given", "said"), BAD_MEMBERS, ids=[f"{place}-{'-'.join(given)}" for place, (given, _) in enumerate(BAD_MEMBERS)])
 def test_a_bad_argument_beside_members_is_one_line(given: dict[str, Any], said: str, tmp_path: Path) -> None:
     filled = {name: value.format(folder=tmp_path) if isinstance(value, str) else value for name, value in given.items()}
     with pytest.raises(UserError, match=said) as raised:

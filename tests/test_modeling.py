@@ -368,6 +368,7 @@ def test_members_that_accelerate_keeps_elsewhere(where: str, random_ids: Ids, tm
         else:
             accelerate.disk_offload(members[name].model, tmp_path / name, execution_device=torch.device("cpu"))
         assert members[name].model.device.type == "meta"
+        assert members[name].fingerprint == make_members()[name].fingerprint
     model = ProxyTunedForCausalLM(members, proxy_tuning(1.0))
     assert model.device.type == "cpu"
     for options in ({}, {"speculate": True}, {"num_beams": 1, "cache_implementation": "static"}):
