@@ -112,6 +112,9 @@ class ProxyLM(HFLM):
         answers = [self._kept(key) for key in keys]
         missing = [index for index, answer in enumerate(answers) if answer is None]
         scores = score_greedily(self.model, [asked[index] for index in missing], self._mixtures, batch_tokens=self._batch_tokens) if missing else {}
+        for name, score in scores.items():
+            if score.total.isnan().any():
+                raise UserError(f"model: the mixture {name or 'that was asked for'} gives NaN as a log-probability; look at its members' weights")
         for place, index in enumerate(missing):
             found = {name: [float(score.total[place]), bool(score.greedy[place])] for name, score in scores.items()}
             answers[index] = found[""]

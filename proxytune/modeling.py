@@ -14,7 +14,16 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel, StaticCache
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedConfig,
+    PreTrainedModel,
+    StaticCache,
+)
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -45,6 +54,20 @@ class MixtureOutput(CausalLMOutputWithPast):
     @property
     def last_hidden_state(self) -> Tensor:
         raise NoStatesError(NO_STATES)
+
+
+class NumbersOnly(LogitsProcessor):
+    """Stops at logits that are no numbers: the best of them would be a token that nobody meant. `whose` is the mixture in words."""
+
+    def __init__(self, whose: str):
+        self._whose = whose
+
+    def __call__(self, input_ids: Int[Tensor, "rows time"], scores: Float[Tensor, "rows vocabulary"]) -> Float[Tensor, "rows vocabulary"]:
+        if scores.isnan().any():
+            raise UserError(
+                f"mixture: the logits of {self._whose} after {input_ids.shape[1]} tokens hold NaN; look at its weights, or take a wider dtype"
+            )
+        return scores
 
 
 class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
@@ -262,6 +285,13 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids: Tensor, tokenizer: Any = None, **kwargs: Any) -> dict[str, Any]:
         """Hooks into `generate`, which hands a tokenizer that it was given on to `forward`."""
         return super().prepare_inputs_for_generation(input_ids, **kwargs)
+
+    def _get_logits_processor(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        """Hooks into `generate`, which decodes greedily whatever the logits are."""
+        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
+        if not generation_config.remove_invalid_values:
+            processors.insert(0, NumbersOnly(" + ".join(active(self.mixture))))
+        return processors
 
     def _extract_generation_mode_kwargs(
         self, custom_generate: Any, kwargs: dict[str, Any], synced_gpus: bool | None, assistant_model: Any, streamer: Any

@@ -30,7 +30,7 @@ from proxytune.cache import MixtureCache
 from proxytune.cost import PACE, step_seconds
 from proxytune.errors import UserError
 from proxytune.mixture import active
-from proxytune.modeling import ProxyTunedForCausalLM
+from proxytune.modeling import NumbersOnly, ProxyTunedForCausalLM
 from proxytune.padding import positions_of
 from proxytune.prompts import OwnPrompts
 
@@ -62,6 +62,7 @@ PURE = frozenset(
         transformers.TopPLogitsWarper,
         transformers.TypicalLogitsWarper,
         transformers.WatermarkLogitsProcessor,
+        NumbersOnly,
     }
 )
 # What plain decoding hands to `forward` and speculation heeds or has no need of.

@@ -418,3 +418,18 @@ def test_a_mixture_is_distilled_by_gkd(proxy: ProxyTunedForCausalLM, lora_family
     assert not torch.equal(student.lm_head.weight, AutoModelForCausalLM.from_pretrained(lora_family / "small").lm_head.weight)
     for name, weights in before.items():
         assert all(torch.equal(tensor, weights[key]) for key, tensor in proxy.members[name].state_dict().items())
+
+
+@pytest.mark.parametrize("options", [{}, {"speculate": True}, {"num_beams": 3}, {"do_sample": True}])
+def test_logits_that_are_no_numbers_are_no_text(options: dict, random_ids: Ids) -> None:
+    """Greedy decoding would take the first NaN for the best token."""
+    members, ids = make_members(), random_ids(2, 5)
+    whole = ProxyTunedForCausalLM(members, proxy_tuning(0.5)).generate(ids, **GREEDY | options)
+    assert whole.shape[1] > ids.shape[1]
+    with torch.no_grad():
+        members["expert"].model.lm_head.weight[:, 0] = torch.nan
+    broken = ProxyTunedForCausalLM(members, proxy_tuning(0.5))
+    with pytest.raises(UserError, match=r"the logits of base \+ expert \+ antiexpert after 5 tokens hold NaN"):
+        broken.generate(ids, **GREEDY | options)
+    broken.mixture = {"base": 1.0}  # the broken one has no part in it
+    broken.generate(ids, **GREEDY | options | {"draft": "antiexpert"} if "speculate" in options else GREEDY | options)
