@@ -7,6 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 LARGEST_SEED = 2**32 - 1  # numpy's global generator takes no larger one
 LARGEST_RANK = 16384  # the width of the widest models; memory grows with it
 
+MOST_EPOCHS = 1e6  # more are a slip of the hand, and their steps alone take minutes to count
+
 
 class EarlyStopping(BaseModel):
     """Keep the weights of the lowest validation loss; stop when it has not fallen for `patience` evaluations."""
@@ -31,7 +33,7 @@ class Tuning(BaseModel):
 
     method: Literal["full", "lora"]
     learning_rate: float = Field(gt=0, allow_inf_nan=False)
-    epochs: float = Field(default=3, gt=0, allow_inf_nan=False)
+    epochs: float = Field(default=3, gt=0, le=MOST_EPOCHS)
     batch_size: int = Field(default=16, ge=1, le=2**31 - 1, description="examples a step, over all processes")
     micro_batch_size: int | None = Field(default=None, ge=1, description="examples in memory at a time; default: all of a step")
     packing: bool = Field(default=False, description="examples of a batch end to end in one row, without padding; the same loss")

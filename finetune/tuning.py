@@ -149,7 +149,9 @@ def _encode(items: Sequence[Item], member: Member, tuning: Tuning, prompt: str, 
 
 
 def _check_alive(model: nn.Module, tuning: Tuning) -> None:
-    """Raises `UserError` for a LoRA adapter that changes nothing."""
+    """Raises `UserError` for weights that are not finite after the last step, and for a LoRA adapter that changes nothing."""
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise UserError(f"learning_rate: the weights are not finite after the last step with {tuning.learning_rate:g}; lower it")
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     if layers and not any(weights.weight.any() for layer in layers for weights in layer.lora_B.values()):
         raise UserError(f"learning_rate: after tuning with {tuning.learning_rate:g} the adapter is dead (B = 0 everywhere); raise it or train longer")

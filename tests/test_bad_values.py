@@ -171,6 +171,7 @@ def run(tmp_path: Path, **changes: Any) -> Run:
     [
         ({"settings": {"rank": 10**7}}, "--rank: .*less than or equal to 16384, not 10000000"),
         ({"settings": {"rank": 10**5000}}, "--rank: "),
+        ({"settings": {"epochs": 1e300}}, "--epochs: .*less than or equal to"),
         ({"settings": {"batch_size": 10**30}}, "--batch-size: .*less than or equal to"),
         ({"settings": {"learning_rate": LONG}}, "--learning-rate: "),
         ({"prompt": "{question:>9}"}, "--prompt: the only placeholder must be .*, not '{question:>9}'"),

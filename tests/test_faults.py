@@ -209,6 +209,14 @@ def test_a_dead_adapter_is_flagged(folder: Path) -> None:
     assert not (folder / "out").exists()
 
 
+@pytest.mark.parametrize("options", [{}, {"method": "lora", "rank": 2}])
+def test_a_last_step_that_breaks_the_weights_is_flagged(folder: Path, options: dict[str, Any]) -> None:
+    """Neither its loss nor its gradient is anything but finite."""
+    with pytest.raises(UserError, match=r"the weights are not finite after the last step with 1e\+300"):
+        run(folder, "out", learning_rate=1e300, batch_size=64, epochs=1.0, every=1e9, **options)
+    assert not (folder / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
