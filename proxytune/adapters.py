@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
+OUTSIDE_LAYERS = {PeftType.POLY, PeftType.XLORA}  # beside those that learn a prompt
 UNTOUCHED = "__base__"  # PEFT's word for rows that pass through no adapter
 
 
@@ -80,11 +81,12 @@ def put_on(model: PreTrainedModel, adapters: Sequence[str | Path], names: Sequen
     """The model with PEFT adapters on it, under these names; the first is in force.
 
     Raises ValueError for an adapter that lacks weights or holds some that have no place in the model (PEFT only warns of the
-    former), and OSError for one without safetensors: pickles are not read.
+    former), and for one that acts outside of the model's layers; OSError for one without safetensors: pickles are not read.
     """
     peft: PeftModel | None = None
     for adapter, name in zip(adapters, names, strict=True):
         _weights_file(adapter)
+        _check_acts_in_layers(PeftConfig.from_pretrained(str(adapter)))
         if peft is None:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error below
@@ -95,6 +97,12 @@ def put_on(model: PreTrainedModel, adapters: Sequence[str | Path], names: Sequen
             raise ValueError(describe_keys(result.missing_keys, result.unexpected_keys))
     assert peft is not None
     return peft
+
+
+def _check_acts_in_layers(config: PeftConfig) -> None:
+    """A member is the model under PEFT's wrapper. What the wrapper itself adds at each call would be lost without a word."""
+    if config.is_prompt_learning or config.peft_type in OUTSIDE_LAYERS or getattr(config, "alora_invocation_tokens", None) is not None:
+        raise ValueError(f"{config.peft_type.value} acts outside of the model's layers; only adapters that change layers can be members")
 
 
 def describe_keys(missing: Collection[str], unexpected: Collection[str]) -> str:

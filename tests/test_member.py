@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
+from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
@@ -299,3 +300,36 @@ def test_a_damaged_file_is_refused_or_another_identity(lora_family: Path, tmp_pa
             file.write_bytes(content)
     assert outcomes["refused"] > outcomes["another"] > 0
     assert not any("\n" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [
+        (PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), "PREFIX_TUNING acts outside"),
+        (PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), "PROMPT_TUNING acts outside"),
+        (LoraConfig(r=2, target_modules="all-linear", alora_invocation_tokens=[5], task_type="CAUSAL_LM"), "LORA acts outside"),
+        (IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False, task_type="CAUSAL_LM"), None),
+        (VeraConfig(r=4, target_modules=["q_proj", "o_proj"], save_projection=True, task_type="CAUSAL_LM"), None),
+    ],
+    ids=lambda settings: type(settings).__name__,
+)
+def test_adapters_outside_of_layers_are_refused_and_others_are_themselves(
+    lora_family: Path, tmp_path: Path, settings: Any, refused: str | None
+) -> None:
+    """A prefix would be lost without a word: the member is the model that PEFT wraps."""
+    torch.manual_seed(0)
+    adapted = get_peft_model(load_member(lora_family / "small").model, settings).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if parameter.requires_grad and "lambda_b" in name:
+                parameter.normal_()
+    adapted.save_pretrained(tmp_path / "adapter")
+    if refused is not None:
+        with pytest.raises(UserError, match=refused):
+            load_member(lora_family / "small", tmp_path / "adapter")
+        return
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        right = adapted(ids).logits
+        torch.testing.assert_close(load_member(lora_family / "small", tmp_path / "adapter").model(ids).logits, right)
+        assert not torch.allclose(load_member(lora_family / "small").model(ids).logits, right)
