@@ -117,12 +117,11 @@ def _tokenizer_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         saved = {file.relative_to(folder).as_posix(): file.read_bytes() for file in sorted(Path(folder).rglob("*")) if file.is_file()}
-    read: dict[str, Any] = {
-        name: json.loads(content) if name.endswith(".json") else hashlib.sha256(content).hexdigest() for name, content in saved.items()
-    }
-    for state in ("padding", "truncation"):  # what the last batch was padded to
-        read.get("tokenizer.json", {}).pop(state, None)
-    return {name: _settings(content) for name, content in read.items()}
+    kept: dict[str, Any] = {name: hashlib.sha256(content).hexdigest() for name, content in saved.items()}
+    if "tokenizer.json" in saved:
+        # Not among the settings: a vocabulary may have any word as a token. Padding and truncation are what the last batch was brought to.
+        kept["tokenizer.json"] = content_key(**json.loads(saved["tokenizer.json"]) | {"padding": None, "truncation": None})
+    return kept | {"tokenizer_config.json": _settings(json.loads(saved["tokenizer_config.json"]))}
 
 
 def _tensors(model: torch.nn.Module, adapter: str | None) -> Iterator[tuple[str, Tensor]]:

@@ -207,6 +207,14 @@ def test_tokens_and_their_rules_change_the_fingerprint(lora_family: Path, tmp_pa
     (tmp_path / "2" / "tokenizer.json").write_text(json.dumps(bos))
     assert len({member.fingerprint for member in (*members[:2], load_member(tmp_path / "2"))}) == 3
     assert members[0].interface != members[1].interface
+    # A token may have the name of a setting that does not count.
+    named = json.loads((tmp_path / "0" / "tokenizer.json").read_text().replace('"w7"', '"dtype"'))
+    (tmp_path / "0" / "tokenizer.json").write_text(json.dumps(named))
+    first = load_member(tmp_path / "0").fingerprint
+    vocabulary = named["model"]["vocab"]
+    vocabulary["dtype"], vocabulary["w8"] = vocabulary["w8"], vocabulary["dtype"]
+    (tmp_path / "0" / "tokenizer.json").write_text(json.dumps(named))
+    assert load_member(tmp_path / "0").fingerprint not in (first, members[0].fingerprint)
 
 
 def test_paths_versions_and_use_do_not_change_the_fingerprint(lora_family: Path, tmp_path: Path) -> None:
