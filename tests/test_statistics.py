@@ -242,9 +242,10 @@ def seeds_that_cover(between: float, draw_seeds: bool, studies: int = STUDIES) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("between", [0.0, 0.035, 0.14])
-def test_means_over_seeds_are_covered_however_much_seeds_differ(between: float) -> None:
-    assert within(seeds_that_cover(between, draw_seeds=True))
+@pytest.mark.parametrize(("between", "high"), [(0.0, 0.99), (0.035, 0.97), (0.14, 0.97)])
+def test_means_over_seeds_are_covered_however_much_seeds_differ(between: float, high: float) -> None:
+    """Where seeds differ by their units alone, the wider of the two laws covers more than 95 %: that is its price."""
+    assert within(seeds_that_cover(between, draw_seeds=True), high=high)
 
 
 @pytest.mark.slow
