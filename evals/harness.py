@@ -6,7 +6,6 @@ window, only that it is counted and said.
 
 import copy
 import logging
-import reprlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from evals.generate import Sources, load_mixture
 from evals.harness_arguments import Arguments, check_generation, read_arguments
 from evals.responses import Responses
 from proxytune.content import content_key
-from proxytune.errors import UserError
+from proxytune.errors import UserError, brief
 from proxytune.member import Member
 from proxytune.mixture import Mixture, Rule, active, check_mixture
 from proxytune.modeling import ProxyTunedForCausalLM
@@ -148,9 +147,7 @@ class ProxyLM(HFLM):
         except UserError:
             raise
         except (ValueError, TypeError) as error:  # transformers looks at a value only where it uses it
-            raise UserError(
-                f"gen_kwargs: transformers cannot generate with {reprlib.repr(settings)} ({' '.join(str(error).split())[:200]})"
-            ) from error
+            raise UserError(f"gen_kwargs: transformers cannot generate with {brief(settings)} ({' '.join(str(error).split())[:200]})") from error
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes beside its results: which weights, in which mixture."""

@@ -2,7 +2,6 @@
 
 import math
 import re
-import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, InstanceOf, Vali
 from transformers import GenerationConfig
 
 from proxytune.arguments import read_dtype, unknown_name
-from proxytune.errors import UserError
+from proxytune.errors import UserError, brief
 from proxytune.member import Member
 from proxytune.mixture import Mixture, Rule, depends_on_place
 
@@ -143,7 +142,7 @@ def read_arguments(given: Mapping[str, Any]) -> Arguments:
                 f"{field}: a mixture in lm-eval has no such argument; {unknown_name(field, Arguments.model_fields, MEANT.get(field))}"
             ) from error
         message = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{field}: {message}, not {reprlib.repr(given[field])}" if field else message) from error
+        raise UserError(f"{field}: {message}, not {brief(given[field])}" if field else message) from error
 
 
 def check_generation(given: Mapping[str, Any], max_gen_toks: int, max_length: int) -> dict[str, Any]:
@@ -155,14 +154,14 @@ def check_generation(given: Mapping[str, Any], max_gen_toks: int, max_length: in
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"gen_kwargs: {name} must be a finite number, not {value}")
         if name in ALIASES and value is not None and (type(value) is not int or value < 1):
-            raise UserError(f"gen_kwargs: {name} must be a whole number from 1, not {reprlib.repr(value)}")
+            raise UserError(f"gen_kwargs: {name} must be a whole number from 1, not {brief(value)}")
     until = given.get("until")
     if not (until is None or isinstance(until, str) or (isinstance(until, list) and all(isinstance(word, str) for word in until))):
-        raise UserError(f"gen_kwargs: until must be a text or a list of texts, not {reprlib.repr(until)}")
+        raise UserError(f"gen_kwargs: until must be a text or a list of texts, not {brief(until)}")
     try:
         found = dict(normalize_gen_kwargs(dict(given), max_gen_toks))
     except (ValueError, TypeError) as error:
-        raise UserError(f"gen_kwargs: temperature must be a number, not {reprlib.repr(given.get('temperature'))}") from error
+        raise UserError(f"gen_kwargs: temperature must be a number, not {brief(given.get('temperature'))}") from error
     if found["max_gen_toks"] >= max_length:
         raise UserError(
             f"gen_kwargs: an answer of max_gen_toks {found['max_gen_toks']} leaves no room for a prompt in the window of {max_length} tokens; "

@@ -6,7 +6,6 @@ A source is JSON lines, Parquet or a data set on the hub; its columns say which 
 import difflib
 import os
 import re
-import reprlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -16,7 +15,7 @@ from datasets.exceptions import DatasetsError
 from pydantic import Field, TypeAdapter, ValidationError
 
 from finetune.data import Item, Turn
-from proxytune.errors import UserError
+from proxytune.errors import UserError, brief
 from proxytune.files import check_readable
 
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.+-]+){0,2}")
@@ -122,7 +121,7 @@ def _explain(error: ValidationError) -> str:
     """The place in a row, the rule and the value of the first thing that is wrong."""
     first = error.errors()[0]
     location = ".".join(map(str, first["loc"]))
-    value = "" if first["type"] in ("missing", "json_invalid") or isinstance(first["input"], dict) else f", not {reprlib.repr(first['input'])}"
+    value = "" if first["type"] in ("missing", "json_invalid") or isinstance(first["input"], dict) else f", not {brief(first['input'])}"
     return f"{f', {location}' if location else ''}: {first['msg'].removeprefix('Value error, ')}{value}"
 
 

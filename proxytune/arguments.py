@@ -1,13 +1,12 @@
 """What is given by name: a name that is none, with the one that was meant, and the types of weights by their words."""
 
 import difflib
-import reprlib
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from proxytune.errors import UserError
+from proxytune.errors import UserError, brief
 from proxytune.member import DTYPES
 
 
@@ -26,4 +25,4 @@ def read_dtype(value: Any, field: str = "dtype") -> torch.dtype:
         return value
     if isinstance(value, str) and value.removeprefix("torch.") in names:
         return names[value.removeprefix("torch.")]
-    raise UserError(f"{field}: weights are loaded in {', '.join(names)}, not {reprlib.repr(value)}; choose one of these")
+    raise UserError(f"{field}: weights are loaded in {', '.join(names)}, not {brief(value)}; choose one of these")

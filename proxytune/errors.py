@@ -19,9 +19,9 @@ class UserError(ValueError):
 
 
 def brief(value: object) -> str:
-    """The value as Python writes it, cut where it is long."""
+    """The value as Python writes it, on one line, cut where it is long."""
     try:
-        return _repr.repr(value)
+        return _repr.repr(value).replace("\n", " ")  # of a tensor, say: texts have theirs escaped
     except ValueError:  # Python writes no integer of more than 4,300 digits
         return "a number of thousands of digits"
 

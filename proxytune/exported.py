@@ -6,7 +6,6 @@ that import; of the members no code is run. Not covered: members on devices of t
 """
 
 import json
-import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from proxytune.arguments import read_dtype, unknown_name
-from proxytune.errors import UserError
+from proxytune.errors import UserError, brief
 from proxytune.member import Weights, load_members
 from proxytune.mixture import Coefficient, active
 from proxytune.modeling import ProxyTunedForCausalLM
@@ -96,7 +95,7 @@ class ExportedMixture(ProxyTunedForCausalLM):
 
 def _check_options(arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
     if arguments:
-        raise UserError(f"from_pretrained: an exported mixture takes options by name, not {reprlib.repr(arguments[0])}; leave it out")
+        raise UserError(f"from_pretrained: an exported mixture takes options by name, not {brief(arguments[0])}; leave it out")
     for name, value in options.items():
         if name not in (*HONOURED, *SEARCHING, *PASSED) and value is not None:
             raise UserError(f"{name}: an exported mixture has no such option; {unknown_name(name, HONOURED)}")
@@ -112,16 +111,16 @@ def _check_config(config: PreTrainedConfig, stored: ExportedConfig, folder: str 
     for name in ("members", "mixture", "fingerprints"):
         content = getattr(config, name, None)
         if not isinstance(content, Mapping) or not content:
-            raise UserError(f"{name}: {where} must give them by name, not {reprlib.repr(content)}; export again")
+            raise UserError(f"{name}: {where} must give them by name, not {brief(content)}; export again")
     for name, member in config.members.items():
         whole = isinstance(member, Mapping) and member.keys() == {"path", "adapter"}
         if not whole or not isinstance(member["path"], str) or not isinstance(member["adapter"], str | None):
-            raise UserError(f"members: {where} must give a path and an adapter (or null) for '{name}', not {reprlib.repr(member)}; export again")
+            raise UserError(f"members: {where} must give a path and an adapter (or null) for '{name}', not {brief(member)}; export again")
         if not isinstance(config.fingerprints.get(name), str):
             raise UserError(f"fingerprints: {where} has none for '{name}'; export again")
     for name, value in config.mixture.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"mixture: {where} must give a number for '{name}', not {reprlib.repr(value)}; export again")
+            raise UserError(f"mixture: {where} must give a number for '{name}', not {brief(value)}; export again")
     given, kept = config.to_dict(), stored.to_dict()
     changed = sorted(name for name in given.keys() | kept.keys() if given.get(name) != kept.get(name))
     for name in changed:
@@ -139,7 +138,7 @@ def _device(given: Any) -> str:
         return str(given)
     if type(given) is int and given >= 0:
         return f"cuda:{given}"
-    raise UserError(f"device_map: an exported mixture goes to one device, or to several by 'auto', not {reprlib.repr(given)}")
+    raise UserError(f"device_map: an exported mixture goes to one device, or to several by 'auto', not {brief(given)}")
 
 
 def _attend(model: Any, kind: str) -> None:
