@@ -1,0 +1,100 @@
+import numpy as np
+import pytest
+import torch
+from helpers import VOCABULARY, make_members, make_tokenizer
+
+from finetune import Item
+from probes import answer_greedily, choose, familiarity
+from probes.readouts import judge, judge_number
+from proxytune import ProxyTunedForCausalLM, UserError, proxy_tuning
+
+WORDS = [f"w{number}" for number in range(3, VOCABULARY)]
+
+
+@pytest.mark.parametrize(
+    ("text", "right", "unparsed"),
+    [
+        ("3 + 4 = 7", True, False),
+        ("so 7.0 dollars.", True, False),
+        ("7, or rather 8", False, False),
+        ("-7", False, False),
+        ("10-7", True, False),
+        ("none", False, True),
+    ],
+)
+def test_worked_answers_are_judged_by_their_last_number(text: str, right: bool, unparsed: bool) -> None:
+    answer = judge_number(text, Item(question="?", answer="3 + 4 is 7 #### 7"))
+    assert (answer.right, answer.unparsed) == (right, unparsed)
+    with pytest.raises(UserError, match="'seven' holds no number"):
+        judge_number(text, Item(question="?", answer="seven"))
+
+
+def test_familiarity_by_levels_and_by_thirds() -> None:
+    levels = familiarity([0.0, 30.0, 100.0, 1.0, 3.0, 10.0, 0.0])
+    assert levels.labels == ("k=0", "k=1", "k=3", "k=10", "k=30", "k=100")
+    assert levels.buckets == ("k=0", "k=30", "k=100", "k=1", "k=3", "k=10", "k=0")
+    assert levels.contrast == (-1, 1, 1, 0, 0, 0, -1)
+    many = familiarity([float(value) for value in range(30)])
+    assert many.labels == ("popularity=low", "popularity=middle", "popularity=high")
+    assert [many.contrast.count(sign) for sign in (-1, 0, 1)] == [10, 10, 10]
+    with pytest.raises(UserError, match="every knowledge item"):
+        familiarity([1.0, float("nan")])
+    with pytest.raises(UserError, match="have 3"):
+        familiarity([3.0, 3.0])
+
+
+@pytest.mark.parametrize(
+    ("text", "right", "unparsed"),
+    [
+        ("Paris", True, False),
+        ("paris, of course", True, False),
+        ("Parisian", False, True),
+        ("", False, True),
+        ("Rome", False, False),
+        ("it is Paris", False, True),
+        ("Paris Saint", False, False),
+    ],
+)
+def test_answers_are_judged_by_how_they_begin(text: str, right: bool, unparsed: bool) -> None:
+    answer = judge(text, Item(question="?", answer="Paris", choices=("Paris", "Rome", "Paris Saint")))
+    assert (answer.right, answer.unparsed) == (right, unparsed)
+
+
+def items() -> list[Item]:
+    return [
+        Item(question=f"{WORDS[i]} {WORDS[2 * i]}", answer=WORDS[i + 3], choices=(WORDS[i], WORDS[i + 3], f"{WORDS[i]} {WORDS[9]}"))
+        for i in range(10)
+    ]
+
+
+def test_greedy_answers_do_not_depend_on_the_batch() -> None:
+    model = ProxyTunedForCausalLM(make_members(), proxy_tuning(1.0))
+    prompts = [item.question for item in items()]
+    found = [answer_greedily(model, make_tokenizer(), items(), prompts, new_tokens=4, batch_size=size) for size in (1, 3, 10)]
+    assert found[0] == found[1] == found[2]
+    assert len({answer.text for answer in found[0]}) > 3
+
+
+def test_a_prompt_that_leaves_no_room_is_refused() -> None:
+    model = ProxyTunedForCausalLM(make_members(), proxy_tuning(1.0))
+    with pytest.raises(UserError, match=r"has 126 tokens and may get 4 more, but the window is 128"):
+        answer_greedily(model, make_tokenizer(), items()[:1], ["w5 " * 126], new_tokens=4, batch_size=1)
+
+
+def test_choices_are_those_of_the_slow_way() -> None:
+    members = make_members()
+    model = ProxyTunedForCausalLM(members, proxy_tuning(1.0))
+    tokenizer = make_tokenizer()
+    mixtures = {"base": {"base": 1.0}, "proxy": proxy_tuning(1.5)}
+    found = choose(model, tokenizer, items(), [item.question for item in items()], mixtures, batch_tokens=64)
+    for name, mixture in mixtures.items():
+        for item, answer in zip(items(), found[name], strict=True):
+            means = []
+            for choice in item.choices:
+                prompt, ending = tokenizer(item.question)["input_ids"], tokenizer(choice)["input_ids"]
+                ids = torch.tensor([prompt + ending])
+                with torch.no_grad():
+                    law = sum(coefficient * members[member].model(ids).logits[0] for member, coefficient in mixture.items()).log_softmax(-1)
+                means.append(sum(law[len(prompt) - 1 + place, token].item() for place, token in enumerate(ending)) / len(ending))
+            assert answer.text == item.choices[int(np.argmax(means))]
+    assert found["base"] != found["proxy"]
