@@ -1,18 +1,18 @@
-"""Arms: the recipes that end in mixtures. Tunes what has to be tuned, once, and says which models to load together."""
+"""Arms: which members are loaded together, which mixtures over them are arms, and how a tuned member is made or found."""
 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from filelock import FileLock
 from transformers import TrainerCallback
 from transformers.utils import CONFIG_NAME, cached_file
 
-from evals.material import Material
-from evals.measures import Probe
-from evals.study import Direct, Expert, Proxy, Study, expanded, proxy_name
+from evals.data import StudyData
+from evals.study import Direct, Expert, Proxy, Study, expanded, label_of
 from finetune.recipe import Tuning
 from finetune.tuning import TuningReport, tune
 from proxytune.adapters import is_adapter
@@ -25,119 +25,122 @@ from proxytune.vocabulary import check_same_vocabulary
 
 
 @dataclass(frozen=True)
-class Ensemble:
-    """Members that are loaded together, the arms that are mixtures of them, and by which probes they are measured."""
+class Group:
+    """Arms that are read from one set of loaded members: the base alone, or a tuned model with the proxies that it is the expert of.
 
-    members: dict[str, Weights]
-    mixtures: dict[str, Mixture]
-    probes: tuple[Probe, ...]
-
-
-def check_vocabularies(material: Material) -> None:
-    """Raises `UserError` before anything is tuned where base and small model speak of different tokens."""
-    tokenizers = {"models.base": load_tokenizer(material.base, "models.base")}
-    if material.small is not None:
-        tokenizers["models.small"] = load_tokenizer(material.small, "models.small")
-    check_same_vocabulary(tokenizers)
-
-
-def ensembles(study: Study, material: Material, folder: Path, seed: int, out: Path, watcher: TrainerCallback) -> Iterator[Ensemble]:
-    """The ensembles that between them hold every point, each tuned when its turn comes. `folder` is the study file's.
-
-    A tuned base is loaded alone, and with the base only where their laws are compared.
+    `label` is the arm of the tuned model itself (the base's arm for the base alone), `arm` its entry in the study.
     """
-    base = Weights(material.base, field="models.base")
-    alone: dict[str, Mixture] = {study.base_arm: {"base": 1.0}}
-    before = alone
-    experts = {name: arm for name, arm in study.arms.items() if isinstance(arm, Expert)}
-    for name, spec in experts.items():
-        assert material.small is not None
-        small = Weights(material.small, field="models.small")
-        if spec.tuning is None:
-            expert = _given(small, str(spec.path), f"arms.{name}.path", folder)
-        else:
-            expert = _tuned(small, spec.tuning, name, material, seed, out, watcher)
-        members = {"base": base, "expert": expert, "antiexpert": small}
-        yield Ensemble(members, before | {name: {"expert": 1.0}} | _proxies(study, name), ("generate", "choose", "law"))
-        before = {}
-    if not experts:
-        yield Ensemble({"base": base}, alone, ("generate", "choose", "law"))
-    for name, arm in study.arms.items():
-        if isinstance(arm, Direct):
-            for label, weights in _points(name, arm, material, folder, seed, out, watcher):
-                yield Ensemble({"tuned": weights}, {label: {"tuned": 1.0}}, ("generate", "choose"))
-                yield Ensemble({"base": base, "tuned": weights}, {label: {"tuned": 1.0}}, ("law",))
-            proxies = _proxies(study, name)
-            if proxies:
-                yield Ensemble({"base": base, "expert": weights, "antiexpert": base}, proxies, ("generate", "choose", "law"))
+
+    kind: Literal["base", "expert", "direct"]
+    label: str
+    arm: str
 
 
-def tuned_bases(study: Study, material: Material, folder: Path, seed: int, out: Path, watcher: TrainerCallback) -> Iterator[tuple[str, Weights]]:
-    """Label and weights of every point that is the base itself tuned; tuned when its turn comes, if it was not before."""
-    for name, arm in study.arms.items():
-        if isinstance(arm, Direct):
-            yield from _points(name, arm, material, folder, seed, out, watcher)
+def groups(study: Study) -> list[Group]:
+    """The groups that between them hold every arm."""
+    found = [Group("base", study.base_arm, study.base_arm)]
+    found += [Group("expert", name, name) for name, arm in study.arms.items() if isinstance(arm, Expert)]
+    return found + [Group("direct", label, study.arm_settings[label].arm) for label in study.direct_settings]
 
 
-def _points(
-    name: str, arm: Direct, material: Material, folder: Path, seed: int, out: Path, watcher: TrainerCallback
-) -> Iterator[tuple[str, Weights]]:
-    base = Weights(material.base, field="models.base")
-    for label, (_, tuning) in arm.points(name).items():
-        if tuning is None:
-            yield label, _given(base, str(arm.path), f"arms.{name}.path", folder)
-        else:
-            yield label, _tuned(base, tuning, label, material, seed, out, watcher)
-
-
-def _proxies(study: Study, expert: str) -> dict[str, Mixture]:
-    return {
-        proxy_name(name, alpha): proxy_tuning(alpha)
+def mixtures_of(study: Study, group: Group) -> dict[str, Mixture]:
+    """The mixture of every arm of the group, over the members of `members_of`."""
+    if group.kind == "base":
+        return {group.label: {"base": 1.0}}
+    return {group.label: {"expert": 1.0}} | {
+        label_of(name, alpha): proxy_tuning(alpha)
         for name, arm in study.arms.items()
-        if isinstance(arm, Proxy) and study.expert_of(name) == expert
+        if isinstance(arm, Proxy) and study.expert_of(name) == group.arm
         for alpha in arm.alpha
     }
 
 
-def _given(start: Weights, path: str, field: str, folder: Path) -> Weights:
-    """What was tuned beforehand: a folder beside the study file or elsewhere, a hub name, or a LoRA adapter on the start."""
+def members_of(study: Study, group: Group, data: StudyData, tuned: Weights | None, beside_base: bool) -> dict[str, Weights]:
+    """What is loaded. The first member's tokenizer is that of all: a tuned base without proxies comes first, as it would be served.
+
+    `beside_base`: the base is loaded even where only the tuned base is an arm.
+    """
+    base = Weights(data.base, field="models.base")
+    if tuned is None:
+        return {"base": base}
+    if group.kind == "expert":
+        assert data.small is not None
+        return {"base": base, "expert": tuned, "antiexpert": Weights(data.small, field="models.small")}
+    if len(mixtures_of(study, group)) > 1:
+        return {"base": base, "expert": tuned, "antiexpert": base}
+    return {"expert": tuned} | ({"base": base} if beside_base else {})
+
+
+def check_vocabularies(data: StudyData) -> None:
+    """Raises `UserError` before anything is tuned where base and small model speak of different tokens."""
+    tokenizers = {"models.base": load_tokenizer(data.base, "models.base")}
+    if data.small is not None:
+        tokenizers["models.small"] = load_tokenizer(data.small, "models.small")
+    check_same_vocabulary(tokenizers)
+
+
+def tunings(study: Study) -> Iterator[tuple[Group, Tuning | None]]:
+    """The groups whose model we tune, and how; None where the setting has yet to be selected."""
+    for group in groups(study):
+        arm = study.arms[group.arm]
+        if isinstance(arm, Expert | Direct) and arm.tuning is not None:
+            selecting = isinstance(arm, Direct) and arm.select is not None
+            yield group, arm.tuning if isinstance(arm, Expert) else None if selecting else arm.settings(group.arm)[group.label][1]
+
+
+def given_weights(study: Study, group: Group, data: StudyData, folder: Path) -> Weights:
+    """What was tuned beforehand: a folder beside the study file or elsewhere, a hub name, or a LoRA adapter on what it was tuned from."""
+    arm = study.arms[group.arm]
+    assert isinstance(arm, Expert | Direct)
+    path, field = str(arm.path), f"arms.{group.arm}.path"
     given = folder / path if (folder / path).exists() else expanded(path)
     if is_adapter(given):
-        return replace(start, adapter=given, field=field)
+        return replace(_start(group, data), adapter=given, field=field)
     return Weights(str(given) if given.exists() else path, field=field)
 
 
-def _tuned(start: Weights, tuning: Tuning, name: str, material: Material, seed: int, out: Path, watcher: TrainerCallback) -> Weights:
-    """The tuned checkpoint, from an earlier run if all that decides it is the same: weights, data, settings and seed."""
-    base = None if tuning.consistent is None else material.base
+def tuned_folder(group: Group, tuning: Tuning, data: StudyData, seed: int, out: Path) -> Path:
+    """Where the tuned model is, or will be: named by all that decides it (weights, data, settings and seed)."""
+    start = _start(group, data)
     key = content_key(
         start=_fingerprint(start.path, start.field),
-        base=None if base is None else _fingerprint(base, "models.base"),
-        items=[item.model_dump() for item in material.train],
+        base=None if tuning.consistent is None else _fingerprint(data.base, "models.base"),
+        items=[item.model_dump() for item in data.train],
         tuning=tuning.model_dump(),
-        prompt=material.prompt,
-        ending=material.ending,
+        prompt=data.prompt,
+        ending=data.ending,
         seed=seed,
     )
-    result = out / "checkpoints" / key
-    if not is_whole(result):
-        try:
-            tune(
-                start.path,
-                material.train,
-                tuning,
-                prompt=material.prompt,
-                ending=material.ending,
-                seed=seed,
-                out=result,
-                field=start.field,
-                base=base,
-                states=out / "states",
-                watcher=watcher,
-            )
-        except UserError as error:
-            raise UserError(f"arms.{name}.tuning, {error}") from error
-    return replace(start, adapter=result) if tuning.method == "lora" else Weights(str(result), field=f"arms.{name}")
+    return out / "checkpoints" / key
+
+
+def tuned_weights(group: Group, tuning: Tuning, data: StudyData, seed: int, out: Path, watcher: TrainerCallback) -> Weights:
+    """The tuned model, from an earlier run if it is there whole. A process that is tuning the same is waited for."""
+    start, result = _start(group, data), tuned_folder(group, tuning, data, seed, out)
+    with FileLock(result.parent / f".{result.name}.lock"):
+        if not is_whole(result):
+            try:
+                tune(
+                    start.path,
+                    data.train,
+                    tuning,
+                    prompt=data.prompt,
+                    ending=data.ending,
+                    seed=seed,
+                    out=result,
+                    field=start.field,
+                    base=None if tuning.consistent is None else data.base,
+                    states=out / "states",
+                    watcher=watcher,
+                )
+            except UserError as error:
+                raise UserError(f"arms.{group.label}.tuning, {error}") from error
+    return replace(start, adapter=result) if tuning.method == "lora" else Weights(str(result), field=f"arms.{group.label}")
+
+
+def _start(group: Group, data: StudyData) -> Weights:
+    """What the group's model is tuned from."""
+    return Weights(str(data.small), field="models.small") if group.kind == "expert" else Weights(data.base, field="models.base")
 
 
 def _fingerprint(path: str, field: str) -> str:

@@ -7,12 +7,10 @@ import sys
 import threading
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
-
-if TYPE_CHECKING:
-    from evals.study import Study
+from typer.core import TyperCommand
 
 USAGE_ERROR: Any = typer.BadParameter.__base__  # of an option or a command that is none, too
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
@@ -58,7 +56,21 @@ def _proxytune() -> None:
     """Fine-tune a model, or steer its decoding with a small tuned proxy? Compares both, and what each forgets."""
 
 
-@app.command()
+JOBS = typer.Option(min=1, max=MOST_THREADS, help="Processes that work. Default: one a core; one where models are large.", show_default=False)
+WAIT = typer.Option("--wait", help="Wait for another command in the same folder, where it would be refused.")
+
+
+class _WithMeasures(TyperCommand):
+    """Its help ends with the measures that there are."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from evals.measures.registry import measures
+
+        self.epilog = "**Measures**\n\n" + "\n\n".join(f"*{name}*: {measure.question}" for name, measure in sorted(measures().items()))
+        super().format_help(ctx, formatter)
+
+
+@app.command(cls=_WithMeasures)
 def compare(
     study: Annotated[
         Path | None, typer.Argument(help="A study file; see evals/studies. Without one: the embedded world.", show_default=False)
@@ -66,32 +78,30 @@ def compare(
     out: Annotated[
         Path | None, typer.Option(help="Folder of records, checkpoints and figures. Default: proxytune-runs/NAME.", show_default=False)
     ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Print the jobs, what is there of them and what the others will cost; run nothing.")] = False,
+    jobs: Annotated[int | None, JOBS] = None,
+    wait: Annotated[bool, WAIT] = False,
     form: Annotated[Format, typer.Option("--format", help="How the results go to standard output.")] = Format.table,
 ) -> None:
-    """Runs a study (arms x measures x seeds) and prints its table.
+    """Runs a study (arms x measures x seeds) and prints its tables.
 
-    Every arm is measured by the same prompts; intervals are paired. Stop it at any time: the same command
-    goes on where it was and ends with the same table. Progress goes to standard error.
+    All arms are measured by the same prompts; intervals are paired. Stop it at any time: the same command
+    goes on where it stopped and ends with the same tables. Progress goes to standard error.
     """
+    from evals.commands.compare import run_and_show, show_plan
     from evals.study import load_study
 
     loaded, folder = load_study(study)
     place = out or Path("proxytune-runs") / loaded.study
-    _run(loaded, folder, place, place, form)
+    if plan:
+        show_plan(loaded, folder, place, form)
+    else:
+        run_and_show(loaded, folder, place, place, form, jobs, wait)
 
 
-class ProbeName(StrEnum):
-    density = "density"
-    drift = "drift"
-    lens = "lens"
-    restoration = "restoration"
-    recoverability = "recoverability"
-    erosion = "erosion"
-
-
-@app.command()
+@app.command(cls=_WithMeasures)
 def probe(
-    name: Annotated[ProbeName, typer.Argument(help="What to look at; erosion is all of them with a verdict.")],
+    name: Annotated[str, typer.Argument(help="The measure; erosion is the verdict, with all measures that it is built on.")],
     target: Annotated[str | None, typer.Argument(help="A study file or a base model. Without one: the embedded world.", show_default=False)] = None,
     tuned: Annotated[
         list[str] | None, typer.Argument(help="Models tuned from the base: folders, hub names or LoRA adapters.", show_default=False)
@@ -108,61 +118,34 @@ def probe(
         Path | None, typer.Option(help="Folder of records; results go to NAME in it. Default: proxytune-runs/STUDY.", show_default=False)
     ] = None,
     threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="Of the CPU; a study file has its own.")] = 2,
+    jobs: Annotated[int | None, JOBS] = None,
+    wait: Annotated[bool, WAIT] = False,
     form: Annotated[Format, typer.Option("--format", help="How the results go to standard output.")] = Format.table,
 ) -> None:
-    """What tuning did inside: density, drift, lens, restoration, recoverability, and the verdict on erosion in lower layers.
+    """One measure, of a study or of models given by name: what tuning did to states, weights and knowledge.
 
     `proxytune probe erosion base tuned --knowledge items.jsonl` looks at your own models; `proxytune probe density base
     checkpoints/step-* --knowledge items.jsonl` at a pretraining run. Stop it at any time, as with compare.
     """
-    from evals.probe import Probe, probe_study
+    from evals.commands.compare import run_and_show
+    from evals.commands.probe import Probe, probe_study
 
-    loaded, folder = probe_study(Probe(name.value, target, tuned or [], knowledge, corpus, test, prompt, threads))
+    loaded, folder = probe_study(Probe(name, target, tuned or [], knowledge, corpus, test, prompt, threads))
     place = out or Path("proxytune-runs") / loaded.study
-    _run(loaded, folder, place, place / name.value, form)
-
-
-def _run(study: "Study", folder: Path, place: Path, shown: Path, form: Format) -> None:
-    """Runs a study whose records go to `place`; tables go to standard output, files to `shown`."""
-    from evals.compare import run_study
-    from evals.figures import draw_figures
-    from evals.items import FILE, write_items
-    from evals.progress import Display
-    from evals.results import measured_costs, summarize
-    from evals.tables import render
-    from proxytune.content import as_json
-    from proxytune.files import check_writable
-
-    written = (shown / "results.json", shown / "costs.json")
-    for path in (place / "study.json", *written, shown / FILE):
-        check_writable(path, "out")  # before hours of work, not after
-    with Display() as display:
-        records = run_study(study, folder, place, display)
-        shown.mkdir(parents=True, exist_ok=True)
-        with display.bar("intervals and figures", None):
-            results, measured = summarize(study, records), measured_costs(study, records)
-            files = [*written, *draw_figures(study, records, results, shown)]
-            written[0].write_text(render(results, "json") + "\n")
-            written[1].write_text(as_json(measured) + "\n")
-        print(render(results, form, shutil.get_terminal_size((160, 24)).columns, measured))
-        said = any("text" in record.items for record in records)
-        if said:
-            files.append(write_items(records, shown))
-        following = f"; see what arms said with: proxytune items {shown} --where 'ARM right, OTHER wrong'" if said else ""
-        display.say(f"Files: {', '.join(map(str, files))}{following}")
+    run_and_show(loaded, folder, place, place / name, form, jobs, wait)
 
 
 @app.command()
 def items(
     folder: Annotated[Path, typer.Argument(help="Where proxytune compare wrote its results.")],
-    measure: Annotated[str, typer.Option(help="task, statement, question or choice.")] = "task",
+    measure: Annotated[str, typer.Option(help="task, knowledge, forgetting/question or forgetting/choice.")] = "task",
     where: Annotated[str, typer.Option(help="Conditions: an arm and right, wrong or unparsed; 'full right, proxy@1 wrong'.")] = "",
     limit: Annotated[int, typer.Option(min=1, help="At most so many items.")] = 20,
     form: Annotated[Format, typer.Option("--format", help="How they go to standard output.")] = Format.table,
 ) -> None:
     """Prints what arms said to the same items, side by side: those one got right and another wrong, say."""
-    from evals.items import read_items_of, side_by_side
-    from evals.tables import draw
+    from evals.results.items import read_items_of, side_by_side
+    from evals.display.render import draw
     from proxytune.content import as_json
 
     table = side_by_side(read_items_of(folder), measure, where, limit)
@@ -196,10 +179,10 @@ def generate(
     """
     import torch
 
-    from evals.generate import Chat, Sources, explanation_table, load_mixture, read_prompts
-    from evals.generate import generate as stream
-    from evals.progress import quieten_libraries
-    from evals.tables import draw
+    from evals.commands.generate import Chat, Sources, explanation_table, load_mixture, read_prompts
+    from evals.commands.generate import generate as stream
+    from evals.running.progress import quieten_libraries
+    from evals.display.render import draw
     from proxytune.explanation import explain as explain_tokens
 
     quieten_libraries()
@@ -260,8 +243,8 @@ def tune(
     """
     import torch
 
-    from evals.progress import Display
-    from evals.tune import Run, tune_one
+    from evals.running.progress import Display
+    from evals.commands.tune import Run, tune_one
     from finetune.checkpoints import is_main_process
     from proxytune.printable import printable
 
@@ -306,10 +289,10 @@ def rescore(
     """
     import json
 
-    from evals.progress import Display
-    from evals.rescore import execute_in_sandbox, read_roles, rescore_tables
-    from evals.rescore import rescore as score
-    from evals.tables import draw
+    from evals.running.progress import Display
+    from evals.released.rescore import execute_in_sandbox, read_roles, rescore_tables
+    from evals.released.rescore import rescore as score
+    from evals.display.render import draw
     from proxytune.printable import printable
 
     with Display() as display:
@@ -328,7 +311,7 @@ def lm_eval(context: typer.Context) -> None:
     `proxytune lm-eval run --model proxytune --model_args base=large,expert=small-lora,antiexpert=small,alpha=0.5
     --tasks proxytune_capitals`; `cache=answers.db` among the arguments keeps answers, by the models' own weights.
     """
-    from evals.harness import run_harness
+    from evals.harness.model import run_harness
 
     run_harness(context.args)
 
@@ -347,7 +330,7 @@ def export(
     serve FOLDER --trust-remote-code` and any other tool that takes a causal language model. The members stay where they are, are
     checked when they are loaded, and are loaded without code of theirs.
     """
-    from evals.generate import Sources, weights_of
+    from evals.commands.generate import Sources, weights_of
     from proxytune.exported import export as write
     from proxytune.mixture import proxy_tuning
     from proxytune.printable import printable
@@ -379,9 +362,9 @@ def bench(
 
     import torch
 
-    from evals.bench import Bench, bench_tables, run_bench, steps
-    from evals.progress import Display
-    from evals.tables import draw
+    from evals.commands.bench import Bench, bench_tables, run_bench, steps
+    from evals.running.progress import Display
+    from evals.display.render import draw
     from proxytune.content import as_json
 
     wanted = Bench(models, expert, alpha, tokens, rounds, threads, device, getattr(torch, dtype.value))
@@ -405,7 +388,7 @@ def build(
     """Draws a corpus, counts its ledger, and pretrains base and small model on it (about three minutes a seed and core)."""
     import torch
 
-    from evals.progress import Display
+    from evals.running.progress import Display
     from probes.world.family import build_family
 
     torch.set_num_threads(1)

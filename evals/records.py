@@ -1,4 +1,4 @@
-"""Records: what measuring one arm with one measure and one seed gave, item by item, with its provenance.
+"""Records: what one reading of one arm in one run gave, row by row, with its provenance.
 
 A record is one Parquet file named by a hash of its content's causes, written atomically: it is there whole or not at all. It
 holds a digest of every byte of its own, so that a damaged one is no record.
@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,14 +29,14 @@ logger = logging.getLogger("proxytune")
 
 @dataclass(frozen=True)
 class Record:
-    """One arm, one measurement, one seed: its items, how they were asked, and what the arm cost (see `costs`)."""
+    """One frame of one arm in one run (a seed, in a world if the study has worlds), and a hash of how the arm was asked."""
 
     arm: str
-    measurement: str
+    frame: str
+    world: str | None
     seed: int
     protocol: str
     items: pd.DataFrame
-    cost: Mapping[str, Any]
 
 
 def write_record(folder: Path, key: str, items: pd.DataFrame, provenance: dict[str, Any]) -> None:
@@ -78,6 +77,11 @@ def read_record(folder: Path, key: str) -> tuple[pd.DataFrame, dict[str, Any]] |
         pass
     logger.warning("the record '%s' is damaged; it is made again", path)
     return None
+
+
+def has_record(folder: Path, key: str) -> bool:
+    """Whether there is one that is whole."""
+    return read_record(folder, key) is not None
 
 
 def _digest(record: bytes) -> bytes:

@@ -1,60 +1,63 @@
-"""Choosing a dial's value on validation items, as a user without the test would have to."""
+"""Selecting a swept setting on validation items, as a user without the test would have to."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from evals.material import Material
-from evals.records import Record
+import pandas as pd
+
+from evals.data import StudyData
 from evals.study import ArmSpec, Direct, Proxy, Study
 from finetune.data import hold_out
-
-Measured = Callable[[Study, Material], list[Record]]
+from finetune.recipe import Tuning
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen for one arm, the validation scores of the candidates and of what was to be matched, the trials' costs."""
+    """What was selected for one arm, the validation scores of the candidates and of the arm that was to be matched, the trials' costs."""
 
     label: str
+    tuning: Tuning
     scores: Mapping[str, float]
     trials: Sequence[Mapping[str, Any]]
 
-
-def choose_dials(study: Study, material: Material, seed: int, measured: Measured) -> tuple[Study, dict[str, Choice]]:
-    """The study with every dial that is to be chosen set to its choice, and the choices by arm.
-
-    Candidates, and the points to be matched, are tuned without the validation items and asked those; ties go to the value
-    that stands first. Raises `UserError` where there are too few items to hold any out.
-    """
-    undecided = {name: arm for name, arm in study.arms.items() if isinstance(arm, Direct) and arm.choose is not None}
-    if not undecided:
-        return study, {}
-    fit, held_out = hold_out(material.train, study.validation_share, seed)
-    inner = replace(material, train=fit, test=held_out, knowledge=())
-    records = measured(_trial_study(study, undecided), inner)
-    scores = {record.arm: float(record.items.groupby("unit")["right"].mean().mean()) for record in records}
-    costs = {record.arm: record.cost for record in records}
-    arms: dict[str, ArmSpec] = dict(study.arms)
-    choices = {}
-    for name, arm in undecided.items():
-        candidates = arm.points(name)
-        aim = 1.0 if arm.choose == "best" else scores[str(arm.choose)]
-        label = min(candidates, key=lambda candidate: abs(scores[candidate] - aim))
-        shown = [*candidates, *([] if arm.choose == "best" else [str(arm.choose)])]
-        choices[name] = Choice(label, {point: scores[point] for point in shown}, [costs[candidate] for candidate in candidates])
-        arms[name] = Direct(kind="direct", tuning=candidates[label][1])
-    return study.model_copy(update={"arms": arms}), choices
+    def __str__(self) -> str:
+        scores = ", ".join(f"{label} {score:.3f}" for label, score in self.scores.items())
+        return f"selected {self.label} by validation ({scores})"
 
 
-def _trial_study(study: Study, undecided: Mapping[str, Direct]) -> Study:
-    """The candidates as points, and the points that some of them are to match, measured at the task only."""
+def trial_study(study: Study) -> Study:
+    """The candidates as arms, and the arms that some of them are to match, measured at the task only."""
     wanted: dict[str, ArmSpec] = {study.base_arm: study.arms[study.base_arm]}
-    for name, arm in undecided.items():
-        wanted[name] = arm.model_copy(update={"choose": None})
-        if arm.choose != "best":
-            matched = study.points[str(arm.choose)].arm
-            wanted[matched] = study.arms[matched]
-            if isinstance(study.arms[matched], Proxy):
-                wanted[study.expert_of(matched)] = study.arms[study.expert_of(matched)]
-    return Study.model_validate(study.model_dump(exclude={"arms", "measures", "direct", "contrasts"}) | {"arms": wanted, "measures": ("task",)})
+    for name, arm in study.arms.items():
+        if isinstance(arm, Direct) and arm.select is not None:
+            wanted[name] = arm.model_copy(update={"select": None})
+            if arm.matched is not None:
+                matched = study.arm_settings[arm.matched].arm
+                wanted[matched] = study.arms[matched]
+                if isinstance(study.arms[matched], Proxy):
+                    wanted[study.expert_of(matched)] = study.arms[study.expert_of(matched)]
+    left_out = {"arms", "measures", "settings", "direct", "contrasts"}
+    return Study.model_validate(study.model_dump(exclude=left_out) | {"arms": wanted, "measures": ("task",)})
+
+
+def trial_data(study: Study, data: StudyData, seed: int) -> StudyData:
+    """Tuned on without the validation items, and tested on those. Raises `UserError` where there are too few items to hold any out."""
+    fit, held_out = hold_out(data.train, study.validation_share, seed)
+    return replace(data, train=fit, test=held_out, knowledge=())
+
+
+def select(arm: Direct, name: str, scores: Mapping[str, float], costs: Mapping[str, Mapping[str, Any]]) -> Choice:
+    """The candidate with the best score, or the score nearest to that of the arm to match; ties go to the value that stands first."""
+    candidates = arm.settings(name)
+    aim = 1.0 if arm.matched is None else scores[arm.matched]
+    label = min(candidates, key=lambda candidate: abs(scores[candidate] - aim))
+    shown = [*candidates, *([] if arm.matched is None else [arm.matched])]
+    tuning = candidates[label][1]
+    assert tuning is not None
+    return Choice(label, tuning, {each: scores[each] for each in shown}, [costs[candidate] for candidate in candidates])
+
+
+def score_of(items: pd.DataFrame) -> float:
+    """The share of right answers, each unit with the same weight."""
+    return float(items.groupby("unit")["right"].mean().mean())

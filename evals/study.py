@@ -2,24 +2,29 @@
 
 import difflib
 import os
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
 from yaml.constructor import ConstructorError
 
+from evals.measures.registry import measures
+from evals.older import modernized
 from finetune.data import check_prompt
 from finetune.recipe import LARGEST_SEED, EarlyStopping, Tuning
 from proxytune.errors import UserError, brief, shortened
 from proxytune.files import check_readable
 from proxytune.printable import printable
 
+if TYPE_CHECKING:
+    from evals.results.summary import Results
+
 STUDIES = Path(__file__).parent / "studies"
 MOST_NODES = 100_000  # of a study file with every alias written out
-MeasureName = Literal["task", "knowledge", "forgetting", "density", "drift", "lens", "restoration", "recoverability"]
-DialName = Literal["learning_rate", "epochs", "rank", "kl", "preference"]
+SweptName = Literal["learning_rate", "epochs", "rank", "kl", "preference"]
 
 
 class _Loader(yaml.SafeLoader):
@@ -86,7 +91,7 @@ class Expert(Strict):
 
 
 class Proxy(Strict):
-    """base + alpha (expert - what the expert was tuned from); one point for each alpha, named proxy@alpha."""
+    """base + alpha (expert - what the expert was tuned from); one row for each alpha, named proxy@alpha."""
 
     kind: Literal["proxy"]
     alpha: tuple[FiniteFloat, ...] = Field(min_length=1)
@@ -98,61 +103,82 @@ class Proxy(Strict):
         return check_labels("alpha", alpha)
 
 
+class Match(Strict):
+    """Selects the value whose task score is nearest to that of another arm."""
+
+    match: str
+
+
 class Direct(Strict):
     """The base itself tuned, by us or beforehand: `path` is a checkpoint folder, or a LoRA adapter on the base.
 
-    With a `dial`, one setting takes several values: each is a point of its own, named arm@value, unless one is to be chosen
+    With a `sweep`, one setting takes several values: each is a row of its own, named arm@value, unless one is to be selected
     on validation items that are held out of tuning: the `best` at the task, or the one whose task score is nearest to that
-    of another point (`choose: proxy@1`). The chosen value is then tuned with all items; trials count among the arm's costs.
+    of another arm (`select: {match: proxy@1}`). The selected value is then tuned with all items; trials count among the arm's costs.
     """
 
     kind: Literal["direct"]
     tuning: Tuning | None = None
     path: str | None = None
-    dial: dict[DialName, tuple[FiniteFloat, ...]] | None = None
-    choose: str | None = None
+    sweep: dict[SweptName, tuple[FiniteFloat, ...]] | None = None
+    select: Literal["best"] | Match | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _dialled_settings_need_no_value(cls, content: Any) -> Any:
+    def _swept_settings_need_no_value(cls, content: Any) -> Any:
         try:
-            first = {name: values[0] for name, values in content["dial"].items()}
+            first = {name: values[0] for name, values in content["sweep"].items()}
             return content | {"tuning": first | content["tuning"]}
         except (KeyError, TypeError, AttributeError, IndexError):
             return content
 
     @model_validator(mode="after")
-    def _one_origin_and_one_dial(self) -> "Direct":
+    def _one_origin_and_one_sweep(self) -> "Direct":
         if (self.tuning is None) == (self.path is None):
             raise ValueError("give either tuning or path")
-        if self.tuning is None and self.dial is not None:
-            raise ValueError("dial turns a setting of tuning; what was tuned beforehand has none")
-        if self.dial is not None and [len(set(values)) for values in self.dial.values()] != [max(2, *map(len, self.dial.values()))]:
-            raise ValueError("dial turns one setting through two or more different values")
-        for setting, values in (self.dial or {}).items():
-            check_labels(f"dial.{setting}", values)
-        if self.choose is not None and self.dial is None:
-            raise ValueError("choose needs a dial to choose from")
-        self.points("")
+        if self.tuning is None and self.sweep is not None:
+            raise ValueError("sweep varies a setting of tuning; what was tuned beforehand has none")
+        if self.sweep is not None and [len(set(values)) for values in self.sweep.values()] != [max(2, *map(len, self.sweep.values()))]:
+            raise ValueError("sweep takes one setting through two or more different values")
+        for setting, values in (self.sweep or {}).items():
+            check_labels(f"sweep.{setting}", values)
+        if self.select is not None and self.sweep is None:
+            raise ValueError("select needs a sweep to select from")
+        self.settings("")
         return self
 
-    def points(self, name: str) -> dict[str, tuple[float | None, Tuning | None]]:
-        """Label, dial's value and tuning (none with a path) of every point, of those to be chosen from too."""
-        if self.dial is None or self.tuning is None:
+    @property
+    def matched(self) -> str | None:
+        """The arm whose task score is to be matched."""
+        return self.select.match if isinstance(self.select, Match) else None
+
+    def settings(self, name: str) -> dict[str, tuple[float | None, Tuning | None]]:
+        """Label, swept value and tuning (none with a path) of every setting, of those to be selected from too."""
+        if self.sweep is None or self.tuning is None:
             return {name: (None, self.tuning)}
-        ((setting, values),) = self.dial.items()
-        return {proxy_name(name, value): (value, Tuning.model_validate(self.tuning.model_dump() | {setting: value})) for value in values}
+        ((setting, values),) = self.sweep.items()
+        return {label_of(name, value): (value, Tuning.model_validate(self.tuning.model_dump() | {setting: value})) for value in values}
 
 
 ArmSpec = Annotated[Base | Expert | Proxy | Direct, Field(discriminator="kind")]
 
 
-class Point(NamedTuple):
-    """One row of the tables: an arm, at one value of its dial if it has one."""
+class ArmSetting(NamedTuple):
+    """One row of the tables: an arm, at one value of what it sweeps if it does."""
 
     arm: str
     kind: str
     value: float | None = None
+
+
+class Run(NamedTuple):
+    """One world (none where the study has data of its own) and one seed."""
+
+    world: str | None
+    seed: int
+
+    def __str__(self) -> str:
+        return f"seed {self.seed}" if self.world is None else f"{self.world}, seed {self.seed}"
 
 
 class Models(Strict):
@@ -186,19 +212,11 @@ class Data(Strict):
         return check_prompt(template)
 
 
-class Relearning(Strict):
-    """How knowledge is taught again, to see how soon it returns (see `probes/recoverability.py`)."""
-
-    learning_rate: float = Field(default=1e-4, gt=0, allow_inf_nan=False)
-    steps: int = Field(default=32, ge=1, description="at most; a fact not regained by then counts as not regained")
-    batch_size: int = Field(default=16, ge=1)
-
-
 class Study(Strict):
-    """The whole study file. Either `world` (the embedded world, by size) or `models` and `data`."""
+    """The whole study file. Either `worlds` (embedded worlds, by their recipes' names) or `models` and `data`."""
 
     study: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$", description="also the name of the folder of its results")
-    world: Literal["default", "tiny"] | None = None
+    worlds: tuple[Literal["default", "tiny"], ...] = ()
     models: Models | None = None
     data: Data | None = None
     seeds: tuple[Annotated[int, Field(ge=0, le=LARGEST_SEED)], ...] = Field(default=(0,), min_length=1)
@@ -206,17 +224,40 @@ class Study(Strict):
     batch_size: int = Field(default=16, ge=1, description="items generated at a time")
     batch_tokens: int = Field(default=2048, ge=1, description="tokens scored at a time")
     arms: dict[str, ArmSpec]
-    direct: str | None = Field(default=None, description="the point at which the gap counts as closed; default: the first direct one")
-    contrasts: tuple[tuple[str, str], ...] = Field(default=(), description="pairs of points whose difference is wanted: the first less the second")
-    validation_share: float = Field(default=0.2, gt=0, lt=1, description="share of the tuning units on which dials are chosen")
-    measures: tuple[MeasureName, ...] = Field(min_length=1)
-    relearning: Relearning = Relearning()
-    lens_tokens: int = Field(default=8192, ge=1, description="of text on which the lens' translators are fitted, for each model")
+    direct: str | None = Field(default=None, description="the arm at which the gap counts as closed; default: the first direct one")
+    contrasts: tuple[tuple[str, str], ...] = Field(default=(), description="pairs of arms whose difference is wanted: the first minus the second")
+    validation_share: float = Field(default=0.2, gt=0, lt=1, description="share of the tuning units on which settings are selected")
+    measures: tuple[str, ...] = Field(min_length=1)
+    settings: dict[str, Any] = Field(default={}, description="of measures, by their names")
+
+    @field_validator("measures")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        known = measures()
+        for name in names:
+            if name not in known:
+                raise ValueError(f"there is no measure {name!r}; {_did_you_mean(name, list(known))}")
+        return tuple(dict.fromkeys(names))
+
+    @field_validator("settings")
+    @classmethod
+    def _of_measures(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        known = measures()
+        for name, content in settings.items():
+            if name not in known:
+                raise ValueError(f"there is no measure {name!r}; {_did_you_mean(name, list(known))}")
+            try:
+                known[name].settings.model_validate(content)
+            except ValidationError as error:
+                raise ValueError(f"{name}.{explain_invalid(error, list(known[name].settings.model_fields))}") from error
+        return settings
 
     @model_validator(mode="after")
     def _coherent(self) -> "Study":
-        if (self.world is None) == (self.models is None) or (self.models is None) != (self.data is None):
-            raise ValueError("give either world, or models and data")
+        if bool(self.worlds) == (self.models is not None) or (self.models is None) != (self.data is None):
+            raise ValueError("give either worlds, or models and data")
+        if len(set(self.worlds)) < len(self.worlds):
+            raise ValueError("worlds must differ")
         kinds = [arm.kind for arm in self.arms.values()]
         if kinds.count("base") != 1:
             raise ValueError("arms needs exactly one arm of kind base: everything is compared with it")
@@ -225,32 +266,33 @@ class Study(Strict):
                 raise ValueError(f"arms: the name {name!r} must hold signs, and none that cannot be seen; rename the arm")
             if isinstance(arm, Proxy):
                 expert = self.arms.get(self.expert_of(name))
-                if not isinstance(expert, Expert | Direct) or (isinstance(expert, Direct) and expert.dial is not None):
-                    raise ValueError(f"arms.{name}: its expert must name one arm of kind expert, or direct without a dial, not {arm.expert!r}")
-            if isinstance(arm, Direct) and arm.choose not in (None, "best", *self.fixed_points):
-                raise ValueError(f"arms.{name}.choose: it must be best or one of {', '.join(self.fixed_points)}, not {arm.choose!r}")
+                if not isinstance(expert, Expert | Direct) or (isinstance(expert, Direct) and expert.sweep is not None):
+                    raise ValueError(f"arms.{name}: its expert must name one arm of kind expert, or direct without a sweep, not {arm.expert!r}")
+            if isinstance(arm, Direct) and arm.matched not in (None, *self.fixed_settings):
+                raise ValueError(f"arms.{name}.select.match: it must be one of {', '.join(self.fixed_settings)}, not {arm.matched!r}")
         if "expert" in kinds and self.models is not None and self.models.small is None:
             raise ValueError("an expert needs models.small")
-        if len(self.points) < sum(len(self._points_of(name)) for name in self.arms):
-            raise ValueError("two arms have a point of one name; rename an arm")
-        if self.direct is not None and (self.direct not in self.points or self.points[self.direct].kind != "direct"):
-            raise ValueError(f"direct must name an arm of kind direct (with a dial: arm@value), not {self.direct!r}")
+        if len(self.arm_settings) < sum(len(self._settings_of(name)) for name in self.arms):
+            raise ValueError("two arms have a row of one name; rename an arm")
+        if self.direct is not None and (self.direct not in self.arm_settings or self.arm_settings[self.direct].kind != "direct"):
+            raise ValueError(f"direct must name an arm of kind direct (with a sweep: arm@value), not {self.direct!r}")
         for label in (label for pair in self.contrasts for label in pair):
-            if label not in self.points:
-                raise ValueError(f"contrasts: there is no point {label!r}; there are {', '.join(self.points)}")
+            if label not in self.arm_settings:
+                raise ValueError(f"contrasts: there is no arm {label!r}; there are {', '.join(self.arm_settings)}")
         twice = next((pair for place, pair in enumerate(self.contrasts) if pair in self.contrasts[:place]), None)
         if twice is not None:
             raise ValueError(f"contrasts: {list(twice)} stands there twice; leave one out")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds must differ")
-        if self.data is not None and self.data.knowledge is None and set(self.measures) - {"task"}:
-            raise ValueError("measures other than task need data.knowledge")
+        for name, field in ((name, need.partition(".")[0]) for name in self.measures for need in sorted(measures()[name].needs)):
+            if self.data is not None and getattr(self.data, field) is None:
+                raise ValueError(f"measure {name} needs data.{field}; give it")
         tuned = [name for name, arm in self.arms.items() if isinstance(arm, Expert | Direct) and arm.tuning is not None]
         if self.data is not None and self.data.train is None and tuned:
             raise ValueError(f"arms.{tuned[0]}.tuning needs data.train; give it, or tune beforehand and give path")
-        choosing = [f"arms.{name}.choose" for name, arm in self.arms.items() if isinstance(arm, Direct) and arm.choose is not None]
-        if self.data is not None and self.data.test is None and ("task" in self.measures or choosing):
-            raise ValueError(f"{'measure task' if 'task' in self.measures else choosing[0]} needs data.test; give it")
+        selecting = [f"arms.{name}.select" for name, arm in self.arms.items() if isinstance(arm, Direct) and arm.select is not None]
+        if self.data is not None and self.data.test is None and selecting:
+            raise ValueError(f"{selecting[0]} needs data.test; give it")
         return self
 
     @property
@@ -260,26 +302,39 @@ class Study(Strict):
     @property
     def same_items(self) -> bool:
         """Whether every seed asks the same items, so that seeds differ by tuning only: the user's. A world's seeds have people of their own."""
-        return self.world is None
+        return not self.worlds
+
+    @property
+    def runs(self) -> list["Run"]:
+        """Every seed of every world: each tunes and measures everything once."""
+        return [Run(world, seed) for world in (self.worlds or (None,)) for seed in self.seeds]
+
+    def settings_of(self, measure: str) -> Any:
+        """The settings of a measure, those that the file leaves out by their defaults."""
+        return measures()[measure].settings.model_validate(self.settings.get(measure, {}))
 
     @property
     def direct_arm(self) -> str | None:
-        """The point whose gain over the base is the whole gap."""
-        return self.direct or next(iter(self.direct_points), None)
+        """The arm whose gain over the base is the whole gap."""
+        return self.direct or next(iter(self.direct_settings), None)
 
     @cached_property
-    def points(self) -> dict[str, Point]:
+    def arm_settings(self) -> dict[str, ArmSetting]:
         """All rows of the tables in the study's order, by label."""
-        return {label: point for name in self.arms for label, point in self._points_of(name).items()}
+        return {label: setting for name in self.arms for label, setting in self._settings_of(name).items()}
 
     @property
-    def direct_points(self) -> list[str]:
-        return [label for label, point in self.points.items() if point.kind == "direct"]
+    def direct_settings(self) -> list[str]:
+        return [label for label, setting in self.arm_settings.items() if setting.kind == "direct"]
 
     @property
-    def fixed_points(self) -> list[str]:
-        """Points that need not be chosen first, the base apart."""
-        return [label for label, point in self.points.items() if point.kind != "base" and getattr(self.arms[point.arm], "choose", None) is None]
+    def fixed_settings(self) -> list[str]:
+        """Arms whose settings need not be selected first, the base apart."""
+        return [
+            label
+            for label, setting in self.arm_settings.items()
+            if setting.kind != "base" and getattr(self.arms[setting.arm], "select", None) is None
+        ]
 
     def expert_of(self, proxy: str) -> str:
         """The name of the arm whose tuned model is the proxy's expert; empty where there is none or more than one."""
@@ -287,16 +342,16 @@ class Study(Strict):
         experts = [name for name, other in self.arms.items() if other.kind == "expert"]
         return (arm.expert if isinstance(arm, Proxy) else None) or (experts[0] if len(experts) == 1 else "")
 
-    def _points_of(self, name: str) -> dict[str, Point]:
+    def _settings_of(self, name: str) -> dict[str, ArmSetting]:
         arm = self.arms[name]
         if isinstance(arm, Proxy):
-            return {proxy_name(name, alpha): Point(name, "proxy", alpha) for alpha in arm.alpha}
-        if isinstance(arm, Direct) and arm.choose is None:
-            return {label: Point(name, "direct", value) for label, (value, _) in arm.points(name).items()}
-        return {name: Point(name, arm.kind)}
+            return {label_of(name, alpha): ArmSetting(name, "proxy", alpha) for alpha in arm.alpha}
+        if isinstance(arm, Direct) and arm.select is None:
+            return {label: ArmSetting(name, "direct", value) for label, (value, _) in arm.settings(name).items()}
+        return {name: ArmSetting(name, arm.kind)}
 
 
-def proxy_name(name: str, alpha: float) -> str:
+def label_of(name: str, alpha: float) -> str:
     """`proxy@0.5`: how a proxy of strength alpha, or an arm at a dial's value, is called in every table."""
     return f"{name}@{alpha:g}"
 
@@ -305,9 +360,9 @@ def check_labels(field: str, values: tuple[float, ...]) -> tuple[float, ...]:
     """Returns the values; raises ValueError where two of them would be called the same."""
     seen: dict[str, float] = {}
     for value in values:
-        label = proxy_name("", value)
+        label = label_of("", value)
         if label in seen:
-            raise ValueError(f"{field}: {seen[label]!r} and {value!r} are equal to six digits, by which points are named; leave one out")
+            raise ValueError(f"{field}: {seen[label]!r} and {value!r} are equal to six digits, by which arms are named; leave one out")
         seen[label] = value
     return values
 
@@ -334,13 +389,13 @@ def load_study(path: Path | None) -> tuple[Study, Path]:
     if not isinstance(content, dict):
         raise UserError(f"study: '{path}' must hold keys and values, not {type(content).__name__}; see evals/studies for examples")
     try:
-        return Study.model_validate(content), path.parent
+        return Study.model_validate(modernized(content)), path.parent
     except ValidationError as error:
         raise UserError(f"{path.name}: {explain_invalid(error)}") from error
 
 
-def explain_invalid(error: ValidationError) -> str:
-    """The first mistake on one line: the field, the rule, the value seen, each cut where it is long."""
+def explain_invalid(error: ValidationError, known: Sequence[str] = ()) -> str:
+    """The first mistake on one line: the field, the rule, the value seen, each cut where it is long. `known` are the keys that there are."""
     first = next((entry for entry in error.errors() if entry["type"] == "extra_forbidden"), error.errors()[0])
     location = [shortened(str(part), 80) for part in first["loc"]]
     # A discriminated union puts its tag (the arm's kind) into the location; the file has no such level.
@@ -348,20 +403,37 @@ def explain_invalid(error: ValidationError) -> str:
         del location[2]
     field = ".".join(location) or "study"
     if first["type"] == "extra_forbidden":
-        return f"{field}: there is no such key; {_did_you_mean(location[-1], _known_keys())}"
+        return f"{field}: there is no such key; {_did_you_mean(location[-1], list(known) or _known_keys())}"
     message, seen = shortened(first["msg"].removeprefix("Value error, "), 800), brief(first["input"])
     if first["type"] == "literal_error":
-        known = [option.strip("'") for option in str(first["ctx"]["expected"]).replace(" or ", ", ").split(", ")]
-        return f"{field}: {message}, not {seen}; {_did_you_mean(seen.strip(repr(chr(39))), known)}"
+        options = [option.strip("'") for option in str(first["ctx"]["expected"]).replace(" or ", ", ").split(", ")]
+        return f"{field}: {message}, not {seen}; {_did_you_mean(seen.strip(repr(chr(39))), options)}"
     value = "" if first["type"] in ("missing", "value_error") or isinstance(first["input"], dict) else f", not {seen}"
     return f"{field}: {message}{value}"
 
 
 def _known_keys() -> list[str]:
-    models: tuple[type[BaseModel], ...] = (Study, Models, Data, Base, Expert, Proxy, Direct, Tuning, EarlyStopping, Relearning)
+    models: tuple[type[BaseModel], ...] = (Study, Models, Data, Base, Expert, Proxy, Direct, Match, Tuning, EarlyStopping)
     return sorted({name for model in models for name in model.model_fields})
 
 
 def _did_you_mean(word: str, known: list[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1)
     return f"did you mean '{close[0]}'?" if close else f"known are {', '.join(known)}"
+
+
+def run(study: "Study | Path", out: Path, *, jobs: int | None = 1) -> "Results":
+    """Runs a study, or the study in a file, and returns its results: the door for comparison scripts.
+
+    The folder `out` keeps records and checkpoints: a second call goes on where the first one stopped. Paths in a `Study` count from the
+    working directory, in a file from its folder. `jobs` is how many processes work (None: as many as the machine has cores for); a script that asks for
+    more than one must call this under `if __name__ == "__main__":`. Raises `UserError` for what a user can mend.
+    """
+    from evals.results.summary import summarize
+    from evals.running.progress import Display
+    from evals.running.runner import run_study
+
+    loaded, folder = (study, Path()) if isinstance(study, Study) else load_study(study)
+    with Display() as display:
+        finished = run_study(loaded, folder, out, display, jobs=jobs)
+    return summarize(loaded, finished.records, finished.costs)

@@ -13,7 +13,7 @@ import torch
 from helpers import make_model, make_tokenizer
 
 from evals import cli
-from evals.harness import run_harness
+from evals.harness.model import run_harness
 from finetune import data
 from finetune.data import CHAT, Item, Turn, chat_ids, encode_examples, prompt_ids, prompt_text
 from probes.activations import check_logits, last_and_subject, read_states

@@ -14,12 +14,12 @@ from test_study import GOOD, changed, load
 from typer.testing import CliRunner
 
 from evals.cli import app
-from evals.items import FILE, read_items_of
-from evals.progress import Display
-from evals.rescore import PASS
+from evals.results.items import FILE, read_items_of
+from evals.running.progress import Display
+from evals.released.rescore import PASS
 from evals.study import MOST_NODES, Study, check_labels, expanded
-from evals.tables import render
-from evals.tune import Run, tune_one
+from evals.display.render import render
+from evals.commands.tune import Run, tune_one
 from finetune.data import check_prompt
 from finetune.recipe import LARGEST_RANK, LARGEST_SEED, Tuning
 from finetune.trainers import _check_targets

@@ -9,8 +9,8 @@ import pytest
 import torch
 from helpers import make_members
 
-from evals.bench import Bench, bench_tables, run_bench, steps, three_passes
-from evals.tables import draw
+from evals.commands.bench import Bench, bench_tables, run_bench, steps, three_passes
+from evals.display.render import draw
 from proxytune import ProxyTunedForCausalLM, UserError, proxy_tuning
 
 

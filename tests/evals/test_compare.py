@@ -21,11 +21,11 @@ from helpers import make_model, make_tokenizer
 from evals.compare import run_study
 from evals.figures import draw_figures
 from evals.findings import Found
-from evals.progress import Display
+from evals.running.progress import Display
 from evals.records import Record, read_record, write_record
 from evals.results import summarize
 from evals.study import Study, load_study
-from evals.tables import render
+from evals.display.render import render
 from evals.verdicts import verdict_rows
 from proxytune import UserError
 from proxytune.digests import DIGESTS

@@ -12,14 +12,14 @@ from scipy.stats import binomtest
 from test_compare import place_world, run_in_process
 
 from evals.arms import tuning_summary
-from evals.costs import serving_cost
-from evals.frontier import on_frontier
-from evals.material import material_for
+from evals.running.costs import serving_cost
+from evals.statistics.frontier import on_frontier
+from evals.data import material_for
 from evals.records import Record
 from evals.results import measured_costs, summarize
 from evals.selection import choose_dials
 from evals.study import Study
-from evals.tables import make_tables, render
+from evals.display.render import make_tables, render
 from finetune.data import hold_out
 from proxytune import UserError, Weights, load_members
 from proxytune.packing import pack_linear_layers

@@ -17,9 +17,9 @@ from test_recipes import folder, items
 from transformers import TrainerCallback
 
 from evals.arms import _tuned
-from evals.material import Material
+from evals.data import Material
 from evals.records import read_record, write_record
-from evals.responses import Responses
+from evals.harness.responses import Responses
 from finetune.checkpoints import last_whole
 from finetune.data import encode_examples
 from finetune.frozen import read_frozen

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm, rankdata, spearmanr, ttest_1samp
 
-from evals.statistics import bootstrap_means, interval
+from evals.statistics.intervals import bootstrap_means, interval
 from probes.exposure import matched, matched_contrast, needed, needed_seeds, rank_slope, strata, unit_means
 from proxytune import UserError
 

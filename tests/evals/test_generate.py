@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import make_model, make_tokenizer
 
-from evals.generate import Chat, Sources, load_mixture, read_prompts
+from evals.commands.generate import Chat, Sources, load_mixture, read_prompts
 from proxytune import ProxyTunedForCausalLM, UserError, proxy_tuning
 from proxytune.explanation import explain
 

@@ -15,8 +15,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM
 
-from evals.harness import TASKS, ProxyLM
-from evals.responses import Responses
+from evals.harness.model import TASKS, ProxyLM
+from evals.harness.responses import Responses
 from proxytune import Member, ProxyTunedForCausalLM, UserError, Weights, load_member, load_members, proxy_tuning
 from proxytune.exported import export
 
@@ -280,7 +280,7 @@ def test_stored_sets_are_read_from_a_folder_or_named_in_one_line(name: str, tmp_
 
 
 def test_answer_rules_of_the_tasks() -> None:
-    from evals.tasks.sources import calibration_error, choose, name_one, read_rightly, solve, truth
+    from evals.harness.tasks.sources import calibration_error, choose, name_one, read_rightly, solve, truth
 
     gold = STORED["gsm8k"]["test"][0]
     for text, right, unparsed in (
@@ -344,7 +344,7 @@ def test_an_exported_mixture_is_loaded_by_transformers_and_the_stock_harness(lor
 
 @pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 def test_code_tasks_are_judged_in_the_sandbox_and_only_when_confirmed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from evals.tasks.sources import complete_function, write_program
+    from evals.harness.tasks.sources import complete_function, write_program
 
     doc = {
         "prompt": "def f(x):\n    'Doubles.'\n",

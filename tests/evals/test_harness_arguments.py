@@ -14,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from test_harness import Counted
 
-from evals.harness import TASKS, ProxyLM
+from evals.harness.model import TASKS, ProxyLM
 from proxytune import Member, Rule, UserError, proxy_tuning
 from proxytune.arguments import read_dtype, unknown_name
 

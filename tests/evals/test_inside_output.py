@@ -9,13 +9,13 @@ import pytest
 from matplotlib.figure import Figure
 
 from evals import inside_figures
-from evals.cells import Table, cell
+from evals.display.cells import Table, cell
 from evals.findings import Found
 from evals.inside_figures import PANELS, density_change, draw_inside, relearning_curves
 from evals.inside_tables import inside_tables
 from evals.records import Record
 from evals.study import Study
-from evals.tables import draw, make_tables
+from evals.display.render import draw, make_tables
 from probes.blocks import BLOCKS
 from probes.forgetting import familiarity
 from probes.verdict import RULE, measured, state

@@ -3,9 +3,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from evals.items import FILE, all_items, read_items_of, side_by_side, write_items
+from evals.results.items import FILE, all_items, read_items_of, side_by_side, write_items
 from evals.records import Record
-from evals.tables import draw
+from evals.display.render import draw
 from proxytune import UserError
 
 

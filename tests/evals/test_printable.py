@@ -12,14 +12,14 @@ from helpers import make_tokenizer
 from rich.console import Console
 
 from evals import cli
-from evals.cells import Table
-from evals.drawing import drawn_name, save
-from evals.generate import explanation_table, generate
-from evals.items import all_items, side_by_side
-from evals.progress import Display
+from evals.display.cells import Table
+from evals.display.drawing import drawn_name, save
+from evals.commands.generate import explanation_table, generate
+from evals.results.items import all_items, side_by_side
+from evals.running.progress import Display
 from evals.records import Record
-from evals.rescore import rescore, rescore_tables
-from evals.tables import draw
+from evals.released.rescore import rescore, rescore_tables
+from evals.display.render import draw
 from proxytune import ProxyTunedForCausalLM
 from proxytune.errors import LONGEST
 from proxytune.explanation import TokenExplanation

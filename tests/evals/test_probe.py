@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 from evals.cli import app
 from evals.compare import run_study
 from evals.findings import Found, change, intervals, restoration_seeds
-from evals.material import material_for
-from evals.probe import INSIDE, Probe, probe_study
-from evals.progress import Display
+from evals.data import material_for
+from evals.commands.probe import INSIDE, Probe, probe_study
+from evals.running.progress import Display
 from evals.records import Record
 from evals.results import summarize
 from evals.study import Study, load_study

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from scipy.stats import beta
 
-from evals.progress import Display
-from evals.released import chosen_option, read_tree
-from evals.rescore import execute_in_sandbox, read_roles, rescore, rescore_tables
+from evals.running.progress import Display
+from evals.released.generations import chosen_option, read_tree
+from evals.released.rescore import execute_in_sandbox, read_roles, rescore, rescore_tables
 from evals.sandbox import Program
-from evals.statistics import bootstrap_means, gap_closed
-from evals.tables import draw
+from evals.statistics.intervals import bootstrap_means, gap_closed
+from evals.display.render import draw
 from probes.readouts import last_number
 from proxytune.errors import UserError
 

@@ -19,7 +19,7 @@ from helpers import PATHS
 from test_compare import STUDY, TUNING, place_world
 
 from evals import cli
-from evals.progress import Display
+from evals.running.progress import Display
 from probes.world.family import RECIPES
 
 LINE = "proxytune: stopped; run the same command again, it goes on"

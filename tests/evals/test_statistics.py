@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy.stats import beta, binom, t
 
-from evals.statistics import Estimate, Interval, bootstrap_means, gap_closed, interval
+from evals.statistics.intervals import Estimate, Interval, bootstrap_means, gap_closed, interval
 
 
 def draws(seeds: int, units: int, shift: tuple[float, ...], seed: int = 0) -> list[np.ndarray]:

@@ -7,7 +7,7 @@ import yaml
 from transformers import TrainerCallback
 
 from evals.arms import ensembles, tuning_summary
-from evals.material import Material
+from evals.data import Material
 from evals.study import STUDIES, load_study
 from proxytune import UserError
 from proxytune.member import Weights

@@ -10,14 +10,14 @@ import pytest
 import torch
 from helpers import make_model, make_tokenizer
 
-from evals.items import all_items, side_by_side, write_items
+from evals.results.items import all_items, side_by_side, write_items
 from evals.measures import VERSIONS, Measurement, measure
 from evals.records import Record
 from evals.results import summarize
 from evals.study import Study
-from evals.tables import make_tables
-from evals.tasks.sources import calibration_error, choose_by_familiarity, choose_letter, truth
-from evals.tasks.sources import choose as choose_task
+from evals.display.render import make_tables
+from evals.harness.tasks.sources import calibration_error, choose_by_familiarity, choose_letter, truth
+from evals.harness.tasks.sources import choose as choose_task
 from finetune.data import Item
 from probes.knowledge import known
 from probes.readouts import best_choices

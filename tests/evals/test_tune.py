@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from evals.material import material_for
+from evals.data import material_for
 from evals.measures import measure, measurements
-from evals.progress import Display
+from evals.running.progress import Display
 from evals.study import load_study
-from evals.tune import Run, tune_one
+from evals.commands.tune import Run, tune_one
 from finetune.data import Item, encode_examples, preview
 from finetune.reading import read_items
 from finetune.recipe import Tuning

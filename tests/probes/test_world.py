@@ -172,7 +172,7 @@ def test_a_family_with_checkpoints_is_the_family_without(tmp_path: Path, monkeyp
 def test_a_rebuilt_family_scores_within_the_shipped_ones_spread(tmp_path: Path) -> None:
     """Pretraining again (a fresh seed) gives a base whose knowledge lies near what the shipped three know."""
     from evals.compare import run_study
-    from evals.progress import Display
+    from evals.running.progress import Display
     from evals.study import Study
 
     study = Study.model_validate(

@@ -8,11 +8,11 @@ import pandas as pd
 import pytest
 
 from evals.cli import Format, compare
-from evals.drawing import save
-from evals.items import FILE, read_items_of, write_items
+from evals.display.drawing import save
+from evals.results.items import FILE, read_items_of, write_items
 from evals.records import Record, read_record, write_record
 from evals.study import load_study
-from evals.tasks.sources import complete_function, stored, write_program
+from evals.harness.tasks.sources import complete_function, stored, write_program
 from finetune.reading import read_items
 from proxytune.errors import UserError
 from proxytune.files import check_readable, check_writable

@@ -1,0 +1,45 @@
+"""`proxytune compare` and `proxytune probe`: run a study, print its tables, write results, figures and answers."""
+
+import shutil
+from pathlib import Path
+
+from evals.display.drawing import draw as draw_chart
+from evals.display.render import draw
+from evals.results.items import FILE, write_items
+from evals.results.summary import result_charts, result_tables, summarize
+from evals.running.outlook import outlook_table
+from evals.running.progress import Display
+from evals.running.runner import run_study
+from evals.study import Study
+from proxytune.content import as_json
+from proxytune.files import check_writable
+
+
+def run_and_show(study: Study, folder: Path, out: Path, shown: Path, form: str, jobs: int | None, patient: bool) -> None:
+    """Records go to `out`, results and figures to `shown`, tables to standard output."""
+    results_file, costs_file = shown / "results.json", shown / "costs.json"
+    for path in (out / "study.json", results_file, costs_file, shown / FILE):
+        check_writable(path, "out")  # before hours of work, not after
+    with Display() as display:
+        finished = run_study(study, folder, out, display, jobs=jobs, patient=patient)
+        shown.mkdir(parents=True, exist_ok=True)
+        with display.bar("intervals and figures", None):
+            results = summarize(study, finished.records, finished.costs)
+            figures = [path for chart in result_charts(results) for path in draw_chart(chart, shown)]
+            results_file.write_text(results.json() + "\n")
+            costs_file.write_text(as_json(results.measured) + "\n")
+        files = [results_file, costs_file, *figures]
+        print(results.json() if form == "json" else draw(result_tables(results), form, shutil.get_terminal_size((160, 24)).columns))
+        answered = any("text" in record.items for record in finished.records)
+        if answered:
+            files.append(write_items(finished.records, shown))
+        following = f"; see what arms said with: proxytune items {shown} --where 'ARM right, OTHER wrong'" if answered else ""
+        display.say(f"Files: {', '.join(map(str, files))}{following}")
+
+
+def show_plan(study: Study, folder: Path, out: Path, form: str) -> None:
+    """Prints the study's jobs, what is there of them, and about how long the others take. Nothing is tuned, read or written."""
+    with Display() as display:
+        table = outlook_table(study, folder, out, display)
+    width = shutil.get_terminal_size((160, 24)).columns
+    print(as_json(table.frame.to_dict("records")) if form == "json" else draw([table], form, width))

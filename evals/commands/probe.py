@@ -1,0 +1,87 @@
+"""`proxytune probe`: one measure, with those it is built on, of a study or of models given by name."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from evals.measures.registry import measures
+from evals.study import STUDIES, Study, expanded, explain_invalid, load_study
+from proxytune.errors import UserError
+
+INSIDE: tuple[...] = ("density", "drift", "lens", "restoration", "recoverability")
+EROSION = "erosion"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What is probed: a study file or a base model and those tuned from it, with the items to read them by."""
+
+    name: str
+    target: str | None
+    tuned: Sequence[str]
+    knowledge: str | None
+    corpus: str | None
+    test: str | None
+    prompt: str
+    threads: int
+
+
+def probe_study(probe: Probe) -> tuple[Study, Path]:
+    """The study that measures just this, and the folder its paths count from; the shipped one of the world where no target is given.
+
+    Raises `UserError` for models without knowledge items, for a study with models beside it, and whatever a study file may raise.
+    """
+    file = STUDIES / "erosion.yaml" if probe.target is None else Path(probe.target)
+    if file.suffix in (".yaml", ".yml"):
+        if probe.tuned or probe.knowledge or probe.corpus or probe.test:
+            raise UserError(f"probe: '{file}' names its own models and data; give it alone, or give models in its place")
+        study, folder = load_study(file)
+        wanted = _measures(probe.name)
+        # A verdict may use what else the study measures; one measure alone needs nothing else.
+        beside = [name for name in study.measures if name not in wanted and len(wanted) > 1]
+        content = study.model_dump() | {"measures": (*beside, *wanted)}
+        return _validated(content), folder
+    if probe.knowledge is None:
+        raise UserError("--knowledge: models are read by items with statement, answer, choices and popularity; give a file of them")
+    if len(set(probe.tuned)) < len(probe.tuned):
+        raise UserError(f"probe: {', '.join(probe.tuned)} names a model twice; give each once")
+    names = [Path(path).name or path for path in probe.tuned]
+    arms = {
+        name if names.count(name) == 1 else path: {"kind": "direct", "path": _absolute(path)} for name, path in zip(names, probe.tuned, strict=True)
+    }
+    content = {
+        "study": f"probe-{Path(str(probe.target)).name}",
+        "models": {"base": _absolute(str(probe.target))},
+        "data": {
+            "knowledge": _absolute(probe.knowledge),
+            "corpus": None if probe.corpus is None else _absolute(probe.corpus),
+            "test": None if probe.test is None else _absolute(probe.test),
+            "prompt": probe.prompt,
+        },
+        "arms": {"base": {"kind": "base"}, **arms},
+        "measures": _measures(probe.name),
+        "threads": probe.threads,
+    }
+    return _validated(content), Path()
+
+
+def _validated(content: dict[str, Any]) -> Study:
+    try:
+        return Study.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"probe: {explain_invalid(error)}") from error
+
+
+def _measures(name: str) -> tuple[str, ...]:
+    """The measure, after those that it is built on. Raises `UserError` where there is none of that name."""
+    known = measures()
+    if name not in known:
+        raise UserError(f"probe: there is no measure '{name}'; there are {', '.join(sorted(known))}")
+    return (*known[name].built_on, name)
+
+
+def _absolute(name: str) -> str:
+    return str(expanded(name).absolute()) if expanded(name).exists() else name

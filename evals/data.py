@@ -1,0 +1,111 @@
+"""What a study works on in one run: where its models are, and its items. The world's or the user's."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from evals.measures.registry import measures
+from evals.study import Run, Study, expanded
+from finetune.data import Item
+from finetune.overlap import describe, overlap
+from finetune.reading import read_items
+from probes.counts import count_documents
+from probes.forgetting import familiarity
+from probes.world.corpus import EVASION, QUESTION
+from probes.world.family import find_family
+from probes.world.ledger import items_of, word_frequency
+from proxytune.errors import UserError
+
+
+@dataclass(frozen=True)
+class StudyData:
+    """Models and items of one run, and the protocol by which every arm is asked.
+
+    Items that the study does without are none. `ending` follows an answer in the tuning data; `choose` says that the task is a
+    choice and not a text, `number` that a text is judged by its last number.
+    """
+
+    base: str
+    small: str | None
+    train: Sequence[Item]
+    test: Sequence[Item]
+    knowledge: Sequence[Item]
+    prompt: str
+    ending: str
+    new_tokens: int
+    choose: bool
+    number: bool = False
+    frequency: Sequence[float] | None = None
+
+
+def data_for(study: Study, folder: Path, run: Run, worlds: Path, say: Callable[[str], None] = lambda line: None) -> StudyData:
+    """The data of one run. A world's family must be shipped or stand in `worlds` already (see `family_for`).
+
+    `say` is told what in the data deserves a look. `folder` is the study file's. Raises `UserError` for data that cannot be
+    read or that tests what it trains on, which only a study with both can do.
+    """
+    if run.world is not None:
+        family = find_family(run.world, run.seed, worlds)
+        if family is None:
+            raise UserError(f"world: '{run.world}' of seed {run.seed} is not in '{worlds}'; build it with 'proxytune world build'")
+        ledger = pd.read_parquet(family / "ledger.parquet")
+        test = items_of(ledger, "test")
+        train = [item.model_copy(update={"rejected": EVASION.removesuffix(" .")}) for item in items_of(ledger, "tune")]
+        models = str(family / "base"), str(family / "small")
+        return StudyData(*models, train, test, test, QUESTION, " .", 3, choose=False, frequency=word_frequency(ledger, test))
+    assert study.models is not None and study.data is not None
+    data = study.data
+    train, test, knowledge = (
+        [] if source is None else _read(source, folder, f"data.{field}", say)
+        for field, source in (("train", data.train), ("test", data.test), ("knowledge", data.knowledge))
+    )
+    common = overlap(train, test)
+    if common.duplicates or common.shared or common.near:
+        say(f"data: {describe(common)}")
+    if common.shared and not data.allow_overlap:
+        raise UserError(f"data.test: {describe(common)}; take them out of one, or set data.allow_overlap: true")
+    wanted = {need for name in study.measures for need in measures()[name].needs}
+    wanted |= {"test.choices"} if data.answer == "choose" else set()
+    parts: dict[str, Sequence[Item]] = {"test": test, "knowledge": knowledge}
+    for field, _, attribute in sorted(need.partition(".") for need in wanted if need != "knowledge.popularity"):
+        for item in parts[field] if attribute else ():
+            if not getattr(item, attribute):
+                raise UserError(f"data.{field}: the item {item.question!r} has no {attribute}; every item there needs it")
+    frequency: list[float] | None = None
+    if data.corpus is not None:
+        counts = count_documents(folder / expanded(data.corpus), knowledge)
+        say(f"data.corpus: {sum(count > 0 for count in counts.together)} of {len(knowledge)} statements stand in it")
+        knowledge = [item.model_copy(update={"popularity": count}) for item, count in zip(knowledge, counts.together, strict=True)]
+        frequency = counts.subject
+    if "knowledge.popularity" in wanted:
+        familiarity([float("nan") if item.popularity is None else item.popularity for item in knowledge])  # refuses now what the table could not show
+    small = study.models.small
+    return StudyData(
+        _place(study.models.base, folder),
+        None if small is None else _place(small, folder),
+        train,
+        test,
+        knowledge,
+        data.prompt,
+        "",
+        data.new_tokens,
+        data.answer == "choose",
+        data.answer == "number",
+        frequency,
+    )
+
+
+def _read(source: str, folder: Path, field: str, say: Callable[[str], None]) -> list[Item]:
+    place = folder / expanded(source)
+    examples = read_items(place if place.exists() or Path(source).suffix else source, field)
+    if examples.ignored:
+        say(f"{field}: {examples.shape}; columns that are not read: {', '.join(examples.ignored)}")
+    return examples.items
+
+
+def _place(name: str, folder: Path) -> str:
+    """A folder beside the study file if there is one, else the name as it stands: an absolute path or a hub name."""
+    place = expanded(name)
+    return str(folder / place) if (folder / place).exists() else str(place) if name.startswith("~") else name

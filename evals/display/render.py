@@ -1,0 +1,67 @@
+"""Tables for people and papers: on the terminal, in Markdown or in LaTeX."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+from tabulate import LATEX_ESCAPE_RULES
+
+from evals.display.cells import Table
+from proxytune.printable import printable
+
+
+def draw(tables: Sequence[Table], form: str, width: int) -> str:
+    """The tables as `table`, `markdown` or `latex`. Titles, notes and cells may hold any text: none of it acts where it is shown."""
+    return DRAWINGS[form]([_escaped(table, ESCAPES[form]) for table in tables], width)
+
+
+def _escaped(table: Table, escape: Callable[[str], str]) -> Table:
+    return Table(escape(table.title), table.frame.fillna("").map(escape).rename(columns=escape), escape(table.note))
+
+
+def _markdown(tables: Sequence[Table], width: int) -> str:
+    # Cells are texts: an answer 007 is not the number 7.
+    return "\n\n".join(
+        f"**{table.title}**\n\n{table.frame.to_markdown(index=False, disable_numparse=True, colalign=_sides(table.frame))}\n\n{table.note}"
+        for table in tables
+    )
+
+
+def _latex(tables: Sequence[Table], width: int) -> str:
+    return "\n\n".join(table.frame.to_latex(index=False, escape=False, caption=f"{table.title}. {table.note}") for table in tables)
+
+
+def _terminal(tables: Sequence[Table], width: int) -> str:
+    console = Console(width=width, force_terminal=False, highlight=False)
+    with console.capture() as captured:
+        for table in tables:
+            drawn = RichTable(title=Text(table.title), caption=Text(table.note), title_justify="left", caption_justify="left")
+            for column, side in zip(table.frame.columns, _sides(table.frame), strict=True):
+                drawn.add_column(Text(column), justify=side)
+            for row in table.frame.itertuples(index=False):
+                drawn.add_row(*map(Text, row))
+            console.print(drawn)
+    return captured.get().rstrip()
+
+
+def _sides(frame: pd.DataFrame) -> list[Literal["left", "right"]]:
+    """Columns of numbers stand right, but the first."""
+    return ["right" if place and frame.iloc[:, place].str.match(r"-?\d").any() else "left" for place in range(frame.shape[1])]
+
+
+def _in_markdown(text: str) -> str:
+    """Without code, cells, tags, formulas, entities and links; underscores and stars stay, as in names_like_this."""
+    return re.sub(r"[\\`|<$]|&(?=#?\w+;)|(?<=\])\(", r"\\\g<0>", printable(text))
+
+
+def _in_latex(text: str) -> str:
+    """Without commands; what begins with a bracket or a star would be taken as an option of the row's end before it."""
+    return ("{}" if text.startswith(("[", "*")) else "") + printable(text).translate(str.maketrans(LATEX_ESCAPE_RULES))
+
+
+DRAWINGS: dict[str, Callable[[Sequence[Table], int], str]] = {"table": _terminal, "markdown": _markdown, "latex": _latex}
+ESCAPES: dict[str, Callable[[str], str]] = {"table": printable, "markdown": _in_markdown, "latex": _in_latex}

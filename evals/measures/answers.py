@@ -1,0 +1,141 @@
+"""Readings of what comes out of an arm: answers that it generates or chooses, and how far its next-token distribution is from the base's."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pandas as pd
+import torch
+
+from evals.measures.inputs import Form, Inputs, Which, as_content, common_columns
+from evals.measures.measure import Frames, Progress, Reading
+from evals.measures.subjects import Outputs
+from finetune.data import Item, answer_space, prompt_ids
+from probes.drift import divergence
+from probes.readouts import Answer, answer_greedily, choose, judge, judge_number
+from proxytune.errors import UserError
+from proxytune.mixture import Mixture
+from proxytune.modeling import ProxyTunedForCausalLM
+from proxytune.padding import left_padded
+
+
+@dataclass(frozen=True)
+class Asked(Reading):
+    """Some items, asked in one form. The record has the reading's name, and a row for each item."""
+
+    name: str
+    items: Which
+    form: Form
+    subject: ClassVar[type[Outputs]] = Outputs
+
+    def frames(self, subject: Outputs, inputs: Inputs) -> tuple[str, ...]:
+        return (self.name,)
+
+    def decides(self, inputs: Inputs) -> dict[str, Any]:
+        return {"items": as_content(inputs.items(self.items)), "prompts": inputs.prompts(self.items, self.form)}
+
+    def first_prompt(self, inputs: Inputs) -> str:
+        prompt = inputs.prompts(self.items, self.form)[0]
+        return f"first prompt {json.dumps(prompt)} = {prompt_ids(inputs.tokenizer, prompt)}, answer {inputs.items(self.items)[0].answer!r}"
+
+
+@dataclass(frozen=True)
+class Generated(Asked):
+    """Greedy answers. `number`: an answer is right by its last number, and not by how it begins."""
+
+    number: bool = False
+    version: ClassVar[int] = 1
+
+    def decides(self, inputs: Inputs) -> dict[str, Any]:
+        return super().decides(inputs) | {"new_tokens": inputs.data.new_tokens, "number": self.number}
+
+    def steps(self, subject: Outputs, inputs: Inputs) -> int:
+        return len(inputs.items(self.items)) * len(subject.mixtures)
+
+    def read(self, subject: Outputs, inputs: Inputs, progress: Progress) -> dict[str, Frames]:
+        items, prompts = inputs.items(self.items), inputs.prompts(self.items, self.form)
+        found = {}
+        for arm, mixture in subject.mixtures.items():
+            subject.model.mixture = mixture
+            given = answer_greedily(
+                subject.model,
+                subject.tokenizer,
+                items,
+                prompts,
+                new_tokens=inputs.data.new_tokens,
+                batch_size=inputs.study.batch_size,
+                judged=judge_number if self.number else judge,
+                progress=progress,
+            )
+            found[arm] = {self.name: _answers(items, given)}
+        return found
+
+
+@dataclass(frozen=True)
+class Chosen(Asked):
+    """The candidate with the highest log-probability a token. `right` is a share and stands beside `tied`: a tie of k counts 1/k."""
+
+    version: ClassVar[int] = 2
+
+    def decides(self, inputs: Inputs) -> dict[str, Any]:
+        return super().decides(inputs) | {"space": self._space(inputs)}
+
+    def steps(self, subject: Outputs, inputs: Inputs) -> int:
+        return sum(len(item.choices) for item in inputs.items(self.items))
+
+    def read(self, subject: Outputs, inputs: Inputs, progress: Progress) -> dict[str, Frames]:
+        items, prompts = inputs.items(self.items), inputs.prompts(self.items, self.form)
+        options: dict[str, Any] = {"batch_tokens": inputs.study.batch_tokens, "space": self._space(inputs), "progress": progress}
+        answers = choose(subject.model, subject.tokenizer, items, prompts, subject.mixtures, **options)
+        return {
+            arm: {self.name: _answers(items, given).astype({"right": float}).assign(tied=[one.tied for one in given])}
+            for arm, given in answers.items()
+        }
+
+    def _space(self, inputs: Inputs) -> str:
+        return answer_space(inputs.data.prompt) if self.form == "question" else " "
+
+
+@dataclass(frozen=True)
+class Divergence(Asked):
+    """KL(base || arm) of the next-token distribution after each prompt, in nats."""
+
+    version: ClassVar[int] = 1
+    beside_base: ClassVar[bool] = True
+
+    def steps(self, subject: Outputs, inputs: Inputs) -> int:
+        return len(inputs.items(self.items))
+
+    def read(self, subject: Outputs, inputs: Inputs, progress: Progress) -> dict[str, Frames]:
+        prompts = [prompt_ids(subject.tokenizer, prompt) for prompt in inputs.prompts(self.items, self.form)]
+        pad = int(subject.tokenizer.pad_token_id)
+        found = _divergences(subject.model, prompts, subject.mixtures, inputs.study.batch_size, pad, progress)
+        return {arm: {self.name: common_columns(inputs.items(self.items)).assign(divergence=values)} for arm, values in found.items()}
+
+
+def _answers(items: Sequence[Item], answers: Sequence[Answer]) -> pd.DataFrame:
+    return common_columns(items).assign(
+        text=[answer.text for answer in answers], right=[answer.right for answer in answers], unparsed=[answer.unparsed for answer in answers]
+    )
+
+
+def _divergences(
+    model: ProxyTunedForCausalLM, prompts: Sequence[Sequence[int]], mixtures: Mapping[str, Mixture], batch_size: int, pad: int, progress: Progress
+) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {arm: [] for arm in mixtures}
+    for start in range(0, len(prompts), batch_size):
+        ids, mask = left_padded(prompts[start : start + batch_size], pad, model.device)
+        logits = {}
+        for arm, mixture in {"": {"base": 1.0}, **mixtures}.items():
+            model.mixture = mixture
+            with torch.inference_mode():
+                logits[arm] = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1).logits[:, -1]
+        for arm in mixtures:
+            values = divergence(logits[""], logits[arm])
+            if not values.isfinite().all():
+                number = start + int((~values.isfinite()).nonzero()[0]) + 1
+                raise UserError(f"drift: '{arm}' has no finite divergence from the base for item {number}; take models that are not broken")
+            found[arm] += values.tolist()
+        progress(len(ids))
+    return found

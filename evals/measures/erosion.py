@@ -1,0 +1,253 @@
+"""Erosion: the verdict on "direct tuning erodes what lower layers hold", arm by arm, by the clauses of `probes/verdict.py`.
+
+Controls are arms of the same study that differ from the judged one in one setting: `shuffled: true`, and `frozen: lower` selected to match it
+(`select: {match: ARM}`). A clause whose control or reading the study lacks cannot be told, and neither can any of an arm that was tuned once.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy.stats import norm, t
+
+from evals.display.cells import Table, cell, over
+from evals.measures.density import density_change
+from evals.measures.inputs import Inputs
+from evals.measures.knowledge import STATEMENTS
+from evals.measures.measure import Measure, Reading, Settings
+from evals.measures.recoverability import Recovered, RecoverabilityFound
+from evals.measures.registry import measures, register
+from evals.measures.restoration import restored_by_seed
+from evals.measures.states import layers_of
+from evals.results.header import Header
+from evals.results.recorded import Recorded
+from evals.statistics.estimates import intervals, means_by_unit
+from evals.statistics.intervals import LEVEL, interval
+from evals.statistics.value import Value
+from evals.study import Direct, Study
+from finetune.recipe import Tuning
+from probes.blocks import thirds
+from probes.exposure import needed, needed_seeds
+from probes.verdict import RULE, Clause, measured, state, verdict
+
+CLAIM = "direct tuning erodes what lower layers hold"
+SCALES = {  # of each clause: what its numbers are multiplied by, their digits, and what they are then
+    "density": (1000.0, 1, "thousandths of effective rank"),
+    "restoration": (100.0, 1, "points of probability"),
+    "freezing": (100.0, 1, "points right"),
+    "savings": (1.0, 2, "share of the steps"),
+}
+JUDGED_BY = ("density", "restoration", "recoverability")
+STATES = {"fails": "Failed", "holds": "held", "cannot tell": "cannot tell"}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A clause of an arm's verdict: what it claims, its interval, whether it holds, and how many seeds would decide it (`needs`)."""
+
+    clause: str
+    claim: str
+    state: str
+    value: Value
+    threshold: float
+    needs: int | None
+    note: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    arm: str
+    claim: str
+    verdict: str
+    clauses: tuple[Judged, ...]
+
+
+@dataclass(frozen=True)
+class ErosionFound:
+    verdicts: tuple[Verdict, ...]
+
+
+class Erosion(Measure[ErosionFound]):
+    name = "erosion"
+    question = "Does direct tuning erode what lower layers hold? The verdict, from density, restoration, freezing and relearning."
+    controls = "Random deltas; tuning on shuffled answers; as much change elsewhere; the lower half frozen at the same task score."
+    needs = frozenset({"knowledge.statement", "knowledge.choices", "knowledge.popularity"})
+    built_on = ("density", "drift", "lens", "restoration", "recoverability")
+    summary = ErosionFound
+
+    def readings(self, inputs: Inputs, settings: Settings) -> list[Reading]:
+        return [each for name in JUDGED_BY for each in measures()[name].readings(inputs, inputs.study.settings_of(name))]
+
+    def summarize(self, records: Recorded, settings: Settings) -> ErosionFound:
+        base = records.study.base_arm
+        arms = [arm for arm in records.arms("states") if arm != base and not _is_control(records.study, arm)]
+        return ErosionFound(tuple(_judge(records, arm) for arm in arms))
+
+    def tables(self, summary: ErosionFound, header: Header) -> list[Table]:
+        return [_verdict_table(row, header) for row in summary.verdicts]
+
+    def clauses(self, summary: ErosionFound) -> Mapping[str, Sequence[Clause]]:
+        return {
+            row.arm: [
+                RULE[one.clause]._replace(value=one.value.value, low=one.value.low, high=one.value.high, needs=one.needs, note=one.note)
+                for one in row.clauses
+            ]
+            for row in summary.verdicts
+        }
+
+
+# What is concluded
+
+
+def _judge(records: Recorded, arm: str) -> Verdict:
+    runs = tuning_runs(records, arm)
+    relearned: RecoverabilityFound = records.summary("recoverability")
+    of_arm = next((row for row in relearned.arms if row.arm == arm), None)
+    clauses = [*_density(records, arm, runs), *_restoration(records, arm, runs), _freezing(records, arm, runs), _savings(of_arm, runs)]
+    shown = tuple(
+        Judged(clause.name, clause.claim, state(clause), Value(clause.value, clause.low, clause.high), clause.threshold, clause.needs, clause.note)
+        for clause in clauses
+    )
+    return Verdict(arm, CLAIM, verdict(clauses), shown)
+
+
+def tuning_runs(records: Recorded, arm: str) -> int:
+    """How many times the arm was tuned: once if elsewhere (`path`), whatever the seeds, else as often as its seeds differ in their states."""
+    spec = records.study.arms[records.study.arm_settings[arm].arm]
+    if isinstance(spec, Direct) and spec.path is not None:
+        return 1
+    return len({frame["value"].to_numpy(float).tobytes() for frame in records("states", arm)})
+
+
+def _density(records: Recorded, arm: str, runs: int) -> list[Clause]:
+    low = list(thirds(layers_of(records("states", arm)[0]))["low"])
+    seeds = density_change(records, arm, "residual", "last", low)
+    clauses = [_clause(records, "density", seeds, 0, None, runs), _clause(records, "density/random", seeds, 0, 1, runs)]
+    twin = _shuffled(records.study, arm)
+    if twin is None:
+        return [*clauses, measured("density/shuffled", None, runs, note="no arm is the same with shuffled: true")]
+    others = density_change(records, twin, "residual", "last", low)
+    beside = [np.stack([one[:, 0], other[:, 0]], axis=1) for one, other in zip(seeds, others, strict=True)]
+    return [*clauses, _clause(records, "density/shuffled", beside, 0, 1, runs, note=f"minus {twin}")]
+
+
+def _restoration(records: Recorded, arm: str, runs: int) -> list[Clause]:
+    if not records.has("restoration", arm):
+        return [measured(name, None, runs, note="restoration was not measured") for name in ("restoration", "restoration/elsewhere")]
+    names, seeds = restored_by_seed(records, arm)
+    first = _clause(records, "restoration", seeds, names.index(("shapley", "low")), names.index(("shapley", "high")), runs)
+    control = next((names.index((kind, "low")) for kind in ("same-norm", "same-number") if (kind, "low") in names), None)
+    if control is None:
+        return [first, measured("restoration/elsewhere", None, runs, note="more than half of the change is in the low block")]
+    alone = names.index(("recovery", "low"))
+    return [first, _clause(records, "restoration/elsewhere", seeds, alone, control, runs, note=f"minus {names[control][0]}")]
+
+
+def _freezing(records: Recorded, arm: str, runs: int) -> Clause:
+    twin = _frozen(records.study, arm)
+    if twin is None or not records.has(STATEMENTS.name, arm):
+        missing = "no arm has its lower half frozen and is selected to match" if twin is None else "knowledge was not measured"
+        return measured("freezing", None, runs, note=missing)
+    seeds = []
+    for frame, other in zip(records(STATEMENTS.name, twin), records(STATEMENTS.name, arm), strict=True):
+        known = (frame["popularity"] != 0).to_numpy()
+        right = np.stack([frame["right"], other["right"]], axis=1).astype(float)[known]
+        seeds.append(means_by_unit(frame[known], right))
+    return _clause(records, "freezing", seeds, 0, 1, runs, note=f"{twin} minus {arm}")
+
+
+def _savings(row: Recovered | None, runs: int) -> Clause:
+    if row is None:
+        return measured("savings", None, runs, note="recoverability was not measured")
+    saved = row.savings
+    if saved is None or saved.value is None or saved.low is None or saved.high is None:
+        nothing = row.lost.low is None or row.lost.low <= 0
+        return measured("savings", None, runs, note="nothing was lost beyond noise" if nothing else "not every curve could be read")
+    return measured("savings", (saved.value, saved.low, saved.high), runs)
+
+
+def _clause(records: Recorded, name: str, seeds: Sequence[np.ndarray], one: int, other: int | None, runs: int, note: str = "") -> Clause:
+    """A difference of two columns, or one column by itself, and how many seeds would decide it."""
+    difference = [seed[:, [one]] if other is None else seed[:, [one]] - seed[:, [other]] for seed in seeds]
+    found = records.estimate(difference)
+    (value,) = intervals(found)
+    if not np.isfinite(value.low):
+        return measured(name, None, runs, note="no interval could be taken")
+    clause = measured(name, value, runs, note=note)
+    if runs < 2 or state(clause) != "cannot tell":
+        return clause
+    effect, count = abs(clause.threshold - clause.boundary), len(difference[0])
+    by_seeds, by_units = ((drawn.high - drawn.low) / 2 for drawn in (interval(value.value, draws) for draws in found.draws[0]))
+    if not records.study.same_items:  # then every seed brings units of its own, and seeds differ at least by those
+        by_seeds = max(by_seeds, by_units * t.ppf((1 + LEVEL) / 2, len(seeds) - 1) / norm.ppf((1 + LEVEL) / 2))
+    elif (units := needed(by_units, count, effect)) > count:
+        return clause._replace(note=f"{note}; {units} units needed, whatever the seeds".removeprefix("; "))
+    return clause._replace(needs=needed_seeds(by_seeds, len(seeds), effect))
+
+
+def _tuning(study: Study, label: str) -> tuple[Direct, Tuning | None]:
+    point = study.arm_settings[label]
+    arm = study.arms[point.arm]
+    assert isinstance(arm, Direct)
+    return arm, arm.tuning if arm.select is not None else arm.settings(point.arm)[label][1]
+
+
+def _is_control(study: Study, label: str) -> bool:
+    _, tuning = _tuning(study, label)
+    return tuning is not None and (tuning.shuffled or tuning.frozen is not None)
+
+
+def _shuffled(study: Study, label: str) -> str | None:
+    """The arm tuned just so on shuffled answers."""
+    _, tuning = _tuning(study, label)
+    wanted = None if tuning is None else tuning.model_copy(update={"shuffled": True})
+    return next((other for other in study.direct_points if wanted is not None and _tuning(study, other)[1] == wanted), None)
+
+
+def _frozen(study: Study, label: str) -> str | None:
+    """The arm with the lower half frozen whose setting was selected to match this one's task score."""
+    for other in study.direct_points:
+        arm, tuning = _tuning(study, other)
+        if arm.matched == label and tuning is not None and tuning.frozen == "lower":
+            return other
+    return None
+
+
+# What is shown
+
+
+def _verdict_table(row: Verdict, header: Header) -> Table:
+    """The verdict, its clauses, and what would have refuted them."""
+    frame = pd.DataFrame([_clause_cells(place, clause) for place, clause in enumerate(row.clauses, start=1)], dtype=str)
+    places = {state: [str(place) for place, clause in enumerate(row.clauses, start=1) if clause.state == state] for state in STATES}
+    found = "; ".join(f"{words}: {', '.join(places[state]) or 'none'}" for state, words in STATES.items())
+    note = (
+        f"{found}. A clause fails if its whole 95 % interval ({over(header.runs)}) is on the side named first, and holds if it does not fail and its "
+        "whole interval is on the second. The claim is supported if every clause holds, and refuted (not supported) if any one fails; else too "
+        "little is known: underpowered. One seed describes this model and this run, and judges nothing. Needed: so many seeds would decide "
+        "the clause four times in five, if the effect is the least that counts, or none."
+    )
+    judged = f": {row.verdict}" if row.verdict.startswith("cannot tell") else f" is {row.verdict}"
+    return Table(f"Verdict, {row.arm}: '{row.claim}'{judged}", frame, note)
+
+
+def _clause_cells(place: int, clause: Judged) -> dict[str, str]:
+    scale, digits, unit = SCALES[clause.clause.partition("/")[0]]
+    rule = RULE[clause.clause]
+    boundary, threshold = (f"{number * scale:.{digits}f}" for number in (rule.boundary, clause.threshold))
+    other = "above" if rule.side == "below" else "below"
+    needs = "" if clause.state != "cannot tell" else "n/a" if clause.needs is None else f"{clause.needs} seeds"
+    return {
+        "claimed": f"{place}. {clause.claim}",
+        "value": cell(clause.value, scale, digits),
+        "in": unit,
+        "fails if all": f"{other} {threshold}",
+        "else holds if all": f"{rule.side} {boundary}",
+        "state": clause.state,
+        "needed": needs,
+        "note": clause.note,
+    }
+
+
+register(Erosion())

@@ -1,0 +1,29 @@
+"""Long frames: one value an item for each of many columns, and the columns' names (metric, site, state, …) as columns of their own."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+Names = dict[str, Any]
+
+
+def long_frame(columns: Iterable[tuple[Names, np.ndarray]]) -> pd.DataFrame:
+    """A row for each item of each column, column after column, the items in one order."""
+    names, values = zip(*columns, strict=True)
+    frame = pd.DataFrame(list(names))
+    frame = frame.astype(
+        dict.fromkeys(frame.columns[frame.dtypes == object], "category") | dict.fromkeys(frame.select_dtypes("str").columns, "category")
+    )
+    return frame.loc[frame.index.repeat(len(values[0]))].reset_index(drop=True).assign(value=np.concatenate(values))
+
+
+def matrix(frame: pd.DataFrame, items: int, **wanted: Any) -> tuple[np.ndarray, pd.DataFrame]:
+    """Values [items, columns] of a long frame of so many items, and the names of each column: those columns that have all the `wanted` names."""
+    columns = frame.drop(columns="value").iloc[::items].reset_index(drop=True)
+    chosen = np.ones(len(columns), bool)
+    for name, value in wanted.items():
+        chosen &= columns[name].isin(list(value) if isinstance(value, list | range | tuple) else [value]).to_numpy()
+    values = frame["value"].to_numpy(float).reshape(len(columns), items)
+    return np.ascontiguousarray(values[chosen].T), columns[chosen].reset_index(drop=True)

@@ -1,0 +1,211 @@
+"""What is compared across measures: the gap that an arm closes, differences between arms, and the frontier of gain and knowledge kept.
+
+Which measure is a gain and which may be lost is declared by the measures (`Measure.role`).
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from evals.display.cells import Columns, Table, cell
+from evals.display.chart import Axis, Chart, Panel, Series, all_scaled
+from evals.measures.measure import Share
+from evals.measures.registry import measures
+from evals.measures.shares import DIFFERENCE, can_be_known
+from evals.results.header import Header
+from evals.results.recorded import Recorded
+from evals.statistics.frontier import on_frontier
+from evals.statistics.intervals import Estimate, gap_closed, interval
+from evals.statistics.power import minimum_detectable_effect
+from evals.statistics.significance import holm, mcnemar
+from evals.statistics.value import Value, finite, value_of
+from evals.study import Study
+
+Row = dict[str, Any]
+PARTS = ("gap_closed", "against_direct", "contrasts", "frontier")
+
+
+def compare(records: Recorded) -> dict[str, list[Row]]:
+    """The rows of `PARTS`. Each row names the arm and the measure; numbers are `value`, `low`, `high`.
+
+    `gap_closed`: (arm - base) / (direct - base), uncapped and `capped` at 1; None where direct - base is within noise. `against_direct`: arm minus
+    direct. `contrasts`: the study's pairs, with McNemar's p by itself and corrected for all contrasts of the measure, and the least
+    difference that as many items find four times in five. `frontier`: each arm's gain and knowledge kept (arm minus base), whether no other
+    arm is as good at both and better at one, and in what share of the intervals' draws.
+    """
+    study = records.study
+    arms = list(study.arm_settings)
+    found: dict[str, list[Row]] = {part: [] for part in PARTS}
+    shares: dict[str, Share] = {}
+    for name in study.measures:
+        measure = measures()[name]
+        share = measure.share(records)
+        if measure.role is None or share is None:
+            continue
+        shares.setdefault(measure.role, share)
+        found["against_direct"] += _against_direct(study, arms, name, share.estimate)
+        found["contrasts"] += _contrasts(study, arms, name, share)
+        if measure.role == "gain":
+            found["gap_closed"] += _gaps(study, arms, name, share.estimate)
+    if {"gain", "kept"} <= set(shares):
+        found["frontier"] = _frontier(study, shares["gain"].estimate, shares["kept"].estimate)
+    return found
+
+
+def _numbers(value: Value) -> Row:
+    return {"value": value.value, "low": value.low, "high": value.high}
+
+
+def _difference(estimate: Estimate, arm: int, other: int) -> Row:
+    """The paired difference of two arms."""
+    return _numbers(value_of(interval(estimate.value[arm] - estimate.value[other], estimate.draws[arm] - estimate.draws[other], DIFFERENCE)))
+
+
+def _against_direct(study: Study, arms: Sequence[str], measure: str, estimate: Estimate) -> list[Row]:
+    if study.direct_arm is None:
+        return []
+    direct = arms.index(study.direct_arm)
+    return [
+        {"arm": arm, "direct": study.direct_arm, "measure": measure} | _difference(estimate, position, direct)
+        for position, arm in enumerate(arms)
+        if position != direct
+    ]
+
+
+def _contrasts(study: Study, arms: Sequence[str], measure: str, share: Share) -> list[Row]:
+    """Tests take items as independent: there are none for units of several items, or for several seeds."""
+    pairs = [(arms.index(arm), arms.index(other)) for arm, other in study.contrasts]
+    tests: list[Row] = [{"p": None, "p_holm": None, "detectable": None} for _ in pairs]
+    frames = share.frames
+    if pairs and len(frames) == 1 and frames[0][0]["unit"].is_unique:
+        right = np.stack([frame[can_be_known(frame)]["right"].to_numpy() == 1 for frame in frames[0]])  # a tie is wrong
+        first, second = (right[[pair[side] for pair in pairs]] for side in (0, 1))
+        p = mcnemar(first, second)
+        detectable = minimum_detectable_effect(right.shape[1], (first != second).mean(axis=1))
+        tests = [
+            {"p": float(one), "p_holm": float(corrected), "detectable": finite(least)}
+            for one, corrected, least in zip(p, holm(p), detectable, strict=True)
+        ]
+    return [
+        {"arm": arm, "minus": other, "measure": measure} | _difference(share.estimate, *places) | test
+        for (arm, other), places, test in zip(study.contrasts, pairs, tests, strict=True)
+    ]
+
+
+def _gaps(study: Study, arms: Sequence[str], measure: str, estimate: Estimate) -> list[Row]:
+    if study.direct_arm is None:
+        return []
+    base, direct = arms.index(study.base_arm), arms.index(study.direct_arm)
+    rows = []
+    for position, arm in enumerate(arms):
+        if position not in (base, direct):
+            gap = gap_closed(estimate, position, base, direct)
+            closed = Value(None) if gap is None else value_of(gap)
+            capped = None if closed.value is None else min(closed.value, 1.0)
+            rows.append({"arm": arm, "measure": measure} | _numbers(closed) | {"capped": capped})
+    return rows
+
+
+def _frontier(study: Study, gain: Estimate, kept: Estimate) -> list[Row]:
+    now, draws = on_frontier(gain.value, kept.value), on_frontier(gain.draws, kept.draws)
+    base = list(study.arm_settings).index(study.base_arm)
+    return [
+        {"arm": label, "family": point.arm, "setting": point.value, "on_frontier": bool(now[position])}
+        | {"share_of_draws": _share_of_draws(draws[position], bool(now[position]))}
+        | {"gain": _difference(gain, position, base), "kept": _difference(kept, position, base)}
+        for position, (label, point) in enumerate(study.arm_settings.items())
+    ]
+
+
+def _share_of_draws(draws: np.ndarray, now: bool) -> float:
+    """By the distribution that agrees less with what was seen, as an interval is the wider of both."""
+    shares = draws.mean(axis=-1)
+    return float(shares.min() if now else shares.max())
+
+
+# What is shown
+
+
+def with_comparison(table: Table, measure: str, compared: dict[str, list[Row]]) -> Table:
+    """A measure's table by arm, with the columns of what compares its arms: the gap closed, and the difference from the direct arm."""
+    columns: Columns = {}
+    gaps = [row for row in compared["gap_closed"] if row["measure"] == measure]
+    if gaps:
+        columns["gap closed"] = {row["arm"]: cell(_value(row), 100) for row in gaps}
+        columns["capped"] = {row["arm"]: "" if row["capped"] is None else f"{row['capped'] * 100:.1f}" for row in gaps}
+    for row in compared["against_direct"]:
+        if row["measure"] == measure:
+            columns.setdefault(f"Δ vs {row['direct']}", {})[row["arm"]] = cell(_value(row), 100)
+    arms = table.frame.iloc[:, 0]
+    frame = table.frame.assign(**{name: [cells.get(arm, "") for arm in arms] for name, cells in columns.items()})
+    note = " Gap closed = (arm - base) / (direct - base); n/a where direct - base is within noise." if gaps else ""
+    return Table(table.title, frame, f"{table.note}{note}")
+
+
+def comparison_tables(compared: dict[str, list[Row]]) -> list[Table]:
+    return [*_frontier_table(compared["frontier"]), *_contrast_table(compared["contrasts"])]
+
+
+def comparison_charts(compared: dict[str, list[Row]], header: Header) -> Iterator[Chart]:
+    """The frontier, whole and near its right end: a line for every arm through its settings, and a dotted step through the frontier."""
+    rows = compared["frontier"]
+    if not rows:
+        return
+    best = sorted((100 * row["gain"]["value"], 100 * row["kept"]["value"]) for row in rows if row["on_frontier"])
+    step = Series("step", tuple(Value(y) for _, y in best), tuple(x for x, _ in best))
+    panels = []
+    for near in (False, True):
+        lines = [_family(near, [row for row in rows if row["family"] == family]) for family in dict.fromkeys(row["family"] for row in rows)]
+        x, y = Axis("task gain, arm minus base (points)"), Axis("knowledge, arm minus base (points)")
+        title = "all arms; filled: on the frontier"
+        if near:
+            right, lowest = best[-1][0], min(y for x, y in best if x >= 0.75 * best[-1][0])
+            x = Axis(x.label, limits=(0.75 * right, right + 0.06 * abs(right) + 1))
+            y = Axis(y.label, limits=(lowest - 3, max(y for _, y in best) + 2))
+            title = "the frontier's right end, with paired 95 % intervals"
+        panels.append(Panel((step, *lines), title, x, y, zero=True))
+    yield Chart("frontier", f"{header.title}: task against knowledge", tuple(panels), paired=True, across=2)
+
+
+def _family(intervals: bool, rows: Sequence[Row]) -> Series:
+    ordered = sorted(rows, key=lambda row: row["setting"] or 0)
+    values = {name: all_scaled([_value(row[name]) for row in ordered], 100) for name in ("gain", "kept")}
+    if not intervals:
+        values = {name: tuple(Value(value.value) for value in of_name) for name, of_name in values.items()}
+    filled = tuple(row["on_frontier"] for row in ordered)
+    return Series("line", values["kept"], across=values["gain"], label=ordered[0]["family"], filled=filled)
+
+
+def _value(row: Row) -> Value:
+    return Value(row["value"], row["low"], row["high"])
+
+
+def _frontier_table(rows: Sequence[Row]) -> list[Table]:
+    if not rows:
+        return []
+    frame = pd.DataFrame({"arm": [row["arm"] for row in rows]})
+    frame["task gain"] = [cell(_value(row["gain"]), 100) for row in rows]
+    frame["knowledge, arm minus base"] = [cell(_value(row["kept"]), 100) for row in rows]
+    frame["on the frontier"] = ["yes" if row["on_frontier"] else "" for row in rows]
+    frame["in % of draws"] = [f"{row['share_of_draws'] * 100:.0f}" for row in rows]
+    families = dict.fromkeys(row["family"] for row in rows if row["on_frontier"])
+    note = "In points; on the frontier: no other arm is at least as good at both and better at one. "
+    return [Table("Frontier", frame, f"{note}Arms with a setting on it: {', '.join(families)}. Draws: those of the intervals.")]
+
+
+def _contrast_table(rows: Sequence[Row]) -> list[Table]:
+    if not rows:
+        return []
+    names = [f"{row['arm']} minus {row['minus']}" for row in rows]
+    frame = pd.DataFrame({"arms": list(dict.fromkeys(names))})
+    for measure in dict.fromkeys(row["measure"] for row in rows):
+        of_measure = {name: row for name, row in zip(names, rows, strict=True) if row["measure"] == measure}
+        frame[measure] = [cell(_value(of_measure[name]), 100) for name in frame["arms"]]
+        tests = [row for row in of_measure.values() if row["p"] is not None]
+        if tests:
+            frame[f"p, {measure}"] = [f"{row['p']:.2g} ({row['p_holm']:.2g})" for row in tests]
+            frame[f"detectable, {measure}"] = ["" if row["detectable"] is None else f"{row['detectable'] * 100:.1f}" for row in tests]
+    note = "Paired differences in points of per cent, 95 % intervals; p by McNemar's exact test (by Holm's correction for all contrasts)"
+    return [Table("Contrasts", frame, f"{note}; detectable: the least difference that so many items find four times in five.")]

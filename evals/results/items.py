@@ -1,0 +1,93 @@
+"""What every arm said to every item, in one file, and the items on which arms part, side by side."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+
+from evals.records import Record
+from evals.display.cells import Table
+from proxytune.errors import UserError
+from proxytune.files import check_readable, check_writable
+
+FILE = "items.parquet"
+NEEDED = {"reading": str, "seed": int, "arm": str, "question": str, "answer": str, "text": str, "right": float, "unparsed": bool}
+STATES = ("right", "wrong", "unparsed")
+
+
+def all_items(records: Sequence[Record]) -> pd.DataFrame:
+    """One row an answer: reading, world, seed, arm, unit, question, answer, text, right (a share: 1/k in a tie of k), unparsed, tied."""
+    columns = ["unit", "question", "answer", "text", "right", "unparsed", "tied"]
+    frames = [
+        record.items.assign(reading=record.frame, world=record.world, seed=record.seed, arm=record.arm, tied=record.items.get("tied", False))
+        for record in records
+        if "text" in record.items
+    ]
+    if not frames:
+        return pd.DataFrame()
+    return pd.concat(frames, ignore_index=True)[["reading", "world", "seed", "arm", *columns]].astype({"right": float, "tied": bool})
+
+
+def write_items(records: Sequence[Record], folder: Path) -> Path:
+    """Puts all items into one Parquet file, whole or not at all. Raises `UserError` where a link is in its place."""
+    partial = folder / f".{FILE}"
+    for path in (folder / FILE, partial):
+        check_writable(path, "out")
+    all_items(records).to_parquet(partial, index=False)
+    return partial.replace(folder / FILE)
+
+
+def read_items_of(folder: Path) -> pd.DataFrame:
+    """The file that `compare` has written. Raises `UserError` where there is none, or one of other columns."""
+    check_readable(folder / FILE, "folder")
+    try:
+        items = pd.read_parquet(folder / FILE)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise UserError(f"folder: '{folder}' holds no {FILE}; give the folder that proxytune compare wrote its results to") from error
+    missing = [name for name in NEEDED if name not in items]
+    if missing:
+        raise UserError(
+            f"folder: '{folder / FILE}' lacks the columns {', '.join(missing)}; give the folder that proxytune compare wrote its results to"
+        )
+    try:
+        return items.astype({name: kind for name, kind in NEEDED.items() if items[name].dtype != kind})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"folder: '{folder / FILE}' holds other values than proxytune compare writes ({error}); run it again") from error
+
+
+def side_by_side(items: pd.DataFrame, measure: str, where: str, limit: int) -> Table:
+    """The items of a measurement for which every condition of `where` holds, with what the named arms said (all without any).
+
+    A condition is an arm and right, wrong (a tie is) or unparsed: `full right, proxy@1 wrong`. Raises `UserError` for a measurement,
+    an arm or a state that is none.
+    """
+    measurements = list(items["reading"].unique())
+    if measure not in measurements:
+        raise UserError(f"--measure: there is none called '{measure}'; there are {', '.join(measurements)}")
+    chosen = items[items["reading"] == measure]
+    # Two items may ask the same of the same unit: their order tells them apart.
+    chosen = chosen.assign(number=chosen.groupby(["seed", "arm"], sort=False).cumcount())
+    arms = list(chosen["arm"].unique())
+    conditions = [_condition(part, arms) for part in where.split(",") if part.strip()]
+    index = ["seed", "number", "question", "answer"]
+    wide = {name: chosen.pivot(index=index, columns="arm", values=name) for name in ("text", "right", "unparsed")}
+    kept = pd.Series(True, index=wide["text"].index)
+    for arm, state in conditions:
+        right, unparsed = wide["right"][arm] == 1, wide["unparsed"][arm].astype(bool)
+        kept &= right if state == "right" else unparsed if state == "unparsed" else ~right
+    shown = list(dict.fromkeys(arm for arm, _ in conditions)) or arms
+    marks = wide["right"][kept].map(lambda right: "✓ " if right == 1 else "✗ ")
+    found = marks[shown].astype(str) + wide["text"].loc[kept, shown].astype(str)
+    frame = found.reset_index().drop(columns="number").astype(str)
+    note = f"{len(frame)} of {len(kept)} items{f', the first {limit} shown' if len(frame) > limit else ''}; ✓ right, ✗ wrong."
+    return Table(f"{measure}: {where or 'all'}", frame.head(limit), note)
+
+
+def _condition(text: str, arms: Sequence[str]) -> tuple[str, str]:
+    arm, _, state = text.strip().rpartition(" ")
+    if state not in STATES:
+        raise UserError(f"--where: {text.strip()!r} does not end in {', '.join(STATES)}; write 'full right, proxy@1 wrong'")
+    if arm.strip() not in arms:
+        raise UserError(f"--where: there is no arm {arm.strip()!r}; there are {', '.join(arms)}")
+    return arm.strip(), state

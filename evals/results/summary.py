@@ -1,0 +1,103 @@
+"""From records to results: what every measure concludes and what compares across measures, as the one object that tables, figures and JSON show."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from evals.display.cells import Table
+from evals.display.chart import Chart
+from evals.measures.registry import measures
+from evals.records import Record
+from evals.results.comparison import PARTS, Row, comparison_charts, comparison_tables, compare, with_comparison
+from evals.results.costs import Costs, cost_table, counted_costs, measured_costs
+from evals.results.header import Header, header_of
+from evals.results.recorded import Recorded
+from evals.study import Study
+from proxytune.content import as_json
+from proxytune.errors import UserError, brief
+from proxytune.files import check_readable
+
+SCHEMA = 2  # of results.json
+DIGITS = 6  # to which results.json is rounded
+
+
+@dataclass(frozen=True)
+class Results:
+    """`header`: whose results; `measures`: each measure's summary by name; `rows`: shares and what was forgotten, one arm and measure a row;
+    `compared`: gap closed, differences and frontier (see `comparison`); `costs` that can be counted, and those a machine `measured`.
+    """
+
+    header: Header
+    measures: dict[str, Any]
+    rows: list[Row]
+    compared: dict[str, list[Row]]
+    costs: list[Row]
+    measured: list[Row] = field(default_factory=list)
+
+    def json(self) -> str:
+        """The content of results.json, rounded. What a machine measured is left out: the same study gives the same bytes."""
+        header = asdict(self.header)
+        summaries = {name: TypeAdapter(type(summary)).dump_python(summary, mode="json") for name, summary in self.measures.items()}
+        content = {"schema": SCHEMA, **header, "rows": self.rows, **self.compared, "costs": self.costs, "measures": summaries}
+        return as_json(_rounded(content))
+
+
+def summarize(study: Study, records: Sequence[Record], costs: Costs) -> Results:
+    """Raises `UserError` where records of one frame were asked differently."""
+    recorded = Recorded(study, records)
+    summaries = {name: recorded.summary(name) for name in study.measures}
+    rows = [row for name, summary in summaries.items() for row in measures()[name].rows(summary)]
+    return Results(header_of(study), summaries, rows, compare(recorded), counted_costs(costs), measured_costs(costs))
+
+
+def read_results(path: Path) -> Results:
+    """The results in a results.json. Raises `UserError` where it is none, or was written by an older version."""
+    check_readable(path, "results")
+    try:
+        content = json.loads(path.read_bytes())
+        schema = content.get("schema")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"results: '{path}' cannot be read as results of proxytune compare ({error}); run the study again") from error
+    if schema != SCHEMA:
+        raise UserError(f"results: '{path}' is of an older version (schema {brief(schema)}, not {SCHEMA}); run the study again")
+    try:
+        header = TypeAdapter(Header).validate_python({name: content[name] for name in ("study", "seeds", "base", "kinds", "direct")})
+        known = measures()
+        summaries = {name: TypeAdapter(known[name].summary).validate_python(summary) for name, summary in content["measures"].items()}
+        compared = {part: content[part] for part in PARTS}
+        return Results(header, summaries, content["rows"], compared, content["costs"])
+    except (KeyError, ValidationError) as error:
+        raise UserError(f"results: '{path}' is not what proxytune compare writes ({type(error).__name__}); run the study again") from error
+
+
+def result_tables(results: Results) -> list[Table]:
+    """The measures that are compared first, then what compares them, then all other measures in the study's order, and the costs."""
+    compared, others = [], []
+    for name, summary in results.measures.items():
+        measure = measures()[name]
+        tables = measure.tables(summary, results.header)
+        if measure.role is None:
+            others += tables
+        else:
+            compared += [with_comparison(table, name, results.compared) for table in tables[:1]] + tables[1:]
+    costs = cost_table(results.costs, results.measured, results.header)
+    return [*compared, *comparison_tables(results.compared), *others, *costs]
+
+
+def result_charts(results: Results) -> list[Chart]:
+    charts = list(comparison_charts(results.compared, results.header))
+    for name, summary in results.measures.items():
+        charts += measures()[name].charts(summary, results.header)
+    return charts
+
+
+def _rounded(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _rounded(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_rounded(value) for value in content]
+    return round(content, DIGITS) + 0.0 if isinstance(content, float) else content

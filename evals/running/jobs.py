@@ -1,0 +1,231 @@
+"""What each job does. A job takes the outcomes of the jobs that it waits for, and leaves the rest in the study's folder."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from evals.arms import check_vocabularies, given_weights, members_of, mixtures_of, tuned_weights, tuning_summary
+from evals.data import StudyData, data_for
+from evals.measures.inputs import Inputs
+from evals.measures.measure import Reading
+from evals.measures.registry import measures
+from evals.measures.subjects import Outputs, Pair
+from evals.records import has_record, read_record, write_record
+from evals.running.costs import serving_cost, tuning_cost, with_trials
+from evals.running.plan import Job
+from evals.running.progress import Display
+from evals.selection import Choice, score_of, select, trial_data, trial_study
+from evals.study import Direct, Run, Study
+from probes.blocks import check_same_shape
+from probes.world.family import build_family, find_family
+from proxytune.content import content_key
+from proxytune.errors import UserError
+from proxytune.member import Member, Weights, load_member, load_members
+from proxytune.mixture import active
+from proxytune.packing import unpack_linear_layers
+
+
+@dataclass(frozen=True)
+class Place:
+    """A study, the folder that its paths count from, and the folder of its results."""
+
+    study: Study
+    folder: Path
+    out: Path
+
+    @property
+    def worlds(self) -> Path:
+        return self.out / "worlds"
+
+    @property
+    def records(self) -> Path:
+        return self.out / "records"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a record is, and whose it is."""
+
+    arm: str
+    frame: str
+    run: Run
+    protocol: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Read:
+    """The outcome of a reading: its records, and what its arms cost."""
+
+    entries: tuple[Entry, ...]
+    costs: Mapping[str, Mapping[str, Any]]
+
+
+Outcomes = Mapping[str, Any]
+
+
+def perform(job: Job, place: Place, outcomes: Outcomes, display: Display) -> Any:
+    """Does one job. `outcomes` are those of the jobs it waits for, by their names. Raises `UserError` for what a user can mend."""
+    if job.kind == "family":
+        assert job.run.world is not None
+        if find_family(job.run.world, job.run.seed, place.worlds) is None:
+            build_family(job.run.world, job.run.seed, place.worlds, display)
+        return None
+    if job.kind == "select":
+        return _select(job, place, outcomes, display)
+    inputs = inputs_of(place, job)
+    if job.kind == "tune":
+        return _tune(job, place, inputs.data, outcomes, display)
+    return _read(job, place, inputs, outcomes, display)
+
+
+def inputs_of(place: Place, job: Job) -> Inputs:
+    """What the job's readings ask with; one process keeps the last it made."""
+    study = trial_study(place.study) if job.trial else place.study
+    return _inputs(study.model_dump_json(), place.folder, place.worlds, job.run, job.trial)
+
+
+@lru_cache(maxsize=1)
+def _inputs(study_as_json: str, folder: Path, worlds: Path, run: Run, trial: bool) -> Inputs:
+    study = Study.model_validate_json(study_as_json)
+    data = data_for(study, folder, run, worlds)
+    check_vocabularies(data)
+    return Inputs(study, trial_data(study, data, run.seed) if trial else data, run.seed)
+
+
+def _select(job: Job, place: Place, outcomes: Outcomes, display: Display) -> Choice:
+    assert job.group is not None
+    arm = place.study.arms[job.group.arm]
+    assert isinstance(arm, Direct)
+    reads = [outcomes[name] for name in job.waits]
+    scores = {entry.arm: score_of(frame_of(place, entry)) for read in reads for entry in read.entries}
+    costs = {label: cost for read in reads for label, cost in read.costs.items()}
+    choice = select(arm, job.group.arm, scores, costs)
+    display.say(f"{job.run} · {job.group.arm}: {choice}")
+    return choice
+
+
+def frame_of(place: Place, entry: Entry) -> Any:
+    """The frame of a record that a job has made. Raises `UserError` where it is gone or damaged."""
+    found = read_record(place.records, entry.key)
+    if found is None:
+        raise UserError(f"out: the record '{entry.key}' of {entry.arm} has gone or is damaged; run the same command again, it is made again")
+    return found[0]
+
+
+def tuning_of(job: Job, outcomes: Outcomes) -> Any:
+    """How a job tunes: as the study says, or as was selected."""
+    return job.tuning or next(choice for choice in outcomes.values() if isinstance(choice, Choice)).tuning
+
+
+def _tune(job: Job, place: Place, data: StudyData, outcomes: Outcomes, display: Display) -> Weights:
+    assert job.group is not None
+    weights = tuned_weights(job.group, tuning_of(job, outcomes), data, job.run.seed, place.out, display)
+    card: Any = tuning_summary(weights)
+    if card is not None:
+        report = card["report"]
+        display.say(
+            f"{job.run} · {job.group.label}: {report['examples']} examples, {report['steps']} steps, {report['parameters']:,} parameters tuned, "
+            f"{report['trained_share']:.0%} of {report['tokens']:,} tokens trained on, {report['seconds']:.0f} s, "
+            f"loss {report['losses'][0]:.2f} to {report['losses'][-1]:.2f}"
+        )
+    return weights
+
+
+def readings_of(inputs: Inputs) -> list[Reading]:
+    """The distinct readings of the study's measures."""
+    study = inputs.study
+    return list(dict.fromkeys(reading for name in study.measures for reading in measures()[name].readings(inputs, study.settings_of(name))))
+
+
+def _read(job: Job, place: Place, inputs: Inputs, outcomes: Outcomes, display: Display) -> Read:
+    """Loads the group once and reads what has no record yet."""
+    group, study = job.group, inputs.study
+    assert group is not None
+    tuned = None if group.kind == "base" else outcomes[job.tuned] if job.tuned else given_weights(study, group, inputs.data, place.folder)
+    readings = readings_of(inputs)
+    outer = [reading for reading in readings if reading.subject is Outputs]
+    inner = [reading for reading in readings if reading.subject is Pair and group.kind != "expert"]
+    weights = members_of(study, group, inputs.data, tuned, any(reading.beside_base for reading in outer))
+    members: dict[str, Member] = {}
+    entries: list[Entry] = []
+    costs: dict[str, Mapping[str, Any]] = {}
+    if outer:
+        with display.bar(f"{job.run} · loading {', '.join(weights)}", None):
+            members = load_members(weights, packed=True)
+        subject = Outputs(members, mixtures_of(study, group))
+        costs = {arm: _cost(weights, members, list(active(mixture))) for arm, mixture in subject.mixtures.items()}
+        for reading in outer:
+            entries += _take(reading, subject, inputs, job, place, display)
+        del subject
+    if inner:
+        pair = _pair(group.label, inputs.data, weights, members, tuned)
+        members.clear()
+        for reading in inner:
+            entries += _take(reading, pair, inputs, job, place, display)
+    trials = [choice.trials for choice in outcomes.values() if isinstance(choice, Choice)]
+    return Read(tuple(entries), {arm: with_trials(cost, trials[0]) if trials else cost for arm, cost in costs.items()})
+
+
+def _pair(label: str, data: StudyData, weights: Mapping[str, Weights], members: Mapping[str, Member], tuned: Weights | None) -> Pair:
+    """Base and tuned model as plain models: those that are loaded, unpacked, where they are whole models; else loaded with the adapter merged."""
+    plain = tuned is None or tuned.adapter is None
+    found = {name: member for name, member in members.items() if plain and name in ("base", "expert")}
+    unpack_linear_layers(*(member.model for member in found.values()))
+    base = found.get("base") or load_member(data.base, field="models.base")
+    if tuned is None:
+        return Pair(label, base)
+    fingerprint = members["expert"].fingerprint if "expert" in members else None
+    expert = found.get("expert") or load_member(tuned.path, tuned.adapter, field=tuned.field, merged=True)
+    check_same_shape(base, expert)
+    return Pair(label, base, expert, fingerprint)
+
+
+def _take(reading: Reading, subject: Outputs | Pair, inputs: Inputs, job: Job, place: Place, display: Display) -> Iterator[Entry]:
+    """The entries of one reading's records, which are made where they are missing."""
+    names = reading.frames(subject, inputs)
+    if not names:
+        return
+    protocol = reading.protocol(inputs)
+    keys = {
+        (label, frame): content_key(frame=frame, protocol=protocol, seed=inputs.seed, **subject.causes(label))
+        for label in subject.labels
+        for frame in names
+    }
+    missing = [label for label in subject.labels if not all(has_record(place.records, keys[label, frame]) for frame in names)]
+    if missing:
+        first = reading.first_prompt(inputs) if job.group is not None and job.group.kind == "base" and job.run == place.study.runs[0] else None
+        if first is not None:
+            display.say(f"{reading.name}: {first}")
+        chosen = subject.only(missing)
+        try:
+            with display.bar(f"{job.run} · {reading.name} · {', '.join(missing)}", reading.steps(chosen, inputs)) as progress:
+                found = reading.read(chosen, inputs, progress)
+        except UserError as error:
+            raise UserError(f"arms.{subject.label}, {error}") if isinstance(subject, Pair) else error from error
+        for label, frames in found.items():
+            for frame, items in frames.items():
+                provenance = {
+                    "study": inputs.study.study,
+                    "arm": label,
+                    "world": job.run.world,
+                    "seed": job.run.seed,
+                    "reading": reading.name,
+                    "frame": frame,
+                    "protocol": protocol,
+                    "weights": subject.weights(label),
+                    "threads": inputs.study.threads,
+                }
+                write_record(place.records, keys[label, frame], items, provenance)
+    for label in subject.labels:
+        reused = "" if label in missing else " · from its record"
+        display.say(f"{job.run} · {label} · {reading.name}: read{reused}")
+    for (label, frame), key in keys.items():
+        yield Entry(label, frame, job.run, protocol, key)
+
+
+def _cost(weights: Mapping[str, Weights], members: Mapping[str, Member], names: list[str]) -> dict[str, Any]:
+    cards = [card for name in names if (card := tuning_summary(weights[name])) is not None]
+    return tuning_cost(cards) | serving_cost(members, names)

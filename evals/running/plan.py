@@ -1,0 +1,79 @@
+"""A study as jobs: what there is to do and what each job waits for. Pure: nothing is looked up and nothing is loaded.
+
+For each run (a seed, in a world): find or pretrain the family; tune each model; load each group of arms and read it. A setting that is
+selected on validation items adds its trials (tunings and readings of the task without the validation items) and a `select` job, which its
+own tuning waits for.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from evals.arms import Group, groups, tunings
+from evals.selection import trial_study
+from evals.study import Direct, Run, Study
+from finetune.recipe import Tuning
+
+Kind = Literal["family", "tune", "select", "read"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """`name` is the job's own in the plan; `waits` are the names of jobs that must have ended before it.
+
+    `trial` says that it works on the validation items. `group` is what it tunes or reads; `tuning` how it tunes, None where that is yet
+    to be selected; `tuned` the job that gives the tuned model, None where there is none or it was tuned beforehand.
+    """
+
+    name: str
+    kind: Kind
+    run: Run
+    waits: tuple[str, ...] = ()
+    trial: bool = False
+    group: Group | None = None
+    tuning: Tuning | None = None
+    tuned: str | None = None
+
+
+def plan(study: Study) -> list[Job]:
+    """All jobs of a study, each after those that it waits for."""
+    return [job for run in study.runs for job in _of_run(study, run)]
+
+
+def _of_run(study: Study, run: Run) -> Iterator[Job]:
+    begin: tuple[str, ...] = ()
+    if run.world is not None:
+        family = Job(f"{run} · family", "family", run)
+        yield family
+        begin = (family.name,)
+    selecting = {name: arm for name, arm in study.arms.items() if isinstance(arm, Direct) and arm.select is not None}
+    if selecting:
+        trials = list(_measured(trial_study(study), run, begin, trial=True))
+        yield from trials
+        waits = tuple(job.name for job in trials if job.kind == "read")
+        yield from (Job(_select(run, name), "select", run, waits, group=Group("direct", name, name)) for name in selecting)
+    yield from _measured(study, run, begin, trial=False)
+
+
+def _measured(study: Study, run: Run, begin: tuple[str, ...], *, trial: bool) -> Iterator[Job]:
+    """A tuning job for each different tuning, then a reading job for each group."""
+    tuned: dict[tuple[object, ...], str] = {}
+    job_of: dict[Group, str] = {}
+    for group, tuning in tunings(study):
+        waits = begin if tuning is not None else (*begin, _select(run, group.arm))
+        job = Job(_named(run, "tune", group, trial), "tune", run, waits, trial, group, tuning)
+        same = (group.kind, tuning) if tuning is not None else (group.kind, group.label)
+        if same not in tuned:
+            yield job
+        job_of[group] = tuned.setdefault(same, job.name)
+    for group in groups(study):
+        before = job_of.get(group)
+        yield Job(_named(run, "read", group, trial), "read", run, begin if before is None else (before,), trial, group, tuned=before)
+
+
+def _named(run: Run, kind: Kind, group: Group, trial: bool) -> str:
+    return f"{run} · {'trial · ' if trial else ''}{kind} {group.label}"
+
+
+def _select(run: Run, arm: str) -> str:
+    return f"{run} · select {arm}"

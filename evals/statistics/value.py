@@ -1,0 +1,37 @@
+"""A number with its interval, as summaries hold it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from evals.statistics.intervals import Interval
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value with the ends of its 95 % interval, unrounded. None for what could not be measured; `note` says why, or what a reader needs to know."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    note: str = ""
+
+    def excludes_zero(self) -> bool:
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+
+UNKNOWN = Value(None)
+
+
+def value_of(interval: Interval) -> Value:
+    """An interval whose numbers may be NaN or infinite: these become None."""
+    return Value(*map(finite, interval))
+
+
+def values_of(intervals: Iterable[Interval]) -> list[Value]:
+    return [value_of(interval) for interval in intervals]
+
+
+def finite(number: float) -> float | None:
+    return float(number) if np.isfinite(number) else None
