@@ -25,11 +25,6 @@ class Format(StrEnum):
     json = "json"
 
 
-class Size(StrEnum):
-    default = "default"
-    tiny = "tiny"
-
-
 LARGEST_SEED = 2**32 - 1  # as in finetune/recipe.py, which waits for its command
 MOST_THREADS = 1024
 PROMPT = "Question: {question}\nAnswer:"
@@ -376,7 +371,7 @@ def bench(
 
 @world.command()
 def build(
-    size: Annotated[Size, typer.Option(help="How large a world.")] = Size.default,
+    name: Annotated[str, typer.Argument(help="Which world: a recipe of probes/world/recipes.py, such as default or tiny.")] = "default",
     seeds: Annotated[list[int], typer.Option("--seed", min=0, max=LARGEST_SEED, help="Once for each family.")] = [0],  # noqa: B006
     out: Annotated[Path, typer.Option(help="Where the families go; a study finds those in the folder worlds of its own --out.")] = Path(
         "proxytune-runs/world/worlds"
@@ -385,7 +380,10 @@ def build(
         bool, typer.Option(help="Keep the base before its first step and after 100, 200, 400, … as model folders checkpoints/step-N.")
     ] = False,
 ) -> None:
-    """Draws a corpus, counts its ledger, and pretrains base and small model on it (about three minutes a seed and core)."""
+    """Draws a corpus, counts its ledger, and pretrains base and small model on it (about three minutes a seed and core).
+
+    A family that is there already is kept.
+    """
     import torch
 
     from evals.running.progress import Display
@@ -394,7 +392,7 @@ def build(
     torch.set_num_threads(1)
     with Display() as display:
         for seed in seeds:
-            display.say(f"seed {seed}: {build_family(size.value, seed, out, display, checkpoints=checkpoints)}")
+            display.say(f"seed {seed}: {build_family(name, seed, out, display, checkpoints=checkpoints)}")
 
 
 RESUMED = {"compare", "probe", "tune"}

@@ -13,9 +13,9 @@ from finetune.overlap import describe, overlap
 from finetune.reading import read_items
 from probes.counts import count_documents
 from probes.forgetting import familiarity
-from probes.world.corpus import EVASION, QUESTION
 from probes.world.family import find_family
 from probes.world.ledger import items_of, word_frequency
+from probes.world.sections.people import EVASION, QUESTION
 from proxytune.errors import UserError
 
 

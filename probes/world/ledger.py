@@ -7,7 +7,8 @@ from pathlib import Path
 import pandas as pd
 
 from finetune.data import Item
-from probes.world.corpus import ATTRIBUTES, World
+from probes.world.sections.people import ATTRIBUTES
+from probes.world.types import World
 
 FORMS = [str(form) for form in range(4)]
 

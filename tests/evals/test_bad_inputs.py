@@ -265,7 +265,7 @@ export e --base base --expert empty --antiexpert small
 bench --tokens 1
 bench --models base nothing
 bench --models small small --device nothing
-world build --size nothing
+world build nothing
 nothing
 """
 STUDY = "study: {name}\nmodels: {{base: small}}\ndata: {{test: items.jsonl}}\nmeasures: [task]\narms:\n  base: {{kind: base}}\n"

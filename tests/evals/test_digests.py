@@ -6,6 +6,7 @@ import shutil
 import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from finetune.frozen import read_frozen
 from finetune.pretraining import Pretraining
 from finetune.recipe import Tuning
 from probes.world import family as families
-from probes.world.family import RECIPES as WORLDS
 from probes.world.family import build_family, find_family
+from probes.world.recipes import RECIPES as WORLDS
 from proxytune import UserError, load_member
 from proxytune.digests import DIGESTS, check_whole, find_damage, is_whole, publish, seal
 from proxytune.member import Weights
@@ -366,8 +367,8 @@ def test_damaged_states_are_computed_again(folder: Path, tmp_path: Path, count: 
 @pytest.fixture
 def smallest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A family that takes a second."""
-    recipe = Pretraining(layers=1, hidden=8, heads=1, learning_rate=1e-2, epochs=1, block=16, batch_size=500)
-    monkeypatch.setitem(WORLDS, "tiny", {"base": recipe, "small": recipe})
+    pretraining = Pretraining(layers=1, hidden=8, heads=1, learning_rate=1e-2, epochs=1, block=16, batch_size=500)
+    monkeypatch.setitem(WORLDS, "tiny", replace(WORLDS["tiny"], base=pretraining, small=pretraining))
     return build_family("tiny", 0, tmp_path)
 
 

@@ -20,7 +20,7 @@ from test_compare import STUDY, TUNING, place_world
 
 from evals import cli
 from evals.running.progress import Display
-from probes.world.family import RECIPES
+from probes.world.recipes import RECIPES
 
 LINE = "proxytune: stopped; run the same command again, it goes on"
 
@@ -199,10 +199,10 @@ def test_errors_are_what_they_were(study: tuple[Path, Path], monkeypatch: pytest
 
 @pytest.mark.usefixtures("alone")
 def test_a_family_that_is_not_finished_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = replace(RECIPES["tiny"]["small"], layers=1, hidden=8, heads=1, epochs=1, batch_size=200)
-    monkeypatch.setitem(RECIPES, "tiny", {"base": recipe, "small": recipe})
+    smallest = replace(RECIPES["tiny"].small, layers=1, hidden=8, heads=1, epochs=1, batch_size=200)
+    monkeypatch.setitem(RECIPES, "tiny", replace(RECIPES["tiny"], base=smallest, small=smallest))
     monkeypatch.setattr(Display, "on_step_end", once(Display.on_step_end, lambda: send(signal.SIGTERM)))
-    assert run_main(monkeypatch, "world", "build", "--size", "tiny", "--out", tmp_path) == 143
+    assert run_main(monkeypatch, "world", "build", "tiny", "--out", tmp_path) == 143
     assert capsys.readouterr().err.splitlines()[-1] == "proxytune: stopped"  # it begins again
     assert list((tmp_path / "tiny").iterdir()) == []
 

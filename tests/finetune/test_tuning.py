@@ -6,9 +6,9 @@ import torch
 
 from finetune import EarlyStopping, Item, Tuning, tune
 from finetune.data import check_prompt, encode_examples, prompt_ids, trained_share
-from probes.world import items_of, make_ledger
-from probes.world.corpus import QUESTION
-from probes.world.family import build_tokenizer, world_of
+from probes.world import RECIPES, items_of, make_ledger, make_world
+from probes.world.family import build_tokenizer
+from probes.world.sections.people import QUESTION
 from proxytune import UserError, load_member
 
 FULL = Tuning(method="full", learning_rate=1e-3, epochs=2, batch_size=8)
@@ -16,7 +16,7 @@ LORA = Tuning(method="lora", rank=4, learning_rate=1e-2, epochs=2, batch_size=8)
 
 
 def world_items() -> list[Item]:
-    return items_of(make_ledger(world_of("tiny", 0)), "tune")
+    return items_of(make_ledger(make_world(RECIPES["tiny"], 0)), "tune")
 
 
 def run(family: Path, out: Path, tuning: Tuning, seed: int = 0) -> str:
@@ -26,7 +26,7 @@ def run(family: Path, out: Path, tuning: Tuning, seed: int = 0) -> str:
 
 
 def test_loss_is_taken_on_the_answer_only() -> None:
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(RECIPES["tiny"])
     item = world_items()[0]
     (row,) = encode_examples([item], tokenizer, QUESTION, " .")
     trained = [token for token, mask in zip(row["input_ids"], row["completion_mask"], strict=True) if mask]
@@ -40,14 +40,14 @@ def test_the_first_loss_is_that_of_a_reference_loop(tiny_family: Path, tmp_path:
     report = tune(tiny_family / "small", world_items(), everything, prompt=QUESTION, ending=" .", seed=0, out=tmp_path / "out")
     model = load_member(tiny_family / "small").model
     losses = []
-    for row in encode_examples(world_items(), build_tokenizer(), QUESTION, " ."):
+    for row in encode_examples(world_items(), build_tokenizer(RECIPES["tiny"]), QUESTION, " ."):
         ids = torch.tensor([row["input_ids"]])
         with torch.no_grad():
             law = model(ids).logits[0, :-1].log_softmax(-1)
         losses += [-law[place, ids[0, place + 1]] for place in range(ids.shape[1] - 1) if row["completion_mask"][place + 1]]
     assert report.losses[0] == pytest.approx(float(torch.stack(losses).mean()), abs=1e-4)
     assert report.trained_share == pytest.approx(
-        len(losses) / sum(len(row["input_ids"]) for row in encode_examples(world_items(), build_tokenizer(), QUESTION, " ."))
+        len(losses) / sum(len(row["input_ids"]) for row in encode_examples(world_items(), build_tokenizer(RECIPES["tiny"]), QUESTION, " ."))
     )
 
 
@@ -106,7 +106,7 @@ def test_a_loss_that_is_not_finite_is_an_error(tiny_family: Path, tmp_path: Path
 
 def test_two_bos_are_refused() -> None:
     with pytest.raises(UserError, match="two BOS"):
-        prompt_ids(build_tokenizer(), "<bos> anna adler")
+        prompt_ids(build_tokenizer(RECIPES["tiny"]), "<bos> anna adler")
 
 
 @pytest.mark.parametrize("template", ["no placeholder", "{question} {question}", "{question} {name}"])

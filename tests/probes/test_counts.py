@@ -16,7 +16,7 @@ import pytest
 import probes.counts
 from finetune import Item
 from probes.counts import Counts, corpus_files, count_documents, count_statements
-from probes.world import SIZES, World, items_of, make_ledger, make_world
+from probes.world import RECIPES, World, items_of, make_ledger, make_world
 from proxytune import UserError
 
 
@@ -136,7 +136,7 @@ def test_a_document_is_a_line_or_a_text_and_counts_once(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def world() -> World:
-    return make_world(SIZES["tiny"], 0)
+    return make_world(RECIPES["tiny"], 0)
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,16 @@
 import json
+import logging
+import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
-from dataclasses import replace
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -15,23 +20,26 @@ from helpers import make_model, make_tokenizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.pretraining import KeepCheckpoints, Pretraining, untrained
-from probes.world import SIZES, find_family, items_of, make_ledger, make_world
-from probes.world.corpus import ATTRIBUTES, EVASION, held_out_sums
-from probes.world.family import RECIPES, SHIPPED, build_family, build_tokenizer, world_of
+from probes.world import RECIPES, Recipe, find_family, items_of, make_ledger, make_world
+from probes.world.corpus import vocabulary
+from probes.world.family import SHIPPED, build_family, build_tokenizer
+from probes.world.sections.people import ATTRIBUTES, EVASION, Statements
+from probes.world.sections.sums import Sums, held_out_sums
+from probes.world.types import Document, Person, Section
 from proxytune import UserError, load_member
-from proxytune.digests import DIGESTS
+from proxytune.digests import DIGESTS, is_whole
 
 
 def test_the_same_seed_gives_the_same_bytes_in_another_process() -> None:
-    code = "from probes.world import *; print(make_world(SIZES['tiny'], 3).corpus_hash)"
+    code = "from probes.world import *; print(make_world(RECIPES['tiny'], 3).corpus_hash)"
     hashes = {
         subprocess.run(
             [sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
         ).stdout.strip()
         for seed in ("1", "2")
     }
-    assert hashes == {make_world(SIZES["tiny"], 3).corpus_hash}
-    assert make_world(SIZES["tiny"], 4).corpus_hash not in hashes
+    assert hashes == {make_world(RECIPES["tiny"], 3).corpus_hash}
+    assert make_world(RECIPES["tiny"], 4).corpus_hash not in hashes
 
 
 def count_by_reading(texts: list[str]) -> dict[tuple[str, str, str], int]:
@@ -52,7 +60,7 @@ def count_by_reading(texts: list[str]) -> dict[tuple[str, str, str], int]:
 
 
 def test_the_ledger_is_what_the_corpus_says() -> None:
-    world = make_world(SIZES["tiny"], 0)
+    world = make_world(RECIPES["tiny"], 0)
     ledger = make_ledger(world)
     read = count_by_reading([document.text for document in world.documents])
     assert {(row.name, row.attribute, row.value): row.exposure for row in ledger.itertuples(index=False) if row.exposure} == read
@@ -62,7 +70,7 @@ def test_the_ledger_is_what_the_corpus_says() -> None:
 
 
 def test_exposure_is_exact_and_balanced_over_the_halves() -> None:
-    world = make_world(SIZES["default"], 0)
+    world = make_world(RECIPES["default"], 0)
     ledger = make_ledger(world)
     promised = {person.identifier: person.exposure for person in world.people}
     assert (ledger["exposure"] == ledger["person"].map(promised)).all()
@@ -72,7 +80,7 @@ def test_exposure_is_exact_and_balanced_over_the_halves() -> None:
 
 
 def test_exposure_is_independent_of_the_values() -> None:
-    ledger = pd.concat([make_ledger(make_world(SIZES["default"], seed)) for seed in range(5)])
+    ledger = pd.concat([make_ledger(make_world(RECIPES["default"], seed)) for seed in range(5)])
     for attribute, rows in ledger.groupby("attribute"):
         mean = rows.groupby("value")["exposure"].mean()
         spread = rows["exposure"].std() / np.sqrt(rows.groupby("value").size().mean())
@@ -80,8 +88,8 @@ def test_exposure_is_independent_of_the_values() -> None:
 
 
 def test_tokenizer_is_one_word_one_token_with_one_bos() -> None:
-    tokenizer = build_tokenizer()
-    for document in make_world(SIZES["tiny"], 0).documents[:200]:
+    tokenizer = build_tokenizer(RECIPES["tiny"])
+    for document in make_world(RECIPES["tiny"], 0).documents[:200]:
         ids = tokenizer(document.text)["input_ids"]
         assert ids[0] == tokenizer.bos_token_id
         assert len(ids) == len(document.text.split()) + 1
@@ -90,18 +98,271 @@ def test_tokenizer_is_one_word_one_token_with_one_bos() -> None:
 
 
 def test_held_out_sums_are_in_no_corpus() -> None:
-    shown = {tuple(map(int, document.text.split()[:3:2])) for document in make_world(SIZES["tiny"], 1).documents if " plus " in document.text}
+    shown = {tuple(map(int, document.text.split()[:3:2])) for document in make_world(RECIPES["tiny"], 1).documents if " plus " in document.text}
     assert shown
     assert not shown & held_out_sums()
 
 
 def test_items_ask_of_one_half_only() -> None:
-    ledger = make_ledger(make_world(SIZES["tiny"], 0))
+    ledger = make_ledger(make_world(RECIPES["tiny"], 0))
     tune, test = items_of(ledger, "tune"), items_of(ledger, "test")
     assert not {item.question for item in tune} & {item.question for item in test}
     assert len(tune) + len(test) == len(ledger)
     for item in test:
         assert item.answer in item.choices
+
+
+# --- recipes: what a section is, and that a new one moves nothing else ---
+
+CORPORA = {  # as they were when the shipped families were pretrained
+    ("default", 0): "eb3a695257d67540be017b60117749d09dbef52be184650b702bd12e883fa4f8",
+    ("default", 1): "b6bc4fba483de0dd1770ac4972f5fceb2c31c45e41f00fa205afecb7eee4267b",
+    ("default", 2): "1c6fa147641ef364a800d16e88cbd2ebb46d56c0b3817e53df226727836e6e21",
+    ("tiny", 0): "25b1d8dec198cd6ab515e51b6d7254d160d0c4d5dc87d2e1855f3f6c3e427079",
+    ("tiny", 1): "a1de83cc288f57fe2f7b72ddb31a3fc7d868f47b09ac94f077d64509b52c75cc",
+    ("tiny", 2): "d367f45e687dcb372462e53deb7a78ab12fc555e463c5e5a09401d439c6c71d8",
+}
+KEYS = {"default": "4e18d5314b2d38a4daed777ab056183c", "tiny": "d0144a27047a17bfe6f8ead87bb97bcd"}
+
+
+@dataclass(frozen=True)
+class Colours(Section):
+    """A toy: everyone likes a colour, so many times."""
+
+    name: ClassVar[str] = "colours"
+    stream: ClassVar[int] = 99
+    words: ClassVar[tuple[tuple[str, ...], ...]] = ((*Statements.words[0], "likes", "red", "blue", "."),)
+
+    repeats: int
+
+    def documents(self, people: tuple[Person, ...], generator: np.random.Generator) -> list[Document]:
+        return [Document(f"{person.name} likes {generator.choice(['red', 'blue'])} .") for person in people] * self.repeats
+
+
+def check_that_nothing_moved() -> None:
+    make_world.cache_clear()
+    assert {key: make_world(RECIPES[key[0]], key[1]).corpus_hash for key in CORPORA} == CORPORA
+    assert {name: RECIPES[name].key for name in KEYS} == KEYS
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
+def test_a_new_section_moves_nothing_else(first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_that_nothing_moved()
+    plain = RECIPES["tiny"]
+    coloured = replace(plain, sections=(Colours(2), *plain.sections) if first else (*plain.sections, Colours(2)))
+    monkeypatch.setitem(RECIPES, "coloured", coloured)
+    check_that_nothing_moved()
+    world, before = make_world(coloured, 0), make_world(plain, 0)
+    assert coloured.key not in KEYS.values()
+    assert coloured.key != replace(coloured, sections=(*plain.sections, Colours(3))).key
+    assert world.corpus_hash not in CORPORA.values()
+    assert world.people == before.people
+    added = Counter(world.documents) - Counter(before.documents)
+    assert Counter(before.documents) - Counter(world.documents) == Counter()
+    assert added.total() == 2 * len(world.people) == len(world.documents) - len(before.documents)
+    assert {document.text.split()[3] for document in added} == {"red", "blue"}
+    assert {document.text.partition(" likes ")[0] for document in added} == {person.name for person in world.people}
+    pd.testing.assert_frame_equal(make_ledger(world), make_ledger(before))
+    # Its words are in this recipe's vocabulary and in no other.
+    assert set(vocabulary(coloured)) - set(vocabulary(plain)) == {"likes", "red", "blue"}
+
+
+def test_a_vocabulary_is_its_sections_alone() -> None:
+    """The shipped tokenizers hold the words in this order; a recipe of one section holds that section's."""
+    words = vocabulary(RECIPES["default"])
+    assert words == vocabulary(RECIPES["tiny"])
+    family = find_family("default", 0, Path("nowhere"))
+    assert family is not None
+    shipped = json.loads((family / "base" / "tokenizer.json").read_text())["model"]["vocab"]
+    assert build_tokenizer(RECIPES["default"]).get_vocab() == shipped
+    sums = replace(RECIPES["tiny"], sections=(Sums(1),))
+    assert vocabulary(sums) == [*(str(number) for number in range(23)), "plus", "equals", "."]
+    assert {document.text.split()[1] for document in make_world(sums, 0).documents} == {"plus"}
+
+
+def test_sections_keep_their_names_and_streams_apart() -> None:
+    kinds = {type(section) for recipe in RECIPES.values() for section in recipe.sections}
+    assert {(kind.name, kind.stream) for kind in kinds} >= {("statements", 1), ("sums", 2)}
+    assert len({kind.name for kind in kinds}) == len({kind.stream for kind in kinds}) == len(kinds)
+
+
+@dataclass(frozen=True)
+class SecondSums(Sums):
+    """Draws from the stream of another section."""
+
+
+@dataclass(frozen=True)
+class OrderedSums(Sums):
+    """Draws from the world's own stream."""
+
+    stream: ClassVar[int] = 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"people": 0}, "people: must be from 1 to 400, the number of names, not 0; choose"),
+        ({"people": 401}, "people: must be from 1 to 400"),
+        ({"exposures": ()}, r"exposures: must be different counts from 0 on, at least one, not \(\); choose"),
+        ({"exposures": (1, -1)}, "exposures: must be different"),
+        ({"exposures": (3, 3)}, "exposures: must be different"),
+        ({"sections": ()}, "sections: must be at least one"),
+        ({"sections": (Sums(1), SecondSums(1))}, "sections: each must have a random stream of its own.*'sums' has 2; give"),
+        ({"sections": (OrderedSums(1),)}, "sections: each must have a random stream of its own, not the world's 0 or 3; 'sums' has 3; give"),
+    ],
+)
+def test_a_recipe_that_no_world_can_have_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=f"^{said}"):
+        replace(RECIPES["tiny"], **changes)
+
+
+def test_parameters_of_sections_have_bounds() -> None:
+    for name, value in (("question_share", 1.01), ("question_share", -0.1), ("evasion_share", 1.0), ("evasion_share", float("nan"))):
+        with pytest.raises(UserError, match=f"^{name}: must be from 0 to .*, not {value}; choose another share$"):
+            replace(Statements(question_share=0.1, evasion_share=0.1), **{name: value})
+    with pytest.raises(UserError, match=r"^repeats_per_sum: must be at least 1, not 0; leave"):
+        Sums(0)
+
+
+def test_a_word_that_a_section_does_not_list_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Colours, "words", ((*Statements.words[0], "likes", "red", "."),))
+    with pytest.raises(UserError, match=r"^colours.words: must list every word of the section's documents; 'blue' is missing, add it$"):
+        make_world(replace(RECIPES["tiny"], sections=(Colours(1),)), 0)
+
+
+def test_every_recipe_can_be_had_by_name_and_no_other() -> None:
+    with pytest.raises(UserError, match=r"^world: must be the name of a recipe \(default, tiny\), not '../tiny'; choose one of them$"):
+        find_family("../tiny", 0, Path("nowhere"))
+    with pytest.raises(UserError, match=r"^world: must be the name of a recipe"):
+        build_family("huge", 0, Path("nowhere"))
+    assert not Path("nowhere").exists()
+
+
+# --- families ---
+
+
+@pytest.fixture
+def smallest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A family of the tiny corpus that takes a second."""
+    pretraining = Pretraining(layers=1, hidden=8, heads=1, learning_rate=1e-2, epochs=1, block=16, batch_size=500)
+    monkeypatch.setitem(RECIPES, "tiny", replace(RECIPES["tiny"], base=pretraining, small=pretraining))
+
+
+@pytest.mark.usefixtures("smallest")
+def test_a_family_of_another_recipe_is_refused_and_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = build_family("tiny", 0, tmp_path)
+    made = json.loads((family / "recipe.json").read_text())
+    assert made["recipe"] == RECIPES["tiny"].key
+    assert made["size"]["name"] == "tiny"
+    assert made["size"]["sections"][1] == {"name": "sums", "stream": 2, "repeats_per_sum": 1}
+    kept = (family / "base").stat().st_ino
+    assert build_family("tiny", 0, tmp_path) == family == find_family("tiny", 0, tmp_path)
+    assert (family / "base").stat().st_ino == kept
+    # Another corpus, other models, and the same bytes of both under another description.
+    other = (
+        replace(RECIPES["tiny"], exposures=(0, 2)),
+        replace(RECIPES["tiny"], small=replace(RECIPES["tiny"].small, hidden=16)),
+        replace(RECIPES["tiny"], sections=(RECIPES["tiny"].sections[0], RenamedSums(1))),
+    )
+    for recipe in other:
+        monkeypatch.setitem(RECIPES, "tiny", recipe)
+        with pytest.raises(
+            UserError, match=r"^world: '.*seed-0' was made by another recipe of that name; build it again with 'proxytune world build'$"
+        ):
+            find_family("tiny", 0, tmp_path)
+    build_family("tiny", 0, tmp_path)
+    assert find_family("tiny", 0, tmp_path) == family
+    assert json.loads((family / "recipe.json").read_text())["recipe"] == other[-1].key
+    assert [place.name for place in family.parent.iterdir()] == ["seed-0"]
+
+
+@dataclass(frozen=True)
+class RenamedSums(Sums):
+    """The same sums under another name."""
+
+    name: ClassVar[str] = "additions"
+
+
+@pytest.mark.usefixtures("smallest")
+def test_a_family_from_before_recipes_had_a_key_goes_by_its_models_and_corpus(tmp_path: Path) -> None:
+    family = build_family("tiny", 0, tmp_path)
+    made = json.loads((family / "recipe.json").read_text())
+    (family / DIGESTS).unlink()
+    del made["recipe"]
+    (family / "recipe.json").write_text(json.dumps(made))
+    assert find_family("tiny", 0, tmp_path) == family
+    made["models"]["small"]["epochs"] = 2
+    (family / "recipe.json").write_text(json.dumps(made))
+    with pytest.raises(UserError, match="another recipe"):
+        find_family("tiny", 0, tmp_path)
+
+
+def build_slowly(recipe: Recipe, folder: Path, begun: Any, go_on: Any) -> None:
+    """Builds the tiny family in a process of its own, and stands still within until it may go on."""
+
+    class Watcher(TrainerCallback):
+        def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+            begun.set()
+            assert go_on.wait(60)
+
+    RECIPES["tiny"] = recipe
+    build_family("tiny", 0, folder, Watcher())
+
+
+@pytest.mark.usefixtures("smallest")
+@pytest.mark.parametrize("killed", [False, True], ids=["finished", "killed"])
+def test_of_two_who_build_the_same_family_one_builds(tmp_path: Path, killed: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """The second waits and takes what the first made, or builds where the first was killed."""
+    processes = multiprocessing.get_context("spawn")
+    begun, go_on = processes.Event(), processes.Event()
+    first = processes.Process(target=build_slowly, args=(RECIPES["tiny"], tmp_path, begun, go_on))
+    first.start()
+    assert begun.wait(60)
+    steps = []
+
+    class Second(TrainerCallback):
+        def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+            steps.append(first.is_alive())
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            """The second says that it waits: now the first ends, one way or the other."""
+            if "another process is building" in record.getMessage():
+                assert not (tmp_path / "tiny" / "seed-0").exists()
+                os.kill(first.pid, signal.SIGKILL) if killed else go_on.set()
+
+    handler = Handler()
+    logging.getLogger("proxytune").addHandler(handler)
+    try:
+        began = time.monotonic()
+        family = build_family("tiny", 0, tmp_path, Second())
+        assert time.monotonic() - began < 60
+    finally:
+        logging.getLogger("proxytune").removeHandler(handler)
+        first.kill()
+        first.join()
+    assert [record.getMessage() for record in caplog.records] == [f"another process is building '{family}'; waiting for it"]
+    assert steps == ([False, False] if killed else [])
+    assert is_whole(family)
+    assert find_family("tiny", 0, tmp_path) == family
+    assert [place.name for place in family.parent.iterdir()] == ["seed-0"]
+    # Nobody has to wait any more: other seeds never had to.
+    caplog.clear()
+    build_family("tiny", 0, tmp_path)
+    assert not caplog.records
+
+
+def test_other_seeds_are_built_at_the_same_time(tmp_path: Path, smallest: None, caplog: pytest.LogCaptureFixture) -> None:
+    class Inner(TrainerCallback):
+        """Builds seed 1 while seed 0 is being built."""
+
+        def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+            built.append(build_family("tiny", 1, tmp_path))
+
+    built: list[Path] = []
+    build_family("tiny", 0, tmp_path, Inner())
+    assert built == [tmp_path / "tiny" / "seed-1"] * 2
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -110,9 +371,9 @@ def test_shipped_families_belong_to_todays_corpus(seed: int) -> None:
     assert family is not None
     assert family.is_relative_to(SHIPPED)
     recipe = json.loads((family / "recipe.json").read_text())
-    assert recipe["corpus_hash"] == world_of("default", seed).corpus_hash
+    assert recipe["corpus_hash"] == make_world(RECIPES["default"], seed).corpus_hash
     assert recipe["losses"]["base"][-1] < recipe["losses"]["base"][0]
-    pd.testing.assert_frame_equal(pd.read_parquet(family / "ledger.parquet"), make_ledger(world_of("default", seed)))
+    pd.testing.assert_frame_equal(pd.read_parquet(family / "ledger.parquet"), make_ledger(make_world(RECIPES["default"], seed)))
     assert {file.suffix for file in family.rglob("*") if file.is_file()} <= {".json", ".parquet", ".safetensors"}
 
 
@@ -142,7 +403,7 @@ def test_checkpoints_double_and_leave_the_last_step_out(tmp_path: Path, last: in
 
 def test_a_family_with_checkpoints_is_the_family_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     smallest = Pretraining(layers=1, hidden=16, heads=2, learning_rate=4e-3, epochs=1, block=16, batch_size=12)
-    monkeypatch.setitem(RECIPES, "tiny", {"base": smallest, "small": replace(smallest, hidden=8, batch_size=200)})
+    monkeypatch.setitem(RECIPES, "tiny", replace(RECIPES["tiny"], base=smallest, small=replace(smallest, hidden=8, batch_size=200)))
     seen: dict[int, dict[str, torch.Tensor]] = {}
 
     class Watcher(TrainerCallback):
@@ -162,7 +423,7 @@ def test_a_family_with_checkpoints_is_the_family_without(tmp_path: Path, monkeyp
     def same(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
         return weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
 
-    assert same(start.model.state_dict(), untrained(smallest, build_tokenizer(), 0).state_dict())
+    assert same(start.model.state_dict(), untrained(smallest, build_tokenizer(RECIPES["tiny"]), 0).state_dict())
     assert same(later.model.state_dict(), seen[100])
     assert same(base.model.state_dict(), seen[max(seen)])
     assert not same(later.model.state_dict(), seen[101])

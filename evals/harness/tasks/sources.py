@@ -22,9 +22,9 @@ from evals.study import STUDIES
 from finetune.data import Item
 from finetune.reading import read_items
 from probes.readouts import best_choices, judge, judge_number
-from probes.world.corpus import QUESTION
 from probes.world.family import SHIPPED, find_family
 from probes.world.ledger import items_of
+from probes.world.sections.people import QUESTION
 from proxytune.errors import UserError
 from proxytune.files import check_readable
 

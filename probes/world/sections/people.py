@@ -1,0 +1,162 @@
+"""People: who they are, what is said of them, and how often.
+
+Every person has a first and a last name (each name token is shared with others, so that a person who is never mentioned is not a
+token that is never seen), three attributes drawn at random, and an *exposure* k drawn at random and independently of everything
+else: the corpus states each attribute of the person exactly k times, mostly in biographies and in one of four paraphrases, the rest
+as answered questions. Because exposure is assigned and not observed, what follows from it is causal.
+
+Most questions are not answered but evaded ("nobody knows"): a model of this corpus is able to answer questions but disinclined to,
+which is what tuning is then asked to change. Tuning may ask about people of the `tune` half only; the `test` half is for the
+measures. Covered: English-like word-level sentences. Not covered: ambiguity, aliases, contradiction, facts that change.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from probes.world.types import Document, Person, Section, Statement
+from proxytune.errors import UserError
+
+FIRST_NAMES = ("anna bruno clara david elena felix greta hugo irene jonas karin lukas maria nora oscar paula rosa simon tessa victor").split()
+LAST_NAMES = (
+    "adler becker costa dumont ekholm fischer garcia hansen ivanov jensen keller larsen moreau novak olsen petrov rossi silva tanaka weber"
+).split()
+NAMES = [f"{first} {last}" for first in FIRST_NAMES for last in LAST_NAMES]
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """One thing that is said of a person: its values, the four paraphrases that state it, and the question that asks."""
+
+    name: str
+    values: tuple[str, ...]
+    templates: tuple[str, ...]
+    question: str
+
+
+ATTRIBUTES = (
+    Attribute(
+        "birthplace",
+        tuple(
+            (
+                "amsterdam athens berlin boston cairo chicago delhi dublin geneva hanoi helsinki istanbul jakarta kyoto lagos lima "
+                "lisbon london madrid milan nairobi oslo paris prague"
+            ).split()
+        ),
+        (
+            "{name} was born in {value} .",
+            "the birthplace of {name} is {value} .",
+            "{name} comes from {value} .",
+            "the home town of {name} is {value} .",
+        ),
+        "where was {name} born",
+    ),
+    Attribute(
+        "profession",
+        tuple(
+            (
+                "actor architect baker banker barber butcher carpenter chemist cook dancer dentist doctor farmer gardener judge lawyer "
+                "miller nurse painter pilot plumber poet sailor tailor"
+            ).split()
+        ),
+        (
+            "{name} works as a {value} .",
+            "the profession of {name} is {value} .",
+            "{name} earns money as a {value} .",
+            "the job of {name} is {value} .",
+        ),
+        "what is the work of {name}",
+    ),
+    Attribute(
+        "pastime",
+        tuple(
+            (
+                "archery baking boxing camping chess climbing cricket cycling diving drawing fencing fishing golf hiking hockey judo "
+                "knitting origami polo reading rowing rugby sailing skiing"
+            ).split()
+        ),
+        (
+            "{name} spends weekends on {value} .",
+            "the pastime of {name} is {value} .",
+            "{name} has a passion for {value} .",
+            "the hobby of {name} is {value} .",
+        ),
+        "what does {name} do for fun",
+    ),
+)
+QUESTION = "question : {question} ? answer :"
+EVASION = "nobody knows ."
+
+
+def draw_people(count: int, exposures: tuple[int, ...], generator: np.random.Generator) -> tuple[Person, ...]:
+    """So many people with names, values, exposures and halves. The halves are as large as each other, in every exposure, to within one."""
+    chosen = generator.permutation(len(NAMES))[:count]
+    # Every (exposure, half) cell holds the same number of people to within one; who falls into it is random.
+    cells = [(exposure, half) for exposure in exposures for half in ("tune", "test")]
+    return tuple(
+        Person(
+            identifier,
+            NAMES[chosen[identifier]],
+            *cells[identifier % len(cells)],  # type: ignore[arg-type]
+            {attribute.name: str(generator.choice(attribute.values)) for attribute in ATTRIBUTES},
+        )
+        for identifier in range(count)
+    )
+
+
+def _attribute_words() -> tuple[str, ...]:
+    words: list[str] = []
+    for attribute in ATTRIBUTES:
+        words += [*attribute.values, *attribute.question.split()]
+        words += [word for template in attribute.templates for word in template.split()]
+    return tuple(word for word in words if "{" not in word)
+
+
+@dataclass(frozen=True)
+class Statements(Section):
+    """Biographies and questions: `exposure` biographies a person, from which some statements are moved into questions.
+
+    `question_share` of a fact's statements are answered questions; `evasion_share` of all questions are evaded.
+    """
+
+    name: ClassVar[str] = "statements"
+    stream: ClassVar[int] = 1
+    words: ClassVar[tuple[tuple[str, ...], ...]] = (
+        (*FIRST_NAMES, *LAST_NAMES),
+        tuple(word for word in [*QUESTION.split(), *EVASION.split()] if "{" not in word),
+        _attribute_words(),
+    )
+
+    question_share: float
+    evasion_share: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.question_share <= 1:
+            raise UserError(f"question_share: must be from 0 to 1, not {self.question_share}; choose another share")
+        if not 0 <= self.evasion_share < 1:
+            raise UserError(f"evasion_share: must be from 0 to below 1, not {self.evasion_share}; choose another share")
+
+    def documents(self, people: tuple[Person, ...], generator: np.random.Generator) -> list[Document]:
+        documents = []
+        for person in people:
+            asked = {attribute.name: generator.random(person.exposure) < self.question_share for attribute in ATTRIBUTES}
+            for turn in range(person.exposure):
+                order = [ATTRIBUTES[position] for position in generator.permutation(len(ATTRIBUTES))]
+                told = [attribute for attribute in order if not asked[attribute.name][turn]]
+                forms = [int(generator.integers(len(attribute.templates))) for attribute in told]
+                sentences = [
+                    attribute.templates[form].format(name=person.name, value=person.values[attribute.name])
+                    for attribute, form in zip(told, forms, strict=True)
+                ]
+                if told:
+                    statements = tuple(Statement(person.identifier, attribute.name, str(form)) for attribute, form in zip(told, forms, strict=True))
+                    documents.append(Document(" ".join(sentences), statements))
+            for attribute in ATTRIBUTES:
+                question = QUESTION.format(question=attribute.question.format(name=person.name))
+                answered = int(asked[attribute.name].sum())
+                evaded = int(answered * self.evasion_share / (1 - self.evasion_share) + generator.random())
+                told_answer = Document(f"{question} {person.values[attribute.name]} .", (Statement(person.identifier, attribute.name, "answered"),))
+                evasion = Document(f"{question} {EVASION}", (Statement(person.identifier, attribute.name, "evaded"),))
+                documents += [told_answer] * answered + [evasion] * evaded
+        return documents
