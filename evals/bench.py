@@ -26,8 +26,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from evals.tables import Table
-from finetune.data import continuation_ids, prompt_ids
-from finetune.reading import read_items
+from finetune.encoding import continuation_ids, prompt_ids
+from finetune.formats import read_items
 from proxytune.adapters import UNTOUCHED, attach, is_adapter
 from proxytune.cost import bytes_read
 from proxytune.drafting import rounded_draft

@@ -21,7 +21,7 @@ from evals.progress import Display
 from evals.records import Record, read_record, write_record
 from evals.selection import choose_dials
 from evals.study import Study
-from finetune.data import prompt_ids
+from finetune.encoding import prompt_ids
 from proxytune.content import content_key
 from proxytune.errors import UserError
 from proxytune.member import Member, load_members

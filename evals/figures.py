@@ -15,7 +15,7 @@ from evals.records import Record
 from evals.results import SHARE, estimate_means, frames_of, in_bucket
 from evals.statistics import interval
 from evals.study import Study
-from probes.forgetting import familiarity
+from probes.knowledge.familiarity import familiarity
 
 MARKERS = "osD^vP*X<>"
 

@@ -14,12 +14,12 @@ import pandas as pd
 from evals.records import Record
 from evals.statistics import Estimate, Interval, bootstrap_means, interval
 from evals.study import Study
-from finetune.data import Item
-from probes.blocks import BLOCKS, thirds
+from finetune.items import Item
 from probes.density import METRICS, SITES
-from probes.exposure import matched, matched_contrast, rank_slope, strata, unit_means, within_strata
-from probes.forgetting import FEW_LEVELS, familiarity
-from probes.knowledge import Known
+from probes.internals.blocks import BLOCKS, thirds
+from probes.knowledge.candidates import Known
+from probes.knowledge.exposure import matched, matched_contrast, rank_slope, strata, unit_means, within_strata
+from probes.knowledge.familiarity import FEW_LEVELS, familiarity
 from probes.recoverability import FORGOTTEN, Curve, Savings, savings, spurious
 from probes.restoration import block_label, damage, recovery, shapley
 from proxytune.errors import UserError

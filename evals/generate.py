@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from evals.cells import Table
-from finetune.data import chat_ids, prompt_ids
+from finetune.encoding import chat_ids, prompt_ids
 from proxytune.adapters import is_adapter
 from proxytune.drafting import rounded_draft
 from proxytune.errors import UserError

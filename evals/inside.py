@@ -1,7 +1,7 @@
 """Measurements of what tuning did inside: of the base, and of each tuned model of its shape beside it, as plain models.
 
 Each group of records comes from shared passes. Only weights have an inside: a proxied base has the base's own, and an expert is
-another, smaller model. Memory: both models, a copy of both's weights, and the moments of `probes/moments.py`.
+another, smaller model. Memory: both models, a copy of both's weights, and the moments of `probes/internals/moments.py`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,19 +19,20 @@ from evals.measures import common_columns
 from evals.progress import Display
 from evals.records import Record, read_record, write_record
 from evals.study import MeasureName, Study
-from finetune.data import Item, answer_space, continuation_ids, prompt_ids, prompt_text
-from probes.activations import States, last_and_subject
-from probes.blocks import BLOCKS, blocks_of, check_same_shape, put, random_delta, weights_of
+from finetune.encoding import answer_space, continuation_ids, prompt_ids, prompt_text
+from finetune.items import Item
 from probes.drift import weight_drift
-from probes.forgetting import familiarity
 from probes.inside import Inside, Prompts, read_inside
-from probes.knowledge import Known, known
+from probes.internals.activations import States, last_and_subject
+from probes.internals.blocks import BLOCKS, blocks_of, check_same_shape, put, random_delta, weights_of
+from probes.internals.moments import Moments
+from probes.knowledge.candidates import Known, known
+from probes.knowledge.familiarity import familiarity
+from probes.knowledge.readouts import Progress
 from probes.lens import Lens, Reading, Translators, first_tokens, fit_translators, read_lens
 from probes.linear_probe import linear_probe
-from probes.moments import Moments
 from probes.nulls import gaussian_null, untrained_twin
 from probes.patching import patch_subject
-from probes.readouts import Progress
 from probes.recoverability import relearn
 from probes.restoration import Restoration, block_label, count_evaluations, restorations, restore
 from proxytune.content import content_key

@@ -19,8 +19,8 @@ from matplotlib.ticker import MaxNLocator
 from evals.drawing import drawn_name, save
 from evals.findings import METRIC, Found, by_unit, intervals, means_by_unit, states_of
 from evals.study import Study
-from probes.blocks import BLOCKS, thirds
-from probes.forgetting import familiarity
+from probes.internals.blocks import BLOCKS, thirds
+from probes.knowledge.familiarity import familiarity
 from probes.recoverability import CURVES, NEVER
 
 PANELS, ACROSS = 12, 3

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from evals.cells import Table, cell, over
-from probes.blocks import BLOCKS, thirds
+from probes.internals.blocks import BLOCKS, thirds
 from probes.verdict import RULE
 
 UNCHANGED = "unchanged by construction"

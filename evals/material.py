@@ -8,11 +8,11 @@ import pandas as pd
 from transformers import TrainerCallback
 
 from evals.study import Study, expanded
-from finetune.data import Item
+from finetune.formats import read_items
+from finetune.items import Item
 from finetune.overlap import describe, overlap
-from finetune.reading import read_items
-from probes.counts import count_documents
-from probes.forgetting import familiarity
+from probes.knowledge.counts import count_documents
+from probes.knowledge.familiarity import familiarity
 from probes.world.corpus import EVASION, QUESTION
 from probes.world.family import build_family, find_family
 from probes.world.ledger import items_of, word_frequency

@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from evals.material import Material
 from evals.study import MeasureName, Study
-from finetune.data import Item, answer_space, prompt_ids, prompt_text
+from finetune.encoding import answer_space, prompt_ids, prompt_text
+from finetune.items import Item
 from probes.drift import divergence
-from probes.readouts import Answer, Progress, answer_greedily, choose, judge, judge_number
+from probes.knowledge.readouts import Answer, Progress, answer_greedily, choose, judge, judge_number
 from proxytune.content import content_key
 from proxytune.errors import UserError
 from proxytune.member import load_tokenizer

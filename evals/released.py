@@ -22,7 +22,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from evals.metrics import pass_at_k
 from evals.sandbox import Program
-from probes.readouts import last_number
+from probes.knowledge.readouts import last_number
 from proxytune.errors import UserError
 from proxytune.files import check_readable
 

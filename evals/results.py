@@ -29,7 +29,7 @@ from evals.records import Record
 from evals.statistics import Estimate, Interval, bootstrap_means, gap_closed, interval
 from evals.study import Study
 from evals.verdicts import verdict_rows
-from probes.forgetting import Familiarity, familiarity
+from probes.knowledge.familiarity import Familiarity, familiarity
 from proxytune.errors import UserError
 
 SHARE, DIFFERENCE = (0.0, 1.0), (-1.0, 1.0)  # what shares and their differences can be

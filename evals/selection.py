@@ -7,7 +7,7 @@ from typing import Any
 from evals.material import Material
 from evals.records import Record
 from evals.study import ArmSpec, Direct, Proxy, Study
-from finetune.data import hold_out
+from finetune.items import hold_out
 
 Measured = Callable[[Study, Material], list[Record]]
 

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
 from yaml.constructor import ConstructorError
 
-from finetune.data import check_prompt
+from finetune.encoding import check_prompt
 from finetune.recipe import LARGEST_SEED, EarlyStopping, Tuning
 from proxytune.errors import UserError, brief, shortened
 from proxytune.files import check_readable

@@ -153,7 +153,7 @@ def _costs(results: dict[str, Any], measured: Sequence[dict[str, Any]]) -> Table
             frame[title] = [_amount(found.get(arm), scale) for arm in frame["arm"]]
     for title, name in (("FLOPs a token, x base", "flops_a_token"), ("bytes a token, x base", "bytes_a_token")):
         frame[title] = [f"{entry[name] / base[name]:.2f}" for entry in entries]
-    note = "Tuning: means over seeds, expert and trials of a chosen dial included, FLOPs by formula (see finetune/costs.py). "
+    note = "Tuning: means over seeds, expert and trials of a chosen dial included, FLOPs by formula (see finetune/flops.py). "
     return Table("Cost", frame, f"{note}A token: weights multiplied by and read when decoding, against the base alone.")
 
 

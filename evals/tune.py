@@ -11,9 +11,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from evals.progress import Display
 from finetune.checkpoints import is_main_process
-from finetune.data import Item, check_prompt, encode_examples, encode_pairs, preview
+from finetune.encoding import check_prompt, encode_examples, encode_pairs, preview
+from finetune.formats import read_items
+from finetune.items import Item
 from finetune.overlap import describe, overlap
-from finetune.reading import read_items
 from finetune.recipe import Tuning
 from finetune.tuning import TuningReport, tune
 from proxytune.errors import UserError, brief

@@ -14,8 +14,8 @@ from evals.findings import Found, change, intervals, means_by_unit, restoration_
 from evals.statistics import LEVEL, interval
 from evals.study import Direct, Study
 from finetune.recipe import Tuning
-from probes.blocks import thirds
-from probes.exposure import needed, needed_seeds
+from probes.internals.blocks import thirds
+from probes.knowledge.exposure import needed, needed_seeds
 from probes.verdict import Clause, measured, state, verdict
 
 CLAIM = "direct tuning erodes what lower layers hold"

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetune.costs import Meter
+from finetune.meter import Meter
 from proxytune.digests import DIGESTS, find_damage, seal
 from proxytune.errors import UserError
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
-from finetune.data import Item
+from finetune.items import Item
 
 RUN = 13  # words in a row that two questions hardly share by chance
 

@@ -17,10 +17,10 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, Traine
 from transformers.pytorch_utils import Conv1D
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from finetune.costs import forward_flops
-from finetune.data import Row, row_length
-from finetune.frozen import Frozen, only_at, read_frozen
+from finetune.encoding import Row, row_length
+from finetune.flops import forward_flops
 from finetune.recipe import Tuning
+from finetune.reference import Reference, only_at, read_reference
 from proxytune.errors import UserError, brief
 from proxytune.member import Member, load_member
 from proxytune.mixture import combine, proxy_tuning
@@ -33,8 +33,8 @@ Loss = Callable[[Float[Tensor, "places vocabulary"], Int[Tensor, " places"], Map
 def near_start(weight: float) -> Loss:
     """Cross-entropy plus `weight` times KL(start || tuned) in nats, at each trained place."""
 
-    def loss(logits: Float[Tensor, "places vocabulary"], targets: Int[Tensor, " places"], frozen: Mapping[str, Tensor]) -> Float[Tensor, " places"]:
-        law, start = logits.log_softmax(-1), frozen["start"].log_softmax(-1)
+    def loss(logits: Float[Tensor, "places vocabulary"], targets: Int[Tensor, " places"], references: Mapping[str, Tensor]) -> Float[Tensor, " places"]:
+        law, start = logits.log_softmax(-1), references["start"].log_softmax(-1)
         return cross_entropy(logits, targets, reduction="none") + weight * (start.exp() * (start - law)).sum(-1)
 
     return loss
@@ -43,21 +43,21 @@ def near_start(weight: float) -> Loss:
 def inside_the_mixture(strength: float) -> Loss:
     """Cross-entropy of base + `strength` (tuned - start): the law that the expert will be served in."""
 
-    def loss(logits: Float[Tensor, "places vocabulary"], targets: Int[Tensor, " places"], frozen: Mapping[str, Tensor]) -> Float[Tensor, " places"]:
-        rows = min(logits.shape[-1], *(member.shape[-1] for member in frozen.values()))
-        members = {"base": frozen["base"], "expert": logits, "antiexpert": frozen["start"]}
+    def loss(logits: Float[Tensor, "places vocabulary"], targets: Int[Tensor, " places"], references: Mapping[str, Tensor]) -> Float[Tensor, " places"]:
+        rows = min(logits.shape[-1], *(member.shape[-1] for member in references.values()))
+        members = {"base": references["base"], "expert": logits, "antiexpert": references["start"]}
         mixed = combine({name: member[..., :rows] for name, member in members.items()}, proxy_tuning(strength))
         return cross_entropy(mixed, targets, reduction="none")
 
     return loss
 
 
-class FrozenTrainer(SFTTrainer):
-    """Supervised tuning whose loss at each trained place also sees what frozen models say there."""
+class ReferenceTrainer(SFTTrainer):
+    """Supervised tuning whose loss at each trained place also sees what reference models say there."""
 
-    def __init__(self, *arguments: Any, place_loss: Loss, frozen: Mapping[str, Frozen], **options: Any):
+    def __init__(self, *arguments: Any, place_loss: Loss, references: Mapping[str, Reference], **options: Any):
         super().__init__(*arguments, **options)
-        self._place_loss, self._frozen = place_loss, frozen
+        self._place_loss, self._references = place_loss, references
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
@@ -67,10 +67,10 @@ class FrozenTrainer(SFTTrainer):
         places[:, :-1] = labels[:, 1:] != -100
         targets = labels[:, 1:][places[:, :-1]]
         rows = _rows_of(inputs)
-        frozen = {name: member.logits(rows, labels.device) for name, member in self._frozen.items()}
+        references = {name: member.logits(rows, labels.device) for name, member in self._references.items()}
         with only_at(self.accelerator.unwrap_model(model), places):
             logits = model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False).logits
-        total = self._place_loss(logits.float(), targets, frozen).sum()
+        total = self._place_loss(logits.float(), targets, references).sum()
         if num_items_in_batch is None:
             return total / len(targets)
         # The count is that of all processes and micro-batches; distributed training takes the mean over processes.
@@ -118,7 +118,7 @@ def make_trainer(
     processes: int,
     fsdp: bool,
 ) -> tuple[Trainer, float]:
-    """The trainer that follows the recipe, and the FLOPs that frozen models take before its first step.
+    """The trainer that follows the recipe, and the FLOPs that reference models take before its first step.
 
     Raises `UserError` where the examples of a step cannot be shared out, where fewer processes train than were started,
     where a consistent expert has no base, and for targets that LoRA cannot adapt.
@@ -163,10 +163,10 @@ def make_trainer(
             if tuning.consistent is not None:
                 models["base"] = load_member(str(base), field="base", device=str(arguments.device))
             before = sum(forward_flops(model.model, tokens, mean) for model in models.values())
-            frozen = {name: read_frozen(model, everything, states, field) for name, model in models.items()}
+            references = {name: read_reference(model, everything, states, field) for name, model in models.items()}
             del models
         loss = inside_the_mixture(tuning.consistent) if tuning.consistent is not None else near_start(float(tuning.kl or 0))
-        trainer = FrozenTrainer(**common, peft_config=_lora(tuning), place_loss=loss, frozen=frozen)
+        trainer = ReferenceTrainer(**common, peft_config=_lora(tuning), place_loss=loss, references=references)
     trainer.add_callback(_Wrapped(trainer, fsdp, processes))
     return trainer, before
 

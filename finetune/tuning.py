@@ -19,8 +19,9 @@ from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 
 from finetune.checkpoints import Checkpoints, is_main_process, last_whole, workplace
-from finetune.costs import training_flops
-from finetune.data import Item, Row, check_rows, encode_examples, encode_pairs, hold_out, row_length, shuffle_answers, trained_share
+from finetune.encoding import Row, check_rows, encode_examples, encode_pairs, row_length, trained_share
+from finetune.flops import training_flops
+from finetune.items import Item, hold_out, shuffle_answers
 from finetune.recipe import Tuning
 from finetune.trainers import make_trainer, started_processes
 from proxytune.content import as_json, content_key
@@ -31,9 +32,9 @@ from proxytune.member import Member, load_member
 
 @dataclass(frozen=True)
 class TuningReport:
-    """What tuning took: counts, the share of tokens in the loss, the losses by step, and the costs (see `costs`).
+    """What tuning took: counts, the share of tokens in the loss, the losses by step, and the costs (see `flops` and `meter`).
 
-    `tokens` are those read forwards and backwards; `flops` count what frozen models read beforehand as well.
+    `tokens` are those read forwards and backwards; `flops` count what reference models read beforehand as well.
     `stored_bytes` are those of the result's weights; `wrapped` is the class that distributed training put around the model.
     """
 
@@ -71,7 +72,7 @@ def tune(
 ) -> TuningReport:
     """Tunes the model in `model_path` on the items and writes the result to `out` (a full model, or a LoRA adapter).
 
-    `base` is the large model of a consistent expert. `states` is a folder for what frozen models say, to be used again by
+    `base` is the large model of a consistent expert. `states` is a folder for what reference models say, to be used again by
     other runs. The same seed gives the same weights on one machine with one thread count, however often the run was
     stopped. Under torchrun a step's examples are shared out among the processes; where they do not divide, the last step of
     an epoch repeats some. Raises `UserError` where nothing would be trained on, where an example does not fit the model,

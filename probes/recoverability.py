@@ -28,10 +28,10 @@ from jaxtyping import Bool, Float
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetune.data import Item, shuffle_answers
+from finetune.items import Item, shuffle_answers
 from finetune.recipe import Tuning
 from finetune.tuning import tune
-from probes.knowledge import Known, known
+from probes.knowledge.candidates import Known, known
 from proxytune.errors import UserError
 from proxytune.member import Member
 from proxytune.packing import PackedLinear, pack_linear_layers, unpack_linear_layers

@@ -15,9 +15,7 @@ from proxytune import Member
 
 VOCABULARY = 50
 TESTS = Path(__file__).parent
-PATHS = [
-    str(path) for path in (TESTS.parent, TESTS, TESTS / "finetune", TESTS / "evals")
-]  # for scripts that tests start
+PATHS = [str(path) for path in (TESTS.parent, TESTS, TESTS / "finetune", TESTS / "evals")]  # for scripts that tests start
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2", "gpt_neox", "gemma", "mistral")
 
 torch.set_num_threads(1)

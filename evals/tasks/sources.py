@@ -19,9 +19,9 @@ from scipy.special import logsumexp
 from evals.metrics import brier, expected_calibration_error
 from evals.sandbox import SETUP_FAILED, Program, run_programs
 from evals.study import STUDIES
-from finetune.data import Item
-from finetune.reading import read_items
-from probes.readouts import best_choices, judge, judge_number
+from finetune.formats import read_items
+from finetune.items import Item
+from probes.knowledge.readouts import best_choices, judge, judge_number
 from probes.world.corpus import QUESTION
 from probes.world.family import SHIPPED, find_family
 from probes.world.ledger import items_of

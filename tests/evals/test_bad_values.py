@@ -20,7 +20,7 @@ from evals.rescore import PASS
 from evals.study import MOST_NODES, Study, check_labels, expanded
 from evals.tables import render
 from evals.tune import Run, tune_one
-from finetune.data import check_prompt
+from finetune.encoding import check_prompt
 from finetune.recipe import LARGEST_RANK, LARGEST_SEED, Tuning
 from finetune.trainers import _check_targets
 from proxytune import UserError

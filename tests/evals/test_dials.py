@@ -20,7 +20,7 @@ from evals.results import measured_costs, summarize
 from evals.selection import choose_dials
 from evals.study import Study
 from evals.tables import make_tables, render
-from finetune.data import hold_out
+from finetune.items import hold_out
 from proxytune import UserError, Weights, load_members
 from proxytune.packing import pack_linear_layers
 

@@ -3,7 +3,7 @@ import pytest
 from scipy.stats import norm, rankdata, spearmanr, ttest_1samp
 
 from evals.statistics import bootstrap_means, interval
-from probes.exposure import matched, matched_contrast, needed, needed_seeds, rank_slope, strata, unit_means
+from probes.knowledge.exposure import matched, matched_contrast, needed, needed_seeds, rank_slope, strata, unit_means
 from proxytune import UserError
 
 ONE = 1.96

@@ -16,8 +16,8 @@ from evals.inside_tables import inside_tables
 from evals.records import Record
 from evals.study import Study
 from evals.tables import draw, make_tables
-from probes.blocks import BLOCKS
-from probes.forgetting import familiarity
+from probes.internals.blocks import BLOCKS
+from probes.knowledge.familiarity import familiarity
 from probes.verdict import RULE, measured, state
 
 KINDS = {"base": "base", "expert": "expert", "proxy@1": "proxy", "full": "direct", "lora": "direct"}

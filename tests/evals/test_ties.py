@@ -18,10 +18,10 @@ from evals.study import Study
 from evals.tables import make_tables
 from evals.tasks.sources import calibration_error, choose_by_familiarity, choose_letter, truth
 from evals.tasks.sources import choose as choose_task
-from finetune.data import Item
-from probes.knowledge import known
-from probes.readouts import best_choices
-from probes.readouts import choose as read_choices
+from finetune.items import Item
+from probes.knowledge.candidates import known
+from probes.knowledge.readouts import best_choices
+from probes.knowledge.readouts import choose as read_choices
 from proxytune import Member, ProxyTunedForCausalLM, UserError
 
 WORDS = [f"w{number}" for number in range(3, 11)]

@@ -17,8 +17,9 @@ from evals.measures import measure, measurements
 from evals.progress import Display
 from evals.study import load_study
 from evals.tune import Run, tune_one
-from finetune.data import Item, encode_examples, preview
-from finetune.reading import read_items
+from finetune.encoding import encode_examples, preview
+from finetune.formats import read_items
+from finetune.items import Item
 from finetune.recipe import Tuning
 from finetune.tuning import tune
 from proxytune import ProxyTunedForCausalLM, UserError, load_member, load_tokenizer

@@ -17,7 +17,8 @@ from test_recipes import folder, items
 from transformers import TrainerCallback
 
 from finetune.checkpoints import METER, last_whole
-from finetune.data import Item, check_rows
+from finetune.encoding import check_rows
+from finetune.items import Item
 from finetune.recipe import EarlyStopping, Tuning
 from finetune.tuning import TuningReport, tune
 from proxytune import UserError, load_member

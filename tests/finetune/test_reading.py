@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from evals.study import STUDIES
 from finetune import Item, read_items
-from finetune.data import Turn
+from finetune.items import Turn
 from finetune.overlap import describe, overlap
 from proxytune import UserError
 
@@ -281,7 +281,7 @@ def test_a_hub_name_has_a_configuration_and_a_split(monkeypatch: pytest.MonkeyPa
         seen.append((name, configuration, split))
         return Dataset.from_list([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""}][: 1 + (split == "test")])
 
-    monkeypatch.setattr("finetune.reading.load_dataset", load)
+    monkeypatch.setattr("finetune.formats.load_dataset", load)
     if asked[2] == "train":
         assert read_items(source, "data.train").items == [Item(question="a", answer="b")]
     else:

@@ -12,10 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from finetune.costs import Meter, forward_flops, training_flops
-from finetune.data import Item, encode_examples, encode_pairs, shuffle_answers
-from finetune.frozen import read_frozen
+from finetune.encoding import encode_examples, encode_pairs
+from finetune.flops import forward_flops, training_flops
+from finetune.items import Item, shuffle_answers
+from finetune.meter import Meter
 from finetune.recipe import EarlyStopping, Tuning
+from finetune.reference import read_reference
 from finetune.trainers import _freeze, _lora, inside_the_mixture, near_start
 from finetune.tuning import TuningReport, tune
 from proxytune import Member, UserError, load_member
@@ -130,7 +132,7 @@ def test_packing_without_positions_would_not(folder: Path) -> None:
 def laws(folder: Path, name: str) -> torch.Tensor:
     """The logits of a model at all trained places."""
     rows = encode_examples(items(), make_tokenizer(), PROMPT, "")
-    return read_frozen(load_member(folder / name), rows, folder / "states", name).logits([row["input_ids"] for row in rows], torch.device("cpu"))
+    return read_reference(load_member(folder / name), rows, folder / "states", name).logits([row["input_ids"] for row in rows], torch.device("cpu"))
 
 
 def reference_step(folder: Path, options: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
@@ -200,7 +202,7 @@ def test_losses_with_nothing_to_hold_on_to_are_the_plain_one() -> None:
 def test_what_frozen_models_say_is_read_once_and_is_what_they_say(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     member = load_member(folder / "base")
     rows = encode_examples(items(9), make_tokenizer(), PROMPT, "")
-    read = read_frozen(member, rows, folder / "states", "base")
+    read = read_reference(member, rows, folder / "states", "base")
     ids = [rows[4]["input_ids"], rows[1]["input_ids"]]
     expected = torch.cat(
         [
@@ -209,9 +211,9 @@ def test_what_frozen_models_say_is_read_once_and_is_what_they_say(folder: Path, 
         ]
     )
     assert torch.allclose(read.logits(ids, torch.device("cpu")), expected, atol=1e-5)
-    monkeypatch.setattr("finetune.frozen._states", lambda *_: pytest.fail("was read again"))
+    monkeypatch.setattr("finetune.reference._states", lambda *_: pytest.fail("was read again"))
     assert torch.equal(
-        read_frozen(load_member(folder / "base"), rows, folder / "states", "base").logits(ids, torch.device("cpu")),
+        read_reference(load_member(folder / "base"), rows, folder / "states", "base").logits(ids, torch.device("cpu")),
         read.logits(ids, torch.device("cpu")),
     )
     with pytest.raises(KeyError):
@@ -230,7 +232,7 @@ def test_a_model_that_changes_its_logits_after_the_head_is_refused(tmp_path: Pat
 
     member.model.forward = capped
     with pytest.raises(UserError, match="soft cap"):
-        read_frozen(member, encode_examples(items(2), make_tokenizer(), PROMPT, ""), tmp_path, "base")
+        read_reference(member, encode_examples(items(2), make_tokenizer(), PROMPT, ""), tmp_path, "base")
 
 
 @pytest.mark.parametrize("half", ["lower", "upper"])
@@ -376,7 +378,7 @@ def test_costs_are_reported(folder: Path) -> None:
 
 
 def test_the_meter_adds_up_energy_over_wraps_and_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.costs.POWER_CAPPING", tmp_path)
+    monkeypatch.setattr("finetune.meter.POWER_CAPPING", tmp_path)
     for name, joules in (("intel-rapl:0", 90.0), ("intel-rapl:1", 5.0)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "max_energy_range_uj").write_text("100000000")
@@ -390,7 +392,7 @@ def test_the_meter_adds_up_energy_over_wraps_and_attempts(tmp_path: Path, monkey
     meter.tick()
     assert meter.energy == pytest.approx(1000 + 20 + 4)
     assert meter.seconds > 100
-    monkeypatch.setattr("finetune.costs.POWER_CAPPING", tmp_path / "none")
+    monkeypatch.setattr("finetune.meter.POWER_CAPPING", tmp_path / "none")
     silent = Meter()
     silent.tick()
     assert silent.energy is None

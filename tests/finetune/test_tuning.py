@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from finetune import EarlyStopping, Item, Tuning, tune
-from finetune.data import check_prompt, encode_examples, prompt_ids, trained_share
+from finetune.encoding import check_prompt, encode_examples, prompt_ids, trained_share
 from probes.world import items_of, make_ledger
 from probes.world.corpus import QUESTION
 from probes.world.family import build_tokenizer, world_of

@@ -5,7 +5,7 @@ from helpers import VOCABULARY, make_members, make_tokenizer
 
 from finetune import Item
 from probes import answer_greedily, choose, familiarity
-from probes.readouts import judge, judge_number
+from probes.knowledge.readouts import judge, judge_number
 from proxytune import ProxyTunedForCausalLM, UserError, proxy_tuning
 
 WORDS = [f"w{number}" for number in range(3, VOCABULARY)]

@@ -12,10 +12,10 @@ from helpers import make_model, make_tokenizer
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from finetune.data import Item
+from finetune.items import Item
 from finetune.recipe import Tuning
 from finetune.tuning import tune
-from probes.knowledge import Known, known
+from probes.knowledge.candidates import Known, known
 from probes.recoverability import FORGOTTEN, NEVER, UNRELATED, Curve, brought_back, log_steps, relearn, savings, spurious, steps_to
 from probes.world import find_family, items_of
 from proxytune import UserError

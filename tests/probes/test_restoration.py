@@ -10,12 +10,13 @@ from helpers import ARCHITECTURES, VOCABULARY, make_model, make_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from finetune.data import Item, prompt_ids
+from finetune.encoding import prompt_ids
+from finetune.items import Item
 from probes import restoration as restoration_module
-from probes.activations import final_norm, layers_of, read_states
-from probes.blocks import BLOCKS, blocks_of, check_same_shape, put, random_delta, thirds, weights_of
 from probes.drift import divergence
-from probes.knowledge import known
+from probes.internals.activations import final_norm, layers_of, read_states
+from probes.internals.blocks import BLOCKS, blocks_of, check_same_shape, put, random_delta, thirds, weights_of
+from probes.knowledge.candidates import known
 from probes.patching import patch_subject, replaced
 from probes.restoration import SHARES, block_label, count_evaluations, damage, recovery, restorations, restore, shapley
 from proxytune import Member, UserError

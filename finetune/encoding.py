@@ -1,7 +1,6 @@
-"""Questions and answers: how they are read, and how they become token ids.
+"""How questions and answers become token ids.
 
-One file format for tuning, testing and knowledge: JSON lines. Tuning and measuring encode a prompt with the same
-function, so what a model was tuned on is what it is asked.
+Tuning and measuring encode a prompt with the same function, so a model is asked in the format that it was tuned on.
 """
 
 import signal
@@ -10,12 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from string import Formatter
-from typing import Literal
 
-import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
+from finetune.items import Item, Turn
 from proxytune.errors import UserError, brief
 from proxytune.printable import one_line
 
@@ -23,37 +20,6 @@ Row = dict[str, list[int]]
 CHAT = "chat"  # in the place of a prompt's template: the tokenizer's own chat template
 CHAT_SECONDS = 10.0  # of processor time; a template takes a thousandth
 CHAT_LONGEST = 10_000_000  # characters
-
-
-class Turn(BaseModel):
-    """One message of a conversation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    role: Literal["system", "user", "assistant"]
-    content: str
-
-
-class Item(BaseModel):
-    """One thing that is asked. `question` is asked in the tuned format, `statement` is its beginning in plain text."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    question: str = Field(min_length=1)
-    answer: str = Field(min_length=1)
-    choices: tuple[str, ...] = ()
-    statement: str | None = None
-    popularity: float | None = Field(default=None, ge=0, allow_inf_nan=False, description="stands in for exposure on real models")
-    unit: str | None = Field(default=None, description="items of one unit are resampled together; default: each item by itself")
-    subject: str | None = Field(default=None, min_length=1, description="whom the statement is about, as it is written there")
-    turns: tuple[Turn, ...] = Field(default=(), description="of the conversation before the question")
-    rejected: str | None = Field(default=None, min_length=1, description="the worse answer of a preference pair")
-
-    @model_validator(mode="after")
-    def _two_answers(self) -> "Item":
-        if self.rejected == self.answer:
-            raise ValueError("rejected must differ from the answer")
-        return self
 
 
 def check_prompt(template: str) -> str:
@@ -234,37 +200,3 @@ def check_rows(rows: Sequence[Row], window: int | None, vocabulary: int) -> None
             )
         if not any(row.get("completion_mask", [1])):
             raise UserError(f"train: nothing of example {number} would be trained on; give it an answer")
-
-
-def shuffle_answers(items: Sequence[Item], seed: int) -> list[Item]:
-    """The items with every answer dealt to another one: a control that has the form of the data and none of its content.
-
-    Answers stay among items of equal `choices` (those without any are one group), each used once, and none stays where it
-    was unless it is alone in its group; two equal answers may of course change places. A rejected answer goes with its
-    answer. The same seed deals the same.
-    """
-    groups: dict[tuple[str, ...], list[int]] = {}
-    for position, item in enumerate(items):
-        groups.setdefault(item.choices, []).append(position)
-    generator = torch.Generator().manual_seed(seed)
-    dealt = list(items)
-    for positions in groups.values():
-        order = [positions[place] for place in torch.randperm(len(positions), generator=generator).tolist()]
-        for giver, taker in zip(order, [*order[1:], order[0]], strict=True):  # once round the circle, so that nobody keeps his own
-            dealt[taker] = items[taker].model_copy(update={"answer": items[giver].answer, "rejected": items[giver].rejected})
-    return dealt
-
-
-def hold_out(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:
-    """Items to tune on and items held out: whole units, so that no fact stands on both sides.
-
-    Raises `UserError` where there are too few units.
-    """
-    units = sorted({item.unit or item.question for item in items})
-    count = max(1, round(len(units) * share))
-    if count >= len(units):
-        raise UserError(f"train: {len(units)} units are too few to hold any out for validation; give more items")
-    order = torch.randperm(len(units), generator=torch.Generator().manual_seed(seed))
-    held_out = {units[position] for position in order[:count].tolist()}
-    validation = [item for item in items if (item.unit or item.question) in held_out]
-    return [item for item in items if (item.unit or item.question) not in held_out], validation

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from probes.activations import final_norm, layers_of
+from probes.internals.activations import final_norm, layers_of
 from proxytune.errors import UserError
 from proxytune.member import Member
 from proxytune.packing import PackedLinear

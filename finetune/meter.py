@@ -1,58 +1,16 @@
-"""What tuning costs: FLOPs by formula; seconds, memory and energy as the machine reports them.
-
-Let N be the weights of all linear layers (the head among them, tied or not), L the layers, d the width of all heads
-together and T the tokens of a row. A token's forward pass takes 2N + 4LdT FLOPs. Its backward pass takes as much for the
-inputs' gradients (attention twice that) in the layers from the lowest trained one upwards, and 2 for each trained weight. So
-full tuning takes 6N + 12LdT a token, LoRA about 4N + 12LdT, and frozen lower layers are passed forwards only. Not counted:
-normalisations, activation functions, the optimizer. Attention is counted as if no token were masked.
-"""
+"""What a run costs: seconds, memory and energy, as the machine reports them."""
 
 import resource
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from proxytune.packing import return_memory
 
 POWER_CAPPING = Path("/sys/class/powercap")  # where Linux shows the processor's energy counters
-
-
-def forward_flops(model: Any, tokens: int, length: float) -> float:
-    """FLOPs of a forward pass over `tokens` tokens in rows of `length` tokens on average (0: without attention)."""
-    return tokens * (2.0 * sum(map(_numel, _linear_layers(model))) + _attention(model, length))
-
-
-def training_flops(model: Any, tokens: int, length: float) -> float:
-    """FLOPs of forward and backward passes over `tokens` tokens, by which parameters ask for a gradient."""
-    layers = _linear_layers(model)
-    trained = [_numel(layer) if layer.weight.requires_grad else 0 for layer in layers]
-    embedded = any(parameter.requires_grad for parameter in model.get_input_embeddings().parameters())
-    lowest = 0 if embedded else next((place for place, count in enumerate(trained) if count), len(layers))
-    through = sum(map(_numel, layers[lowest:]))
-    share = through / max(1, sum(map(_numel, layers)))
-    backward = 2.0 * through + 2.0 * share * _attention(model, length) + 2.0 * sum(trained)
-    return forward_flops(model, tokens, length) + tokens * backward
-
-
-def _linear_layers(model: nn.Module) -> list[Any]:
-    """All layers that multiply by a matrix of weights, in the model's order; the parts of a LoRA layer among them."""
-    return [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)]
-
-
-def _attention(model: Any, length: float) -> float:
-    config = model.config.get_text_config()
-    width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    return 4.0 * config.num_hidden_layers * width * length
-
-
-def _numel(layer: Any) -> int:
-    return int(layer.weight.numel())
 
 
 @dataclass

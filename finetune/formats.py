@@ -14,7 +14,7 @@ from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 from pydantic import Field, TypeAdapter, ValidationError
 
-from finetune.data import Item, Turn
+from finetune.items import Item, Turn
 from proxytune.errors import UserError, brief
 from proxytune.files import check_readable
 

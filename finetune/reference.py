@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from finetune.data import Row
+from finetune.encoding import Row
 from proxytune.content import content_key
 from proxytune.errors import UserError
 from proxytune.member import Member
@@ -29,7 +29,7 @@ TOKENS_AT_ONCE = 4096
 logger = logging.getLogger("proxytune")
 
 
-class Frozen:
+class Reference:
     """A model's logits at the trained places of rows that it has read before."""
 
     def __init__(self, head: nn.Module, states: dict[tuple[int, ...], Tensor]):
@@ -58,7 +58,7 @@ def only_at(model: Any, places: Bool[Tensor, "batch time"]) -> Iterator[list[Ten
         handle.remove()
 
 
-def read_frozen(member: Member, rows: Sequence[Row], folder: Path, field: str) -> Frozen:
+def read_reference(member: Member, rows: Sequence[Row], folder: Path, field: str) -> Reference:
     """The model as it reads the rows now, from `folder` if the same weights have read the same rows before.
 
     Raises `UserError` where its logits are not simply its head's product.
@@ -79,7 +79,7 @@ def read_frozen(member: Member, rows: Sequence[Row], folder: Path, field: str) -
     sizes = [sum(row["completion_mask"][1:]) for row in distinct]
     states_of_row = states.split(sizes)
     head = copy.deepcopy(member.model.get_output_embeddings())
-    return Frozen(head, {tuple(row["input_ids"]): states for row, states in zip(distinct, states_of_row, strict=True)})
+    return Reference(head, {tuple(row["input_ids"]): states for row, states in zip(distinct, states_of_row, strict=True)})
 
 
 def _kept(file: Path) -> Float[Tensor, "places hidden"] | None:
