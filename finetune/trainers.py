@@ -27,13 +27,14 @@ from proxytune.mixture import combine, proxy_tuning
 
 FSDP = Path(__file__).parent / "fsdp.json"
 
-Loss = Callable[[Float[Tensor, "places vocabulary"], Int[Tensor, " places"], Mapping[str, Tensor]], Float[Tensor, " places"]]
+Logits = Mapping[str, Float[Tensor, "places vocabulary"]]  # of each reference model
+Loss = Callable[[Float[Tensor, "places vocabulary"], Int[Tensor, " places"], Logits], Float[Tensor, " places"]]
 
 
 def near_start(weight: float) -> Loss:
     """Cross-entropy plus `weight` times KL(start || tuned) in nats, at each trained place."""
 
-    def loss(logits: Float[Tensor, "places vocabulary"], targets: Int[Tensor, " places"], references: Mapping[str, Tensor]) -> Float[Tensor, " places"]:
+    def loss(logits: Float[Tensor, "places vocabulary"], targets: Int[Tensor, " places"], references: Logits) -> Float[Tensor, " places"]:
         law, start = logits.log_softmax(-1), references["start"].log_softmax(-1)
         return cross_entropy(logits, targets, reduction="none") + weight * (start.exp() * (start - law)).sum(-1)
 
@@ -43,7 +44,7 @@ def near_start(weight: float) -> Loss:
 def inside_the_mixture(strength: float) -> Loss:
     """Cross-entropy of base + `strength` (tuned - start): the law that the expert will be served in."""
 
-    def loss(logits: Float[Tensor, "places vocabulary"], targets: Int[Tensor, " places"], references: Mapping[str, Tensor]) -> Float[Tensor, " places"]:
+    def loss(logits: Float[Tensor, "places vocabulary"], targets: Int[Tensor, " places"], references: Logits) -> Float[Tensor, " places"]:
         rows = min(logits.shape[-1], *(member.shape[-1] for member in references.values()))
         members = {"base": references["base"], "expert": logits, "antiexpert": references["start"]}
         mixed = combine({name: member[..., :rows] for name, member in members.items()}, proxy_tuning(strength))
