@@ -13,7 +13,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 from evals.material import Material
 from evals.measures import Probe
 from evals.study import Direct, Expert, Proxy, Study, expanded, proxy_name
-from finetune.recipe import Tuning
+from finetune.recipe import Tuning, TuningRun
 from finetune.tuning import TuningReport, tune
 from proxytune.adapters import is_adapter
 from proxytune.content import content_key
@@ -122,7 +122,7 @@ def _tuned(start: Weights, tuning: Tuning, name: str, material: Material, seed: 
     result = out / "checkpoints" / key
     if not is_whole(result):
         try:
-            tune(
+            run = TuningRun(
                 start.path,
                 material.train,
                 tuning,
@@ -133,8 +133,8 @@ def _tuned(start: Weights, tuning: Tuning, name: str, material: Material, seed: 
                 field=start.field,
                 base=base,
                 states=out / "states",
-                watcher=watcher,
             )
+            tune(run, watcher)
         except UserError as error:
             raise UserError(f"arms.{name}.tuning, {error}") from error
     return replace(start, adapter=result) if tuning.method == "lora" else Weights(str(result), field=f"arms.{name}")

@@ -33,7 +33,7 @@ from probes.lens import Lens, Reading, Translators, first_tokens, fit_translator
 from probes.linear_probe import linear_probe
 from probes.nulls import gaussian_null, untrained_twin
 from probes.patching import patch_subject
-from probes.recoverability import relearn
+from probes.recoverability import Relearning, relearn
 from probes.restoration import Restoration, block_label, count_evaluations, restorations, restore
 from proxytune.content import content_key
 from proxytune.errors import UserError
@@ -298,18 +298,15 @@ def _recoverability(pair: Pair, asked: Asked, progress: Progress) -> Frames:
     """How soon knowledge returns, step by step; rows of one step are items."""
     assert pair.tuned is not None
     settings = asked.study.relearning
-    curves = relearn(
-        pair.tuned,
-        asked.items,
-        asked.base_known,
+    how = Relearning(
         learning_rate=settings.learning_rate,
         steps=settings.steps,
         batch_size=settings.batch_size,
         ending=asked.material.ending,
         seed=asked.seed,
         batch_tokens=asked.study.batch_tokens,
-        progress=progress,
     )
+    curves = relearn(pair.tuned, asked.items, asked.base_known, how, progress)
     common = common_columns(asked.items).assign(base_right=asked.base_known.right, base_probability=asked.base_known.probability)
     rows = []
     for name, curve in curves.items():

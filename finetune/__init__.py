@@ -7,5 +7,6 @@ from finetune.pretraining import pretrain as pretrain
 from finetune.pretraining import untrained as untrained
 from finetune.recipe import EarlyStopping as EarlyStopping
 from finetune.recipe import Tuning as Tuning
+from finetune.recipe import TuningRun as TuningRun
 from finetune.tuning import TuningReport as TuningReport
 from finetune.tuning import tune as tune

@@ -1,8 +1,13 @@
-"""The recipe of a tuning: which weights may move, towards what, and how fast. Validated before anything is loaded."""
+"""The recipe of a tuning (which weights are trained, on which loss, and how fast), and one run of it on a model and items."""
 
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from finetune.items import Item
 
 LARGEST_SEED = 2**32 - 1  # numpy's global generator takes no larger one
 LARGEST_RANK = 16384  # the width of the widest models; memory grows with it
@@ -67,3 +72,28 @@ class Tuning(BaseModel):
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}")
         return self
+
+
+@dataclass(frozen=True)
+class TuningRun:
+    """One tuning: the model in `model`, a folder or hub name, on the items by the recipe; the result goes to the folder `out`.
+
+    `prompt` is the template of a question, or the word `chat`; `ending` follows each answer in plain text. `base` is the large model
+    of a consistent expert. `states` is a folder where states of reference models are kept for other runs (default: none are kept). A
+    checkpoint is made every `checkpoint_seconds`. `fsdp` shards the model over several processes. `field` is the name of `model` in
+    error messages.
+    """
+
+    model: str | Path
+    items: Sequence[Item]
+    tuning: Tuning
+    _: KW_ONLY
+    prompt: str
+    ending: str
+    seed: int
+    out: Path
+    field: str = "base"
+    base: str | Path | None = None
+    states: Path | None = None
+    checkpoint_seconds: float = 300.0
+    fsdp: bool = False

@@ -7,11 +7,11 @@ of the vocabulary's. The head is applied again at every step, so that a step cos
 import copy
 import hashlib
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from jaxtyping import Bool, Float
@@ -70,7 +70,7 @@ def read_reference(member: Member, rows: Sequence[Row], folder: Path, field: str
     if states is None:
         folder.mkdir(parents=True, exist_ok=True)
         states = torch.cat(_states(member, distinct, field))
-        partial = file.with_suffix(f".{os.getpid()}.partial")
+        partial = file.with_suffix(f".{uuid4().hex}.partial")  # its own: a process id is not unique where machines share a folder
         try:
             save_file({"states": states}, partial, metadata={"sha256": _digest(states)})
             partial.replace(file)

@@ -19,7 +19,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from finetune.encoding import Row, row_length
 from finetune.flops import forward_flops
-from finetune.recipe import Tuning
+from finetune.recipe import Tuning, TuningRun
 from finetune.reference import Reference, only_at, read_reference
 from proxytune.errors import UserError, brief
 from proxytune.member import Member, load_member
@@ -105,28 +105,16 @@ def started_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def make_trainer(
-    member: Member,
-    rows: list[Row],
-    held_out: list[Row],
-    tuning: Tuning,
-    *,
-    seed: int,
-    folder: Path,
-    base: str | Path | None,
-    states: Path,
-    field: str,
-    processes: int,
-    fsdp: bool,
-) -> tuple[Trainer, float]:
+def make_trainer(run: TuningRun, member: Member, rows: list[Row], held_out: list[Row], folder: Path, processes: int) -> tuple[Trainer, float]:
     """The trainer that follows the recipe, and the FLOPs that reference models take before its first step.
 
     Raises `UserError` where the examples of a step cannot be shared out, where fewer processes train than were started,
     where a consistent expert has no base, and for targets that LoRA cannot adapt.
     """
-    if fsdp and processes == 1:
+    tuning = run.tuning
+    if run.fsdp and processes == 1:
         raise UserError("fsdp: one process has nobody to share a model with; start several with torchrun --nproc_per_node N")
-    options = _options(tuning, seed, folder, processes, fsdp)
+    options = _options(run, folder, processes)
     if tuning.preference is None:
         arguments = SFTConfig(**options, completion_only_loss=True, padding_free=tuning.packing)
     else:
@@ -156,19 +144,19 @@ def make_trainer(
         before = 0.0
         trainer = SFTTrainer(**common, peft_config=_lora(tuning))
     else:
-        if tuning.consistent is not None and base is None:
+        if tuning.consistent is not None and run.base is None:
             raise UserError("consistent: the base that the expert will serve is missing; give it")
         with arguments.main_process_first(local=False):
             member.model.to(arguments.device)
             models = {"start": member}
             if tuning.consistent is not None:
-                models["base"] = load_member(str(base), field="base", device=str(arguments.device))
+                models["base"] = load_member(str(run.base), field="base", device=str(arguments.device))
             before = sum(forward_flops(model.model, tokens, mean) for model in models.values())
-            references = {name: read_reference(model, everything, states, field) for name, model in models.items()}
+            references = {name: read_reference(model, everything, run.states or folder, run.field) for name, model in models.items()}
             del models
         loss = inside_the_mixture(tuning.consistent) if tuning.consistent is not None else near_start(float(tuning.kl or 0))
         trainer = ReferenceTrainer(**common, peft_config=_lora(tuning), place_loss=loss, references=references)
-    trainer.add_callback(_Wrapped(trainer, fsdp, processes))
+    trainer.add_callback(_Wrapped(trainer, run.fsdp, processes))
     return trainer, before
 
 
@@ -196,8 +184,9 @@ def _freeze(model: PreTrainedModel, half: str) -> None:
         layer.requires_grad_(True)
 
 
-def _options(tuning: Tuning, seed: int, folder: Path, processes: int, fsdp: bool) -> dict[str, Any]:
-    """What TRL's configurations have in common."""
+def _options(run: TuningRun, folder: Path, processes: int) -> dict[str, Any]:
+    """The settings that TRL's configurations have in common."""
+    tuning = run.tuning
     at_once = min(tuning.micro_batch_size or tuning.batch_size, max(1, tuning.batch_size // processes))
     if tuning.batch_size % (at_once * processes):
         raise UserError(f"batch_size: {tuning.batch_size} examples a step cannot be shared out among {processes} processes; make it a multiple")
@@ -218,7 +207,7 @@ def _options(tuning: Tuning, seed: int, folder: Path, processes: int, fsdp: bool
         "gradient_checkpointing": False,
         "bf16": False,
         "use_cpu": not torch.cuda.is_available(),  # without it gloo processes train apart, each its own model
-        "seed": seed,
+        "seed": run.seed,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "restore_callback_states_from_checkpoint": True,
@@ -227,8 +216,8 @@ def _options(tuning: Tuning, seed: int, folder: Path, processes: int, fsdp: bool
         "dataloader_pin_memory": torch.cuda.is_available(),
         "ddp_backend": "gloo" if processes > 1 and not torch.cuda.is_available() else None,
         "ddp_find_unused_parameters": False if processes > 1 else None,
-        "fsdp": True if fsdp else None,
-        "fsdp_config": str(FSDP) if fsdp else None,
+        "fsdp": True if run.fsdp else None,
+        "fsdp_config": str(FSDP) if run.fsdp else None,
     }
 
 

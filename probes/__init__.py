@@ -20,6 +20,7 @@ from probes.lens import fit_translators as fit_translators
 from probes.lens import read_lens as read_lens
 from probes.linear_probe import linear_probe as linear_probe
 from probes.patching import patch_subject as patch_subject
+from probes.recoverability import Relearning as Relearning
 from probes.recoverability import relearn as relearn
 from probes.restoration import restorations as restorations
 from probes.restoration import restore as restore

@@ -18,7 +18,6 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     GenerationMixin,
-    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedConfig,
     PreTrainedModel,
@@ -33,7 +32,9 @@ from proxytune.member import Member
 from proxytune.mixture import Mixture, Place, active, check_mixture, combine, depends_on_place
 from proxytune.padding import has_several_texts, positions_of
 from proxytune.passes import Reader, at_once, grouped, run, run_mapped
+from proxytune.processors import NumbersOnly
 from proxytune.prompts import OwnPrompts, own_prompts, reading
+from proxytune.speculation import SpeculationReport, speculative_decoding
 from proxytune.token_map import TokenMap, check_pairs
 from proxytune.vocabulary import check_rows, check_same_vocabulary
 
@@ -54,20 +55,6 @@ class MixtureOutput(CausalLMOutputWithPast):
     @property
     def last_hidden_state(self) -> Tensor:
         raise NoStatesError(NO_STATES)
-
-
-class NumbersOnly(LogitsProcessor):
-    """Stops at logits that are no numbers: the best of them would be a token that nobody meant. `whose` is the mixture in words."""
-
-    def __init__(self, whose: str):
-        self._whose = whose
-
-    def __call__(self, input_ids: Int[Tensor, "rows time"], scores: Float[Tensor, "rows vocabulary"]) -> Float[Tensor, "rows vocabulary"]:
-        if scores.isnan().any():
-            raise UserError(
-                f"mixture: the logits of {self._whose} after {input_ids.shape[1]} tokens hold NaN; look at its weights, or take a wider dtype"
-            )
-        return scores
 
 
 class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
@@ -124,6 +111,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             for name, member in members.items()
         }
         self.mixture = mixture
+        self.speculation = SpeculationReport(0, 0, 0, 0)  # of the last call of `generate` with `speculate`
         self.post_init()
         self.eval()
 
@@ -274,8 +262,6 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             kwargs["prompt_lengths"] = lengths
         self._check_windows(int(lengths.max()), {name: max(map(len, given)) for name, given in (prompts or {}).items()})
         if speculate:
-            from proxytune.speculation import speculative_decoding
-
             for name in ("past_key_values", "custom_generate"):
                 if kwargs.get(name) is not None:
                     raise UserError(f"{name}: speculation has its own; leave one of the two out")

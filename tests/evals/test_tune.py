@@ -20,7 +20,7 @@ from evals.tune import Run, tune_one
 from finetune.encoding import encode_examples, preview
 from finetune.formats import read_items
 from finetune.items import Item
-from finetune.recipe import Tuning
+from finetune.recipe import Tuning, TuningRun
 from finetune.tuning import tune
 from proxytune import ProxyTunedForCausalLM, UserError, load_member, load_tokenizer
 
@@ -46,7 +46,7 @@ def test_the_command_tunes_shows_and_says_what_is_next(lora_family: Path, data: 
     assert done.returncode == 0, done.stderr
     assert "w10 w5⟦ w11<eos>⟧".replace(" ", "") in done.stderr.replace(" ", "")
     items = [Item(question=f"w{number} w5", answer=f"w{number + 1}") for number in range(10, 18)]
-    tune(small, items, Tuning(**SETTINGS), prompt=PROMPT, ending="", seed=0, out=tmp_path / "same")
+    tune(TuningRun(small, items, Tuning(**SETTINGS), prompt=PROMPT, ending="", seed=0, out=tmp_path / "same"))
     assert load_member(small, tmp_path / "lora").fingerprint == load_member(small, tmp_path / "same").fingerprint
     following = shlex.split(done.stdout.strip().replace("LARGE", str(lora_family / "base")))
     answered = run(*following[1:], "--new-tokens", 4)

@@ -1,11 +1,13 @@
 """Each recipe against what it says: equal batches, packing, frozen layers, losses that see models that do not change."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import ARCHITECTURES, make_model, make_tokenizer
+from helpers import ARCHITECTURES, PATHS, make_model, make_tokenizer
 from peft import PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy, logsigmoid
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,7 +18,7 @@ from finetune.encoding import encode_examples, encode_pairs
 from finetune.flops import forward_flops, training_flops
 from finetune.items import Item, shuffle_answers
 from finetune.meter import Meter
-from finetune.recipe import EarlyStopping, Tuning
+from finetune.recipe import EarlyStopping, Tuning, TuningRun
 from finetune.reference import read_reference
 from finetune.trainers import _freeze, _lora, inside_the_mixture, near_start
 from finetune.tuning import TuningReport, tune
@@ -67,7 +69,7 @@ class Gradients(TrainerCallback):
 def run(folder: Path, name: str, model: str = "small", count: int = 24, watcher: TrainerCallback | None = None, **options: Any) -> TuningReport:
     settings = {"method": "full", "learning_rate": 1e-3, "epochs": 1.0, "batch_size": 8} | options
     base = folder / "base" if "consistent" in settings else None
-    return tune(folder / model, items(count), Tuning(**settings), prompt=PROMPT, ending="", seed=0, out=folder / name, base=base, watcher=watcher)
+    return tune(TuningRun(folder / model, items(count), Tuning(**settings), prompt=PROMPT, ending="", seed=0, out=folder / name, base=base), watcher)
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -220,6 +222,51 @@ def test_what_frozen_models_say_is_read_once_and_is_what_they_say(folder: Path, 
         read.logits([[3, 4, 5]], torch.device("cpu"))
 
 
+WRITER = """
+import os, sys, time
+from pathlib import Path
+sys.path[:0] = {paths!r}
+import finetune.reference as reference
+import torch
+from helpers import make_tokenizer
+from test_recipes import PROMPT, items
+from finetune.encoding import encode_examples
+from proxytune import load_member
+
+folder, number = Path({folder!r}), int(sys.argv[1])
+if {one_id}:
+    os.getpid = lambda: 1
+save = reference.save_file
+
+def save_and_wait(*arguments, **options):
+    save(*arguments, **options)
+    (folder / f"written-{{number}}").touch()
+    while len(list(folder.glob("written-*"))) < 2:
+        time.sleep(0.01)
+
+reference.save_file = save_and_wait
+rows = encode_examples(items(5), make_tokenizer(), PROMPT, "")
+read = reference.read_reference(load_member(folder / "base"), rows, folder / "states", "base")
+torch.save(read.logits([row["input_ids"] for row in rows], torch.device("cpu")), folder / f"logits-{{number}}.pt")
+"""
+
+
+@pytest.mark.parametrize("one_id", [False, True], ids=["one machine", "one process id, as in two containers"])
+def test_two_processes_that_read_a_reference_at_once_each_write_a_file_of_their_own(folder: Path, one_id: bool) -> None:
+    """Both have written before either publishes; with one shared file the second would find it gone."""
+    script = WRITER.format(paths=PATHS, folder=str(folder), one_id=one_id)
+    processes = [subprocess.Popen([sys.executable, "-c", script, str(number)], stderr=subprocess.PIPE, text=True) for number in range(2)]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    (file,) = (folder / "states").iterdir()
+    assert file.suffix == ".safetensors"
+    rows = encode_examples(items(5), make_tokenizer(), PROMPT, "")
+    alone = read_reference(load_member(folder / "base"), rows, folder / "alone", "base").logits(
+        [row["input_ids"] for row in rows], torch.device("cpu")
+    )
+    assert all(torch.equal(torch.load(folder / f"logits-{number}.pt"), alone) for number in range(2))
+
+
 def test_a_model_that_changes_its_logits_after_the_head_is_refused(tmp_path: Path) -> None:
     member = Member(make_model("gemma"), make_tokenizer())
     member.model.get_output_embeddings().register_forward_hook(lambda module, _, output: output)
@@ -263,16 +310,9 @@ def test_preference_tuning_takes_its_first_loss_and_prefers_the_chosen(folder: P
 
 
 def test_preference_tuning_needs_rejected_answers(folder: Path) -> None:
+    recipe = Tuning(method="full", learning_rate=1e-3, preference=0.1)
     with pytest.raises(UserError, match="has no rejected answer"):
-        tune(
-            folder / "small",
-            [Item(question="w4", answer="w5")],
-            Tuning(method="full", learning_rate=1e-3, preference=0.1),
-            prompt=PROMPT,
-            ending="",
-            seed=0,
-            out=folder / "out",
-        )
+        tune(TuningRun(folder / "small", [Item(question="w4", answer="w5")], recipe, prompt=PROMPT, ending="", seed=0, out=folder / "out"))
 
 
 @pytest.mark.parametrize("options", [{}, {"dora": True}, {"rslora": True}, {"targets": ("q_proj", "v_proj")}, {"kl": 1.0}], ids=str)
@@ -330,7 +370,7 @@ def test_a_shuffled_tuning_is_a_tuning_on_shuffled_answers(folder: Path, options
     shuffled = shuffle_answers(dealt(), 0)
     runs = {"asked": (dealt(), True), "dealt": (shuffled, False), "plain": (dealt(), False)}
     reports = {
-        name: tune(folder / "small", given, Tuning(**settings, shuffled=asked), prompt=PROMPT, ending="", seed=0, out=folder / name)
+        name: tune(TuningRun(folder / "small", given, Tuning(**settings, shuffled=asked), prompt=PROMPT, ending="", seed=0, out=folder / name))
         for name, (given, asked) in runs.items()
     }
     assert distance(folder / "asked", folder / "dealt") == 0 < distance(folder / "asked", folder / "plain")
@@ -338,10 +378,9 @@ def test_a_shuffled_tuning_is_a_tuning_on_shuffled_answers(folder: Path, options
 
 
 def test_a_consistent_expert_needs_its_base(folder: Path) -> None:
+    recipe = Tuning(method="full", learning_rate=1e-3, consistent=1.0)
     with pytest.raises(UserError, match="consistent: the base"):
-        tune(
-            folder / "small", items(), Tuning(method="full", learning_rate=1e-3, consistent=1.0), prompt=PROMPT, ending="", seed=0, out=folder / "out"
-        )
+        tune(TuningRun(folder / "small", items(), recipe, prompt=PROMPT, ending="", seed=0, out=folder / "out"))
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune import EarlyStopping, Item, Tuning, tune
+from finetune import EarlyStopping, Item, Tuning, TuningRun, tune
 from finetune.encoding import check_prompt, encode_examples, prompt_ids, trained_share
 from probes.world import items_of, make_ledger
 from probes.world.corpus import QUESTION
@@ -20,7 +20,7 @@ def world_items() -> list[Item]:
 
 
 def run(family: Path, out: Path, tuning: Tuning, seed: int = 0) -> str:
-    tune(family / "small", world_items(), tuning, prompt=QUESTION, ending=" .", seed=seed, out=out)
+    tune(TuningRun(family / "small", world_items(), tuning, prompt=QUESTION, ending=" .", seed=seed, out=out))
     adapter = out if tuning.method == "lora" else None
     return load_member(family / "small" if adapter else out, adapter).fingerprint
 
@@ -37,7 +37,7 @@ def test_loss_is_taken_on_the_answer_only() -> None:
 
 def test_the_first_loss_is_that_of_a_reference_loop(tiny_family: Path, tmp_path: Path) -> None:
     everything = Tuning(method="full", learning_rate=1e-9, epochs=1, batch_size=1000)
-    report = tune(tiny_family / "small", world_items(), everything, prompt=QUESTION, ending=" .", seed=0, out=tmp_path / "out")
+    report = tune(TuningRun(tiny_family / "small", world_items(), everything, prompt=QUESTION, ending=" .", seed=0, out=tmp_path / "out"))
     model = load_member(tiny_family / "small").model
     losses = []
     for row in encode_examples(world_items(), build_tokenizer(), QUESTION, " ."):
@@ -87,7 +87,7 @@ def test_early_stopping_keeps_the_best_weights_and_holds_out_whole_units(tiny_fa
     ruinous = Tuning(
         method="full", learning_rate=0.05, epochs=20, batch_size=8, early_stopping=EarlyStopping(validation_share=0.2, every_steps=2, patience=2)
     )
-    report = tune(tiny_family / "small", world_items(), ruinous, prompt=QUESTION, ending=" .", seed=0, out=tmp_path / "out")
+    report = tune(TuningRun(tiny_family / "small", world_items(), ruinous, prompt=QUESTION, ending=" .", seed=0, out=tmp_path / "out"))
     assert report.steps < 20 * 8
     assert report.examples % 3 == 0
     assert report.validation_losses[-1] > min(report.validation_losses)

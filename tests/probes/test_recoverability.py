@@ -13,10 +13,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from finetune.items import Item
-from finetune.recipe import Tuning
+from finetune.recipe import Tuning, TuningRun
 from finetune.tuning import tune
 from probes.knowledge.candidates import Known, known
-from probes.recoverability import FORGOTTEN, NEVER, UNRELATED, Curve, brought_back, log_steps, relearn, savings, spurious, steps_to
+from probes.recoverability import FORGOTTEN, NEVER, UNRELATED, Curve, Relearning, brought_back, log_steps, relearn, savings, spurious, steps_to
 from probes.world import find_family, items_of
 from proxytune import UserError
 from proxytune.member import Member, Weights, load_member, load_members
@@ -50,7 +50,7 @@ def base(family: Path) -> tuple[Member, list[Item], Known]:
 
 def curves_of(member: Member, base: tuple[Member, list[Item], Known], **options: Any) -> dict[str, Curve]:
     settings = {"learning_rate": 1e-3, "steps": 16, "batch_size": 24, "ending": " .", "seed": 0} | options
-    return relearn(member, base[1], base[2], **settings)
+    return relearn(member, base[1], base[2], Relearning(**settings))
 
 
 def test_an_unchanged_model_has_nothing_to_relearn(base: tuple[Member, list[Item], Known]) -> None:
@@ -66,7 +66,7 @@ def test_what_was_hidden_returns_sooner_than_new_facts_and_by_itself(base: tuple
     """Other people are all said to have the first of the candidates: a habit that overlays what is known and erases none of it."""
     habit = [Item(question=str(item.statement), answer=item.choices[0]) for item in facts(family, "tune", {0: 8, 100: 8})]
     recipe = Tuning(method="full", learning_rate=3e-4, epochs=5, batch_size=16)
-    tune(family / "base", habit, recipe, prompt="{question}", ending=" .", seed=0, out=tmp_path / "hidden")
+    tune(TuningRun(family / "base", habit, recipe, prompt="{question}", ending=" .", seed=0, out=tmp_path / "hidden"))
     curves = curves_of(load_member(tmp_path / "hidden"), base)
     assert curves[FORGOTTEN].right[0].mean() < 0.5
     found, share = savings(curves, base[2]), spurious(curves, base[1], base[2])
@@ -110,7 +110,8 @@ def small(items: list[Item], seed: int = 0, **options: Any) -> dict[str, Curve]:
     member = options.pop("member", None) or Member(make_model(seed=2), make_tokenizer())
     right = options.pop("right", np.ones(len(items), bool))
     settings = {"learning_rate": 1e-2, "steps": 5, "batch_size": 4, "ending": "", "seed": seed} | options
-    return relearn(member, items, Known(right, np.zeros(len(items))), **settings)
+    progress = settings.pop("progress", lambda _: None)
+    return relearn(member, items, Known(right, np.zeros(len(items))), Relearning(**settings), progress)
 
 
 def same(one: dict[str, Curve], other: dict[str, Curve]) -> bool:
@@ -157,7 +158,7 @@ def test_a_step_of_the_curve_is_a_step_of_the_tuning(curves: dict[str, Curve], t
     sentences = [Item(question=str(item.statement), answer=item.answer) for item in measured]
     for out, epochs in (("all", 5 / 3), ("less", 4 / 3)):
         recipe = Tuning(method="full", learning_rate=1e-2, batch_size=4, epochs=epochs)
-        tune(tmp_path / "start", sentences, recipe, prompt="{question}", ending="", seed=0, out=tmp_path / out)
+        tune(TuningRun(tmp_path / "start", sentences, recipe, prompt="{question}", ending="", seed=0, out=tmp_path / out))
     assert np.allclose(known(load_member(tmp_path / "all"), measured).probability, curve.probability[-1], atol=1e-6)
     assert not np.allclose(known(load_member(tmp_path / "less"), measured).probability, curve.probability[-1], atol=1e-3)
 
