@@ -230,7 +230,7 @@ def tune(
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 3.0,
     batch_size: Annotated[int, typer.Option(help="Examples a step, over all processes.")] = 16,
     micro_batch_size: Annotated[int | None, typer.Option(help="Examples in memory at a time. Default: all of a step.", show_default=False)] = None,
-    packing: Annotated[bool, typer.Option(help="Examples end to end without padding: the same loss, less or more time.")] = False,
+    padding_free: Annotated[bool, typer.Option(help="Examples end to end without padding: the same loss, less or more time.")] = False,
     rank: Annotated[int, typer.Option(help="Of the LoRA adapter.")] = 16,
     target: Annotated[list[str], typer.Option(help="A layer's name that LoRA adapts; may be repeated. Default: all linear ones.")] = [],  # noqa: B006
     dora: Annotated[bool, typer.Option(help="LoRA with a learned magnitude.")] = False,
@@ -272,7 +272,7 @@ def tune(
         "epochs": epochs,
         "batch_size": batch_size,
         "micro_batch_size": micro_batch_size,
-        "packing": packing,
+        "padding_free": padding_free,
         "rank": rank,
         "targets": tuple(target) or None,
         "dora": dora,

@@ -73,7 +73,7 @@ def _measure_seed(study: Study, material: Material, *, folder: Path, seed: int, 
 
 def _measure_ensemble(study: Study, ensemble: Ensemble, asked: list[Measurement], seed: int, out: Path, display: Display) -> list[Record]:
     with display.bar(f"seed {seed} · loading {', '.join(ensemble.members)}", None):
-        members = load_members(ensemble.members, packed=True)
+        members = load_members(ensemble.members, prepacked=True)
     _say_what_was_tuned(ensemble, seed, display)
     model = ProxyTunedForCausalLM(members, next(iter(ensemble.mixtures.values())))
     costs = {arm: _cost(ensemble, members, mixture) for arm, mixture in ensemble.mixtures.items()}

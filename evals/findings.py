@@ -18,7 +18,7 @@ from finetune.items import Item
 from probes.density import METRICS, SITES
 from probes.internals.blocks import BLOCKS, thirds
 from probes.knowledge.candidates import Known
-from probes.knowledge.exposure import matched, matched_contrast, rank_slope, strata, unit_means, within_strata
+from probes.knowledge.exposure import matched, matched_contrast, rank_correlation, strata, unit_means, within_strata
 from probes.knowledge.familiarity import FEW_LEVELS, familiarity
 from probes.recoverability import FORGOTTEN, Curve, Savings, savings, spurious
 from probes.restoration import block_label, damage, recovery, shapley
@@ -149,7 +149,7 @@ def _slopes(found: Found, frames: Sequence[pd.DataFrame], columns: Sequence[str]
         if kind == "partial":
             covariates = frame[[name for name in ("log_probability", "frequency") if name in frame]].to_numpy(float)
         try:
-            seeds.append(by_unit(frame, rank_slope(values, frame["popularity"].to_numpy(float), _strata(frame), covariates)))
+            seeds.append(by_unit(frame, rank_correlation(values, frame["popularity"].to_numpy(float), _strata(frame), covariates)))
         except UserError:  # nothing of popularity is left: no slope, and the row says so
             return [Interval(np.nan, np.nan, np.nan)] * len(columns)
     return intervals(found.estimate(seeds))

@@ -1,4 +1,4 @@
-"""LoRA and full fine-tuning, and pretraining of small models. Changes weights; never scores."""
+"""LoRA and full fine-tuning, and pretraining of small models. Changes weights; scores nothing."""
 
 from finetune.formats import read_items as read_items
 from finetune.items import Item as Item

@@ -1,10 +1,10 @@
-"""What a forward pass and a training step cost in FLOPs, by formula.
+"""FLOPs of a forward pass and of training, by formula.
 
-Let N be the weights of all linear layers (the head among them, tied or not), L the layers, d the width of all heads
-together and T the tokens of a row. A token's forward pass takes 2N + 4LdT FLOPs. Its backward pass takes as much for the
-inputs' gradients (attention twice that) in the layers from the lowest trained one upwards, and 2 for each trained weight. So
-full tuning takes 6N + 12LdT a token, LoRA about 4N + 12LdT, and frozen lower layers are passed forwards only. Not counted:
-normalisations, activation functions, the optimizer. Attention is counted as if no token were masked.
+Let N be the number of weights of all linear layers (including the head, tied or not), L the number of layers, d the width of
+all attention heads together and T the tokens of a row. A token's forward pass takes 2N + 4LdT FLOPs. Its backward pass takes as much for the
+gradients of the inputs (attention twice as much) in the layers from the lowest trained one upwards, and 2 per trained weight. So
+full tuning takes 6N + 12LdT per token and LoRA about 4N + 12LdT; frozen lower layers only have a forward pass. Not counted:
+normalisations, activation functions, the optimizer. Attention is counted without masking.
 """
 
 from typing import Any
@@ -19,11 +19,11 @@ def forward_flops(model: Any, tokens: int, length: float) -> float:
 
 
 def training_flops(model: Any, tokens: int, length: float) -> float:
-    """FLOPs of forward and backward passes over `tokens` tokens, by which parameters ask for a gradient."""
+    """FLOPs of forward and backward passes over `tokens` tokens; trained are the parameters that require a gradient."""
     layers = _linear_layers(model)
     trained = [_numel(layer) if layer.weight.requires_grad else 0 for layer in layers]
     embedded = any(parameter.requires_grad for parameter in model.get_input_embeddings().parameters())
-    lowest = 0 if embedded else next((place for place, count in enumerate(trained) if count), len(layers))
+    lowest = 0 if embedded else next((index for index, count in enumerate(trained) if count), len(layers))
     through = sum(map(_numel, layers[lowest:]))
     share = through / max(1, sum(map(_numel, layers)))
     backward = 2.0 * through + 2.0 * share * _attention(model, length) + 2.0 * sum(trained)
@@ -31,7 +31,7 @@ def training_flops(model: Any, tokens: int, length: float) -> float:
 
 
 def _linear_layers(model: nn.Module) -> list[Any]:
-    """All layers that multiply by a matrix of weights, in the model's order; the parts of a LoRA layer among them."""
+    """All layers that multiply by a weight matrix, in the model's order, including the parts of LoRA layers."""
     return [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)]
 
 

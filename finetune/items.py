@@ -1,4 +1,4 @@
-"""Questions with their answers: what is tuned on, tested and asked; held out and shuffled by seed."""
+"""Items: questions with their answers, for tuning, tests and probes; how they are held out and shuffled."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -19,7 +19,7 @@ class Turn(BaseModel):
 
 
 class Item(BaseModel):
-    """One thing that is asked. `question` is asked in the tuned format, `statement` is its beginning in plain text."""
+    """One question. `question` is asked in the tuned format; `statement` is the beginning of a plain-text sentence that the answer ends."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -41,26 +41,26 @@ class Item(BaseModel):
 
 
 def shuffle_answers(items: Sequence[Item], seed: int) -> list[Item]:
-    """The items with every answer dealt to another one: a control that has the form of the data and none of its content.
+    """The items with their answers shuffled: a control that has the form of the data but not its content.
 
-    Answers stay among items of equal `choices` (those without any are one group), each used once, and none stays where it
-    was unless it is alone in its group; two equal answers may of course change places. A rejected answer goes with its
-    answer. The same seed deals the same.
+    Answers are shuffled among items of equal `choices` (items without choices are one group). Each answer is used once, and no item
+    keeps its own answer unless it is alone in its group; two equal answers may be exchanged. A rejected answer moves with its answer.
+    The same seed gives the same order.
     """
     groups: dict[tuple[str, ...], list[int]] = {}
     for position, item in enumerate(items):
         groups.setdefault(item.choices, []).append(position)
     generator = torch.Generator().manual_seed(seed)
-    dealt = list(items)
+    shuffled = list(items)
     for positions in groups.values():
-        order = [positions[place] for place in torch.randperm(len(positions), generator=generator).tolist()]
-        for giver, taker in zip(order, [*order[1:], order[0]], strict=True):  # once round the circle, so that nobody keeps his own
-            dealt[taker] = items[taker].model_copy(update={"answer": items[giver].answer, "rejected": items[giver].rejected})
-    return dealt
+        order = [positions[index] for index in torch.randperm(len(positions), generator=generator).tolist()]
+        for giver, taker in zip(order, [*order[1:], order[0]], strict=True):  # one cycle, so that no item keeps its own answer
+            shuffled[taker] = items[taker].model_copy(update={"answer": items[giver].answer, "rejected": items[giver].rejected})
+    return shuffled
 
 
 def hold_out(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:
-    """Items to tune on and items held out: whole units, so that no fact stands on both sides.
+    """Items to tune on and items held out. Units stay together, so that no fact is on both sides.
 
     Raises `UserError` where there are too few units.
     """

@@ -1,4 +1,4 @@
-"""What a run costs: seconds, memory and energy, as the machine reports them."""
+"""The seconds, memory and energy of a run, as the machine reports them."""
 
 import resource
 import sys
@@ -8,19 +8,18 @@ from pathlib import Path
 
 import torch
 
-from proxytune.packing import return_memory
+from proxytune.prepacked import return_memory
 
 POWER_CAPPING = Path("/sys/class/powercap")  # where Linux shows the processor's energy counters
 
 
 @dataclass
 class Meter:
-    """Counts from when it is made, on top of what an interrupted run counted before.
+    """Counts from its creation, on top of what an interrupted run counted before.
 
-    `seconds`; `peak_memory`, the most bytes held (of the GPU where there is one, else by the process, its libraries included;
-    None where the system cannot tell for a part of a process's life); `energy` in joules of all processors and GPUs of the
-    machine, whoever used them (None where it shows no counter that may be read). Call `tick` at least every few minutes:
-    counters wrap.
+    `seconds`. `peak_memory`: the most bytes in use, on the GPU where there is one, else by the process with its libraries; None
+    where the system cannot reset its peak. `energy`: joules of all processors and GPUs of the machine, whoever used them; None
+    where no counter is readable. Call `tick` at least every few minutes, because the counters wrap.
     """
 
     seconds: float = 0.0
@@ -46,7 +45,7 @@ class Meter:
 
 
 def _reset_peak() -> bool:
-    """Forgets the peak so far; returns whether the system can."""
+    """Resets the peak; returns whether the system supports that."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return True
@@ -65,7 +64,7 @@ def _peak() -> int:
 
 
 def _energy_counters() -> dict[str, tuple[float, float]]:
-    """Joules of every counter that may be read, and where it begins again from zero."""
+    """Joules of every readable counter, and the value at which it wraps to zero."""
     found = {}
     for folder in sorted(POWER_CAPPING.glob("intel-rapl:[0-9]")):
         try:
@@ -82,6 +81,6 @@ def _energy_counters() -> dict[str, tuple[float, float]]:
         for index in range(pynvml.nvmlDeviceGetCount()):
             millijoules = pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByIndex(index))
             found[f"gpu-{index}"] = (millijoules / 1e3, 2.0**64 / 1e3)
-    except pynvml.NVMLError:  # no driver or no counter: then there is no such figure
+    except pynvml.NVMLError:  # no driver or no counter: there is no such figure
         pass
     return found

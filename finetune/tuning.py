@@ -1,8 +1,9 @@
 """LoRA and full fine-tuning on questions and answers, through TRL's trainers and PEFT.
 
-Loss on the answer only. The result is a folder of safetensors with its tokenizer, `tuning.json`, the card of what was
-done, and the digests of all; the folder appears whole or not at all. A run that is stopped leaves its checkpoints beside it
-and goes on from the last whole one, to the same result. It finetunes; it never scores.
+The loss is on the answers only. The result is a folder with safetensors, the tokenizer, `tuning.json` (the card: recipe, seed
+and report) and the digests of all files; the folder appears complete or not at all. A run that is stopped leaves its checkpoints
+beside the folder. The same run continues from the last complete one and gives the same result; paths do not matter for that.
+This module scores nothing.
 """
 
 import gc
@@ -32,10 +33,10 @@ from proxytune.member import Member, load_member
 
 @dataclass(frozen=True)
 class TuningReport:
-    """What tuning took: counts, the share of tokens in the loss, the losses by step, and the costs (see `flops` and `meter`).
+    """What a tuning took: counts, the share of tokens in the loss, the losses by step, and the costs (see `flops` and `meter`).
 
-    `tokens` are those read forwards and backwards; `flops` count what reference models read beforehand as well.
-    `stored_bytes` are those of the result's weights; `wrapped` is the class that distributed training put around the model.
+    `tokens` are those of forward and backward passes; `flops` include the forward passes of reference models. `stored_bytes` are the
+    bytes of the result's weights. `wrapped` is the class that distributed training put around the model.
     """
 
     examples: int
@@ -71,11 +72,11 @@ def tune(run: TuningRun, watcher: TrainerCallback | None = None) -> TuningReport
     rows, held_out = (_encode(part, member, run) for part in (train, validation))
     window = getattr(member.model.config.get_text_config(), "max_position_embeddings", None)
     check_rows(rows + held_out, window, member.model.get_input_embeddings().weight.shape[0])
-    served = None if run.base is None else load_member(run.base, field="base").fingerprint
-    started = content_key(start=member.fingerprint, base=served, rows=rows, held_out=held_out, tuning=tuning.model_dump(), seed=seed)
-    with workplace(out, started) as folder:
+    base = None if run.base is None else load_member(run.base, field="base").fingerprint
+    key = content_key(start=member.fingerprint, base=base, rows=rows, held_out=held_out, tuning=tuning.model_dump(), seed=seed)
+    with workplace(out, key) as folder:
         if is_main_process():
-            shutil.rmtree(folder / "result", ignore_errors=True)  # of a run that was killed while it saved
+            shutil.rmtree(folder / "result", ignore_errors=True)  # left by a run that was killed while saving
         checkpoint, meter = last_whole(folder)
         try:
             trainer, flops = make_trainer(run, member, rows, held_out, folder, processes)
@@ -111,9 +112,9 @@ def tune(run: TuningRun, watcher: TrainerCallback | None = None) -> TuningReport
             if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
                 raise
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"out: '{folder}' cannot be written ({reason}); free some space and run the same again, it goes on") from error
+            raise UserError(f"out: '{folder}' cannot be written ({reason}); free some space and run the same again; it continues") from error
     del trainer
-    gc.collect()  # a trainer refers to itself, and its model may be half of the machine's memory
+    gc.collect()  # a trainer refers to itself, and its model may fill half of the memory
     return report
 
 
@@ -123,7 +124,7 @@ def _encode(items: Sequence[Item], member: Member, run: TuningRun) -> list[Row]:
 
 
 def _check_alive(model: nn.Module, tuning: Tuning) -> None:
-    """Raises `UserError` for weights that are not finite after the last step, and for a LoRA adapter that changes nothing."""
+    """Raises `UserError` for weights that are not finite after the last step, and for a LoRA adapter that is zero."""
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise UserError(f"learning_rate: the weights are not finite after the last step with {tuning.learning_rate:g}; lower it")
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
@@ -135,5 +136,5 @@ def _finish(result: Path, member: Member, report: TuningReport, run: TuningRun) 
     member.tokenizer.save_pretrained(result)
     card: dict[str, Any] = {"tuning": run.tuning.model_dump(), "seed": run.seed, "report": asdict(report)}
     (result / "tuning.json").write_text(as_json(card) + "\n")
-    (result / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
+    (result / "training_args.bin").unlink(missing_ok=True)  # a pickle; nothing reads it
     publish(result, run.out)

@@ -12,7 +12,7 @@ from probes.internals.blocks import random_delta as random_delta
 from probes.knowledge.candidates import known as known
 from probes.knowledge.counts import count_documents as count_documents
 from probes.knowledge.exposure import matched_contrast as matched_contrast
-from probes.knowledge.exposure import rank_slope as rank_slope
+from probes.knowledge.exposure import rank_correlation as rank_correlation
 from probes.knowledge.familiarity import familiarity as familiarity
 from probes.knowledge.readouts import answer_greedily as answer_greedily
 from probes.knowledge.readouts import choose as choose

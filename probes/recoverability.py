@@ -35,7 +35,7 @@ from finetune.tuning import tune
 from probes.knowledge.candidates import Known, known
 from proxytune.errors import UserError
 from proxytune.member import Member
-from proxytune.packing import PackedLinear, pack_linear_layers, unpack_linear_layers
+from proxytune.prepacked import PrepackedLinear, prepack_linear_layers, unpack_linear_layers
 
 FORGOTTEN, NEVER, UNRELATED = CURVES = ("forgotten", "never exposed", "unrelated")
 ENOUGH = 10  # items: so many unrelated ones are shown, and a curve is not read off fewer
@@ -263,12 +263,12 @@ def _never_exposed(items: Sequence[Item], exposed: Sequence[int], base: Known, s
 
 
 def _save(model: PreTrainedModel, folder: Path) -> None:
-    """Saves a model as a folder can hold it: packed layers plain, adapters merged. It is afterwards as it was."""
-    packed = any(isinstance(module, PackedLinear) for module in model.modules())
+    """Saves a model as a folder can hold it: prepacked layers plain, adapters merged. It is afterwards as it was."""
+    prepacked = any(isinstance(module, PrepackedLinear) for module in model.modules())
     unpack_linear_layers(model)
     (_merged(model) if any(isinstance(module, LoraLayer) for module in model.modules()) else model).save_pretrained(folder)
-    if packed:
-        pack_linear_layers(model)
+    if prepacked:
+        prepack_linear_layers(model)
 
 
 def _merged(model: PreTrainedModel) -> PreTrainedModel:

@@ -29,7 +29,7 @@ assert folder  # a fixture
 RECIPES: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": {"method": "lora", "rank": 2},
-    "micro-batches": {"micro_batch_size": 2, "packing": True},
+    "micro-batches": {"micro_batch_size": 2, "padding_free": True},
     "consistent": {"consistent": 1.0},
     "preference": {"preference": 0.1},
     "early-stopped": {"early_stopping": EarlyStopping(validation_share=0.2, every_steps=2, patience=3)},
@@ -299,13 +299,13 @@ def test_two_processes_train_to_the_loss_of_one(folder: Path, options: dict[str,
 
 def test_launchers_that_fall_back_are_errors(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = torchrun(folder, batch_size=5)
-    assert "5 examples a step cannot be shared out among 2" in done.stderr
+    assert "5 examples per step cannot be divided among 2" in done.stderr
     with monkeypatch.context() as patched:
         patched.setenv("ACCELERATE_MIXED_PRECISION", "no")
         patched.delenv("WORLD_SIZE", raising=False)
         with pytest.raises(UserError, match="accelerate launch started a single process"):
             run(folder, "out")
-    with pytest.raises(UserError, match="one process has nobody to share"):
+    with pytest.raises(UserError, match="one process cannot shard"):
         run(folder, "out", fsdp=True)
     assert "fsdp: the model is wrapped as DistributedDataParallel, not sharded" in torchrun(folder, fsdp=True).stderr
 

@@ -1,4 +1,4 @@
-"""Each recipe against what it says: equal batches, packing, frozen layers, losses that see models that do not change."""
+"""Each recipe against what it says: equal batches, padding-free rows, frozen layers, losses that see models that do not change."""
 
 import subprocess
 import sys
@@ -95,16 +95,16 @@ def test_a_step_is_the_same_however_it_is_cut_into_micro_batches(folder: Path, o
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_packing_equals_no_packing(architecture: str) -> None:
+def test_padding_free_rows_equal_padded_rows(architecture: str) -> None:
     model = make_model(architecture)
     rows = [
         {"input_ids": row["input_ids"], "labels": [token if mask else -100 for token, mask in zip(*row.values(), strict=True)]}
         for row in encode_examples(items(8), make_tokenizer(), PROMPT, "")
     ]
     found = []
-    for packed in (False, True):
+    for padding_free in (False, True):
         model.zero_grad()
-        batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=packed)(rows)
+        batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=padding_free)(rows)
         loss = model(**batch, use_cache=False).loss
         loss.backward()
         found.append((loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}))
@@ -114,14 +114,14 @@ def test_packing_equals_no_packing(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"kl": 0.5}, {"consistent": 1.0}], ids=["plain", "kl", "consistent"])
-def test_packed_tuning_equals_padded_tuning(folder: Path, options: dict[str, Any]) -> None:
-    padded, packed = Gradients(), Gradients()
+def test_padding_free_tuning_equals_padded_tuning(folder: Path, options: dict[str, Any]) -> None:
+    padded, padding_free = Gradients(), Gradients()
     losses = run(folder, "padded", watcher=padded, **options).losses
-    assert run(folder, "packed", watcher=packed, packing=True, **options).losses == pytest.approx(losses, abs=1e-5)
-    assert packed.distance(padded) < 1e-5
+    assert run(folder, "padding_free", watcher=padding_free, padding_free=True, **options).losses == pytest.approx(losses, abs=1e-5)
+    assert padding_free.distance(padded) < 1e-5
 
 
-def test_packing_without_positions_would_not(folder: Path) -> None:
+def test_padding_free_rows_without_positions_would_not(folder: Path) -> None:
     """The negative twin: examples end to end that see each other have another loss."""
     tokenizer, model = make_tokenizer(), load_member(folder / "small").model
     rows = encode_examples(items(8), tokenizer, PROMPT, "")
@@ -334,7 +334,7 @@ def test_an_adapter_and_its_merged_model_are_the_same(folder: Path, options: dic
         ({"method": "lora", "rank": 4, "frozen": "lower"}, "frozen belongs to method full"),
         ({"kl": 1.0, "preference": 0.1}, "three losses"),
         ({"batch_size": 8, "micro_batch_size": 3}, "must be a multiple"),
-        ({"preference": 0.1, "packing": True}, "packing is not for preference"),
+        ({"preference": 0.1, "padding_free": True}, "padding_free is not for preference"),
     ],
 )
 def test_recipes_that_contradict_themselves_are_refused(options: dict[str, Any], words: str) -> None:

@@ -20,7 +20,7 @@ from probes.recoverability import FORGOTTEN, NEVER, UNRELATED, Curve, Relearning
 from probes.world import find_family, items_of
 from proxytune import UserError
 from proxytune.member import Member, Weights, load_member, load_members
-from proxytune.packing import PackedLinear
+from proxytune.prepacked import PrepackedLinear
 
 # --- the shipped world, whose base knows every fact that was stated 30 times and none that never was ---
 
@@ -183,14 +183,14 @@ def test_adapters_on_packed_layers_are_tuned_as_what_they_are_together(tmp_path:
     torch.manual_seed(0)
     settings = LoraConfig(r=4, lora_alpha=32, target_modules="all-linear", init_lora_weights=False)
     get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "plain"), settings).save_pretrained(tmp_path / "adapter")
-    member = load_member(tmp_path / "plain", tmp_path / "adapter", packed=True)
-    assert any(isinstance(module, PackedLinear) for module in member.model.modules())
+    member = load_member(tmp_path / "plain", tmp_path / "adapter", prepacked=True)
+    assert any(isinstance(module, PrepackedLinear) for module in member.model.modules())
     items, before = random_items(), member.fingerprint
     curve = small(items, member=member, steps=1)[FORGOTTEN]
     measured = [items[index] for index in curve.indices]
     assert np.allclose(curve.probability[0], known(member, measured).probability, atol=1e-4)
     assert not np.allclose(curve.probability[0], known(load_member(tmp_path / "plain"), measured).probability, atol=1e-2)
-    assert any(isinstance(module, PackedLinear) for module in member.model.modules())
+    assert any(isinstance(module, PrepackedLinear) for module in member.model.modules())
     del member.fingerprint
     assert member.fingerprint == before
 

@@ -20,8 +20,8 @@ from probes.knowledge.candidates import known
 from probes.patching import patch_subject, replaced
 from probes.restoration import SHARES, block_label, count_evaluations, damage, recovery, restorations, restore, shapley
 from proxytune import Member, UserError
-from proxytune.packing import PackedLinear
 from proxytune.padding import left_padded, positions_of
+from proxytune.prepacked import PrepackedLinear
 
 EVERYTHING = block_label(BLOCKS)
 TINY = {"layers": 3, "hidden": 16}
@@ -138,8 +138,8 @@ def test_models_that_cannot_stand_for_each_other_are_refused() -> None:
     with pytest.raises(UserError, match="tuned: it has a LoRA adapter that is not merged"):
         check_same_shape(base, member(adapted))
     packed = make_model()
-    packed.base_model.layers[0].mlp.up_proj = PackedLinear(torch.nn.Linear(32, 64))
-    with pytest.raises(UserError, match="base: its layers are packed"):
+    packed.base_model.layers[0].mlp.up_proj = PrepackedLinear(torch.nn.Linear(32, 64))
+    with pytest.raises(UserError, match="base: its layers are prepacked"):
         check_same_shape(member(packed), base)
 
 
