@@ -13,7 +13,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 
 from evals.data import StudyData
 from evals.study import Direct, Expert, Proxy, Study, expanded, label_of
-from finetune.recipe import Tuning
+from finetune.recipe import Tuning, TuningRun
 from finetune.tuning import TuningReport, tune
 from proxytune.adapters import is_adapter
 from proxytune.content import content_key
@@ -47,12 +47,13 @@ def mixtures_of(study: Study, group: Group) -> dict[str, Mixture]:
     """The mixture of every arm of the group, over the members of `members_of`."""
     if group.kind == "base":
         return {group.label: {"base": 1.0}}
-    return {group.label: {"expert": 1.0}} | {
+    proxies: dict[str, Mixture] = {
         label_of(name, alpha): proxy_tuning(alpha)
         for name, arm in study.arms.items()
         if isinstance(arm, Proxy) and study.expert_of(name) == group.arm
         for alpha in arm.alpha
     }
+    return {group.label: {"expert": 1.0}, **proxies}
 
 
 def members_of(study: Study, group: Group, data: StudyData, tuned: Weights | None, beside_base: bool) -> dict[str, Weights]:
@@ -95,13 +96,13 @@ def given_weights(study: Study, group: Group, data: StudyData, folder: Path) -> 
     path, field = str(arm.path), f"arms.{group.arm}.path"
     given = folder / path if (folder / path).exists() else expanded(path)
     if is_adapter(given):
-        return replace(_start(group, data), adapter=given, field=field)
+        return replace(start_of(group, data), adapter=given, field=field)
     return Weights(str(given) if given.exists() else path, field=field)
 
 
 def tuned_folder(group: Group, tuning: Tuning, data: StudyData, seed: int, out: Path) -> Path:
     """Where the tuned model is, or will be: named by all that decides it (weights, data, settings and seed)."""
-    start = _start(group, data)
+    start = start_of(group, data)
     key = content_key(
         start=_fingerprint(start.path, start.field),
         base=None if tuning.consistent is None else _fingerprint(data.base, "models.base"),
@@ -116,29 +117,25 @@ def tuned_folder(group: Group, tuning: Tuning, data: StudyData, seed: int, out: 
 
 def tuned_weights(group: Group, tuning: Tuning, data: StudyData, seed: int, out: Path, watcher: TrainerCallback) -> Weights:
     """The tuned model, from an earlier run if it is there whole. A process that is tuning the same is waited for."""
-    start, result = _start(group, data), tuned_folder(group, tuning, data, seed, out)
+    start, result = start_of(group, data), tuned_folder(group, tuning, data, seed, out)
     with FileLock(result.parent / f".{result.name}.lock"):
         if not is_whole(result):
             try:
-                tune(
-                    start.path,
-                    data.train,
-                    tuning,
-                    prompt=data.prompt,
-                    ending=data.ending,
-                    seed=seed,
-                    out=result,
-                    field=start.field,
-                    base=None if tuning.consistent is None else data.base,
-                    states=out / "states",
-                    watcher=watcher,
-                )
+                base = None if tuning.consistent is None else data.base
+                asked = {"prompt": data.prompt, "ending": data.ending, "seed": seed}
+                run = TuningRun(start.path, data.train, tuning, **asked, out=result, field=start.field, base=base, states=out / "states")  # type: ignore[arg-type]
+                tune(run, watcher)
             except UserError as error:
                 raise UserError(f"arms.{group.label}.tuning, {error}") from error
-    return replace(start, adapter=result) if tuning.method == "lora" else Weights(str(result), field=f"arms.{group.label}")
+    return tuned_as(group, tuning, data, result)
 
 
-def _start(group: Group, data: StudyData) -> Weights:
+def tuned_as(group: Group, tuning: Tuning, data: StudyData, folder: Path) -> Weights:
+    """The weights of a tuned model in its folder: whole, or an adapter on what it was tuned from."""
+    return replace(start_of(group, data), adapter=folder) if tuning.method == "lora" else Weights(str(folder), field=f"arms.{group.label}")
+
+
+def start_of(group: Group, data: StudyData) -> Weights:
     """What the group's model is tuned from."""
     return Weights(str(data.small), field="models.small") if group.kind == "expert" else Weights(data.base, field="models.base")
 

@@ -139,8 +139,8 @@ def items(
     form: Annotated[Format, typer.Option("--format", help="How they go to standard output.")] = Format.table,
 ) -> None:
     """Prints what arms said to the same items, side by side: those one got right and another wrong, say."""
-    from evals.results.items import read_items_of, side_by_side
     from evals.display.render import draw
+    from evals.results.items import read_items_of, side_by_side
     from proxytune.content import as_json
 
     table = side_by_side(read_items_of(folder), measure, where, limit)
@@ -176,8 +176,8 @@ def generate(
 
     from evals.commands.generate import Chat, Sources, explanation_table, load_mixture, read_prompts
     from evals.commands.generate import generate as stream
-    from evals.running.progress import quieten_libraries
     from evals.display.render import draw
+    from evals.running.progress import quieten_libraries
     from proxytune.explanation import explain as explain_tokens
 
     quieten_libraries()
@@ -208,7 +208,7 @@ def tune(
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 3.0,
     batch_size: Annotated[int, typer.Option(help="Examples a step, over all processes.")] = 16,
     micro_batch_size: Annotated[int | None, typer.Option(help="Examples in memory at a time. Default: all of a step.", show_default=False)] = None,
-    packing: Annotated[bool, typer.Option(help="Examples end to end without padding: the same loss, less or more time.")] = False,
+    padding_free: Annotated[bool, typer.Option(help="Examples end to end without padding: the same loss, less or more time.")] = False,
     rank: Annotated[int, typer.Option(help="Of the LoRA adapter.")] = 16,
     target: Annotated[list[str], typer.Option(help="A layer's name that LoRA adapts; may be repeated. Default: all linear ones.")] = [],  # noqa: B006
     dora: Annotated[bool, typer.Option(help="LoRA with a learned magnitude.")] = False,
@@ -238,8 +238,8 @@ def tune(
     """
     import torch
 
-    from evals.running.progress import Display
     from evals.commands.tune import Run, tune_one
+    from evals.running.progress import Display
     from finetune.checkpoints import is_main_process
     from proxytune.printable import printable
 
@@ -250,7 +250,7 @@ def tune(
         "epochs": epochs,
         "batch_size": batch_size,
         "micro_batch_size": micro_batch_size,
-        "packing": packing,
+        "padding_free": padding_free,
         "rank": rank,
         "targets": tuple(target) or None,
         "dora": dora,
@@ -284,10 +284,10 @@ def rescore(
     """
     import json
 
-    from evals.running.progress import Display
+    from evals.display.render import draw
     from evals.released.rescore import execute_in_sandbox, read_roles, rescore_tables
     from evals.released.rescore import rescore as score
-    from evals.display.render import draw
+    from evals.running.progress import Display
     from proxytune.printable import printable
 
     with Display() as display:
@@ -358,8 +358,8 @@ def bench(
     import torch
 
     from evals.commands.bench import Bench, bench_tables, run_bench, steps
-    from evals.running.progress import Display
     from evals.display.render import draw
+    from evals.running.progress import Display
     from proxytune.content import as_json
 
     wanted = Bench(models, expert, alpha, tokens, rounds, threads, device, getattr(torch, dtype.value))

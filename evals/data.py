@@ -8,11 +8,11 @@ import pandas as pd
 
 from evals.measures.registry import measures
 from evals.study import Run, Study, expanded
-from finetune.data import Item
+from finetune.formats import read_items
+from finetune.items import Item
 from finetune.overlap import describe, overlap
-from finetune.reading import read_items
-from probes.counts import count_documents
-from probes.forgetting import familiarity
+from probes.knowledge.counts import count_documents
+from probes.knowledge.familiarity import familiarity
 from probes.world.family import find_family
 from probes.world.ledger import items_of, word_frequency
 from probes.world.sections.people import EVASION, QUESTION

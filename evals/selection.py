@@ -8,7 +8,7 @@ import pandas as pd
 
 from evals.data import StudyData
 from evals.study import ArmSpec, Direct, Proxy, Study
-from finetune.data import hold_out
+from finetune.items import hold_out
 from finetune.recipe import Tuning
 
 
@@ -16,6 +16,7 @@ from finetune.recipe import Tuning
 class Choice:
     """What was selected for one arm, the validation scores of the candidates and of the arm that was to be matched, the trials' costs."""
 
+    arm: str
     label: str
     tuning: Tuning
     scores: Mapping[str, float]
@@ -23,7 +24,7 @@ class Choice:
 
     def __str__(self) -> str:
         scores = ", ".join(f"{label} {score:.3f}" for label, score in self.scores.items())
-        return f"selected {self.label} by validation ({scores})"
+        return f"{self.arm}: selected {self.label} by validation ({scores})"
 
 
 def trial_study(study: Study) -> Study:
@@ -55,7 +56,7 @@ def select(arm: Direct, name: str, scores: Mapping[str, float], costs: Mapping[s
     shown = [*candidates, *([] if arm.matched is None else [arm.matched])]
     tuning = candidates[label][1]
     assert tuning is not None
-    return Choice(label, tuning, {each: scores[each] for each in shown}, [costs[candidate] for candidate in candidates])
+    return Choice(name, label, tuning, {each: scores[each] for each in shown}, [costs[candidate] for candidate in candidates])
 
 
 def score_of(items: pd.DataFrame) -> float:

@@ -13,8 +13,9 @@ from yaml.constructor import ConstructorError
 
 from evals.measures.registry import measures
 from evals.older import modernized
-from finetune.data import check_prompt
+from finetune.encoding import check_prompt
 from finetune.recipe import LARGEST_SEED, EarlyStopping, Tuning
+from probes.world.recipes import RECIPES
 from proxytune.errors import UserError, brief, shortened
 from proxytune.files import check_readable
 from proxytune.printable import printable
@@ -216,7 +217,7 @@ class Study(Strict):
     """The whole study file. Either `worlds` (embedded worlds, by their recipes' names) or `models` and `data`."""
 
     study: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$", description="also the name of the folder of its results")
-    worlds: tuple[Literal["default", "tiny"], ...] = ()
+    worlds: tuple[str, ...] = ()
     models: Models | None = None
     data: Data | None = None
     seeds: tuple[Annotated[int, Field(ge=0, le=LARGEST_SEED)], ...] = Field(default=(0,), min_length=1)
@@ -256,6 +257,9 @@ class Study(Strict):
     def _coherent(self) -> "Study":
         if bool(self.worlds) == (self.models is not None) or (self.models is None) != (self.data is None):
             raise ValueError("give either worlds, or models and data")
+        for world in self.worlds:
+            if world not in RECIPES:
+                raise ValueError(f"worlds: there is no recipe {world!r}; {_did_you_mean(world, list(RECIPES))}")
         if len(set(self.worlds)) < len(self.worlds):
             raise ValueError("worlds must differ")
         kinds = [arm.kind for arm in self.arms.values()]
@@ -284,9 +288,10 @@ class Study(Strict):
             raise ValueError(f"contrasts: {list(twice)} stands there twice; leave one out")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds must differ")
-        for name, field in ((name, need.partition(".")[0]) for name in self.measures for need in sorted(measures()[name].needs)):
-            if self.data is not None and getattr(self.data, field) is None:
-                raise ValueError(f"measure {name} needs data.{field}; give it")
+        for name in self.measures if self.data is not None else ():
+            for field in sorted(need.partition(".")[0] for need in measures()[name].needs):
+                if getattr(self.data, field) is None:
+                    raise ValueError(f"measure {name} needs data.{field}; give it")
         tuned = [name for name, arm in self.arms.items() if isinstance(arm, Expert | Direct) and arm.tuning is not None]
         if self.data is not None and self.data.train is None and tuned:
             raise ValueError(f"arms.{tuned[0]}.tuning needs data.train; give it, or tune beforehand and give path")
@@ -426,8 +431,8 @@ def run(study: "Study | Path", out: Path, *, jobs: int | None = 1) -> "Results":
     """Runs a study, or the study in a file, and returns its results: the door for comparison scripts.
 
     The folder `out` keeps records and checkpoints: a second call goes on where the first one stopped. Paths in a `Study` count from the
-    working directory, in a file from its folder. `jobs` is how many processes work (None: as many as the machine has cores for); a script that asks for
-    more than one must call this under `if __name__ == "__main__":`. Raises `UserError` for what a user can mend.
+    working directory, in a file from its folder. `jobs` is how many processes work (None: as many as the machine has cores for); a script
+    that asks for more than one must call this under `if __name__ == "__main__":`. Raises `UserError` for what a user can mend.
     """
     from evals.results.summary import summarize
     from evals.running.progress import Display

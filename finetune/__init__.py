@@ -1,11 +1,12 @@
-"""LoRA and full fine-tuning, and pretraining of small models. Changes weights; never scores."""
+"""LoRA and full fine-tuning, and pretraining of small models. Changes weights; scores nothing."""
 
-from finetune.data import Item as Item
+from finetune.formats import read_items as read_items
+from finetune.items import Item as Item
 from finetune.pretraining import Pretraining as Pretraining
 from finetune.pretraining import pretrain as pretrain
 from finetune.pretraining import untrained as untrained
-from finetune.reading import read_items as read_items
 from finetune.recipe import EarlyStopping as EarlyStopping
 from finetune.recipe import Tuning as Tuning
+from finetune.recipe import TuningRun as TuningRun
 from finetune.tuning import TuningReport as TuningReport
 from finetune.tuning import tune as tune

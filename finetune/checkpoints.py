@@ -1,4 +1,4 @@
-"""Checkpoints inside a run: whole or not at all, of sound weights only, and what was counted up to them."""
+"""Checkpoints of a run: complete or absent, with finite weights only, and with the costs counted so far."""
 
 import json
 import logging
@@ -17,19 +17,19 @@ from filelock import FileLock, Timeout
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetune.costs import Meter
+from finetune.meter import Meter
 from proxytune.digests import DIGESTS, find_damage, seal
 from proxytune.errors import UserError
 
-METER = "meter.json"  # what was counted up to a checkpoint
+METER = "meter.json"  # the costs counted up to a checkpoint
 logger = logging.getLogger("proxytune")
 
 
 class Checkpoints(TrainerCallback):
-    """Asks for a checkpoint every so many seconds, seals those that are whole, and stops a run that has broken.
+    """Saves a checkpoint every `every_seconds`, seals complete ones, and stops a run whose numbers are not finite.
 
-    Once a new one is sealed, all go but it and the best, or the last two where no best is sought. Raises `UserError` at the first
-    step whose loss or gradient is not finite, before anything of it is saved.
+    Once a new checkpoint is sealed, older ones are removed, except the best one, or the last but one where no best one is sought. Raises
+    `UserError` at the first step whose loss or gradient is not finite, before anything of that step is saved.
     """
 
     def __init__(self, every_seconds: float, meter: Meter):
@@ -38,7 +38,7 @@ class Checkpoints(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         best = _best(Path(args.output_dir), state)
-        # The path in a state that was read is that of the process that wrote it, which may have run elsewhere.
+        # The path in a loaded state is that of the process that wrote it, which may have run in another folder.
         state.best_model_checkpoint = None if best is None else str(best)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
@@ -68,56 +68,57 @@ class Checkpoints(TrainerCallback):
         seal(folder)
         found = _by_age(folder.parent)
         best = _best(folder.parent, state)
-        for place in set(found) - (set(found[-2:]) if best in (None, *found[-2:]) else {best, found[-1]}):
-            _remove(place)
+        for checkpoint in set(found) - (set(found[-2:]) if best in (None, *found[-2:]) else {best, found[-1]}):
+            _remove(checkpoint)
 
 
 def last_whole(folder: Path) -> tuple[Path | None, Meter]:
-    """The latest checkpoint in a folder from which a run goes on as if it had not stopped, and the meter as it stood there.
+    """The latest checkpoint in a folder from which a run continues as if it had not stopped, and its meter.
 
-    It is whole, and so is the best one before it where a best is sought. What is later is removed: it was interrupted, or is
-    damaged, which a warning says.
+    It is complete, and so is the best one before it where a best one is sought. Later ones are removed: they were interrupted, or
+    are damaged, which is logged as a warning.
     """
-    for place in reversed(_by_age(folder)):
-        damage = find_damage(place)
+    for checkpoint in reversed(_by_age(folder)):
+        damage = find_damage(checkpoint)
         if damage is None:
-            best = _best(folder, TrainerState.load_from_json(str(place / "trainer_state.json")))
-            if best is not None and best != place and (lost := find_damage(best)) is not None:
+            best = _best(folder, TrainerState.load_from_json(str(checkpoint / "trainer_state.json")))
+            if best is not None and best != checkpoint and (lost := find_damage(best)) is not None:
                 damage = f"the best checkpoint before it, {best.name}: {lost}"
             else:
-                return place, Meter(**json.loads((place / METER).read_text()))
-        if is_main_process():  # the others look at the same time, and find the same
-            if (place / DIGESTS).exists():  # or else it was merely interrupted
-                logger.warning("the checkpoint '%s' is damaged (%s); the run goes on from an earlier one or begins again", place, damage)
-            _remove(place)
+                return checkpoint, Meter(**json.loads((checkpoint / METER).read_text()))
+        if is_main_process():  # the other processes look at the same time and find the same
+            if (checkpoint / DIGESTS).exists():  # without digests it was only interrupted
+                logger.warning("the checkpoint '%s' is damaged (%s); the run continues from an earlier one or starts again", checkpoint, damage)
+            _remove(checkpoint)
     return None, Meter()
 
 
 def _by_age(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, whole or not, the oldest first."""
-    return sorted(folder.glob("checkpoint-*"), key=lambda place: int(place.name.removeprefix("checkpoint-")))
+    """The checkpoints of a folder, complete or not, oldest first."""
+    return sorted(folder.glob("checkpoint-*"), key=lambda checkpoint: int(checkpoint.name.removeprefix("checkpoint-")))
 
 
 def _best(folder: Path, state: TrainerState) -> Path | None:
-    """The best checkpoint so far, where one is sought."""
+    """The best checkpoint so far, where a best one is sought."""
     return folder / f"checkpoint-{state.best_global_step}" if state.best_global_step else None
 
 
 def _remove(checkpoint: Path) -> None:
-    (checkpoint / DIGESTS).unlink(missing_ok=True)  # first, or what is left where the process dies now would pass for a damaged one
+    (checkpoint / DIGESTS).unlink(missing_ok=True)  # first: otherwise a process that dies here would leave what looks like a damaged one
     shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def is_main_process() -> bool:
-    """Whether this is the one process of a launcher that writes and speaks."""
+    """Whether this is the one process of a launcher that writes files and prints."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
 @contextmanager
 def workplace(out: Path, key: str) -> Iterator[Path]:
-    """The folder of a run's checkpoints, beside `out`; it is kept if the run stops with a whole one in it.
+    """The folder of a run's checkpoints, beside `out`. It is kept if the run stops and a complete checkpoint is in it.
 
-    Raises `UserError` where it belongs to another run: a running one, or one of other weights, data, settings or seed.
+    `key` says which run it belongs to. Raises `UserError` where it belongs to a running process, or to a run of other weights,
+    data, settings or seed.
     """
     folder = out.parent / f".{out.name}.partial"
     main = is_main_process()

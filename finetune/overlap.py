@@ -1,4 +1,4 @@
-"""What two sets of items have in common: a test question that was tuned on is no test."""
+"""The overlap of two sets of items: a test question that was tuned on tests nothing."""
 
 import re
 import sys
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
-from finetune.data import Item
+from finetune.items import Item
 
-RUN = 13  # words in a row that two questions hardly share by chance
+RUN = 13  # words in a row; two questions rarely share so many by chance
 
 
 class Overlap(NamedTuple):
@@ -21,11 +21,12 @@ class Overlap(NamedTuple):
 
 
 def overlap(train: Sequence[Item], test: Sequence[Item]) -> Overlap:
-    """What is asked twice, compared without regard to case, punctuation, white space and Unicode's compatible forms.
+    """The questions that occur twice, compared without case, punctuation, white space and Unicode's compatibility forms.
 
     `duplicates` counts training items whose turns, question and answer came earlier. `shared` has the question of each
     test item that with its turns is also a training item's. `near` has each other test question that shares 13 words in
-    a row with a training question, with the first such; turns do not count there, for a system prompt is often common.
+    a row with a training question, together with the first such question; turns are not compared here, because many items share a
+    system prompt.
     """
     asked = [_asked(item) for item in train]
     duplicates = len(train) - len({(key, _plain(item.answer)) for key, item in zip(asked, train, strict=True)})
@@ -43,14 +44,14 @@ def overlap(train: Sequence[Item], test: Sequence[Item]) -> Overlap:
     first = dict[int, str]()
     for key, item in zip(asked, train, strict=True):
         for run in _runs(key[-1]):
-            # Taken out when found: a phrase in every question then costs no more than one in two.
+            # Removed when found, so that a phrase in every question costs no more than a phrase in two.
             for position in holders.pop(run, ()):
                 first.setdefault(position, item.question)
     return Overlap(duplicates, shared, [(others[position].question, question) for position, question in sorted(first.items())])
 
 
 def describe(overlap: Overlap) -> str:
-    """What was found in one line for people, with the beginning of the first shared question."""
+    """The overlap in one readable line, with the beginning of the first shared question."""
     duplicates, shared, near = overlap.duplicates, len(overlap.shared), len(overlap.near)
     parts = [
         f"{duplicates} {'duplicate' if duplicates == 1 else 'duplicates'} in train",
@@ -69,9 +70,9 @@ def _asked(item: Item) -> tuple[str, ...]:
 
 
 def _plain(text: str) -> str:
-    """The text as it is compared: NFKC, casefolded, its words with one space between. Signs of arithmetic stay."""
+    """The text as it is compared: NFKC, casefolded, words separated by one space. Signs of arithmetic are kept."""
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    # "7 - 3" and "7 * 3" ask two things: beside a number these are no punctuation.
+    # "7 - 3" and "7 * 3" are two questions: beside a number these signs are not punctuation.
     signed = re.sub(r"(?<=\d)\s*[-*/]+(?=[\s\d])|(?<![^\s(])[-*/]+(?=\s*\d)", lambda sign: f" {sign[0].strip().translate(SIGNS)} ", folded)
     return " ".join(signed.translate(_punctuation()).split()) or folded
 

@@ -27,7 +27,7 @@ from proxytune.digests import seal
 
 @dataclass(frozen=True)
 class Pretraining:
-    """A Llama of `layers` layers and width `hidden`, and how it is pretrained. One row is `block` tokens of packed documents."""
+    """A Llama of `layers` layers and width `hidden`, and how it is pretrained. One row is `block` tokens of documents that are joined end to end."""
 
     layers: int
     hidden: int
@@ -39,7 +39,7 @@ class Pretraining:
 
 
 def untrained(recipe: Pretraining, tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
-    """The model as it is before its first step."""
+    """The model before its first step."""
     set_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -58,9 +58,9 @@ def untrained(recipe: Pretraining, tokenizer: PreTrainedTokenizerBase, seed: int
 
 
 class KeepCheckpoints(TrainerCallback):
-    """Keeps the model as it is before the first step and after 100, 200, 400, 800, … steps, as model folders `folder`/step-N.
+    """Keeps the model before the first step and after 100, 200, 400, 800, … steps, as model folders `folder`/step-N.
 
-    After the last step none is kept: that is the model itself. Training goes as it would without.
+    After the last step none is kept: that is the model itself. Training is the same as without this callback.
     """
 
     def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -92,7 +92,7 @@ def pretrain(
 ) -> tuple[LlamaForCausalLM, list[float]]:
     """Trains on the documents, `epochs` times over; returns the model and its losses, one every 50 steps.
 
-    Every pass packs the documents in a new order. On the CPU and with one thread the same seed gives the same weights.
+    Every pass joins the documents in a new order. On the CPU and with one thread the same seed gives the same weights.
     """
     model = untrained(recipe, tokenizer, seed)
     trainer = Trainer(
@@ -114,7 +114,7 @@ def pretrain(
             disable_tqdm=True,
             dataloader_pin_memory=False,
         ),
-        train_dataset=_packed(recipe, documents, tokenizer, seed),
+        train_dataset=_blocks(recipe, documents, tokenizer, seed),
         data_collator=default_data_collator,
         callbacks=list(watchers),
     )
@@ -123,7 +123,7 @@ def pretrain(
     return model.eval(), [round(float(entry["loss"]), 4) for entry in trainer.state.log_history if "loss" in entry]
 
 
-def _packed(recipe: Pretraining, documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, seed: int) -> Dataset:
+def _blocks(recipe: Pretraining, documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, seed: int) -> Dataset:
     encoded = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(list(documents))["input_ids"]]
     generator = np.random.default_rng(seed)
     passes = [np.concatenate([encoded[position] for position in generator.permutation(len(encoded))]) for _ in range(recipe.epochs)]

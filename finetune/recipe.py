@@ -1,17 +1,22 @@
-"""The recipe of a tuning: which weights may move, towards what, and how fast. Validated before anything is loaded."""
+"""The recipe of a tuning (which weights are trained, on which loss, and how fast), and one run of it on a model and items."""
 
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-LARGEST_SEED = 2**32 - 1  # numpy's global generator takes no larger one
+from finetune.items import Item
+
+LARGEST_SEED = 2**32 - 1  # numpy's global generator takes no larger seed
 LARGEST_RANK = 16384  # the width of the widest models; memory grows with it
 
-MOST_EPOCHS = 1e6  # more are a slip of the hand, and their steps alone take minutes to count
+MOST_EPOCHS = 1e6  # more are a typing error, and counting their steps would take minutes
 
 
 class EarlyStopping(BaseModel):
-    """Keep the weights of the lowest validation loss; stop when it has not fallen for `patience` evaluations."""
+    """Keeps the weights of the lowest validation loss; stops when it has not fallen for `patience` evaluations."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -23,9 +28,9 @@ class EarlyStopping(BaseModel):
 class Tuning(BaseModel):
     """How a model is tuned. The learning rate falls linearly to zero.
 
-    The loss is the mean cross-entropy of the answers' tokens, unless one of three says otherwise: `kl` adds its weight
-    times KL(start || tuned) at the same places; `consistent` tunes an expert inside the mixture that it will serve in,
-    base + consistent (expert - start), consistent proxy-tuning (He et al. 2024, arXiv 2410.03111); `preference` is the
+    The loss is the mean cross-entropy of the answers' tokens. One of three options changes it: `kl` adds its weight times
+    KL(start || tuned) at the same positions; `consistent` tunes an expert inside the mixture that it will be used in,
+    base + consistent (expert - start) (consistent proxy-tuning: He et al. 2024, arXiv 2410.03111); `preference` is the
     beta of DPO (Rafailov et al. 2023, eq. 7), which needs a rejected answer in every item.
     """
 
@@ -34,9 +39,9 @@ class Tuning(BaseModel):
     method: Literal["full", "lora"]
     learning_rate: float = Field(gt=0, allow_inf_nan=False)
     epochs: float = Field(default=3, gt=0, le=MOST_EPOCHS)
-    batch_size: int = Field(default=16, ge=1, le=2**31 - 1, description="examples a step, over all processes")
+    batch_size: int = Field(default=16, ge=1, le=2**31 - 1, description="examples per step, over all processes")
     micro_batch_size: int | None = Field(default=None, ge=1, description="examples in memory at a time; default: all of a step")
-    packing: bool = Field(default=False, description="examples of a batch end to end in one row, without padding; the same loss")
+    padding_free: bool = Field(default=False, description="the examples of a batch in one row without padding; the same loss")
     rank: int | None = Field(default=None, ge=1, le=LARGEST_RANK, description="LoRA only")
     targets: tuple[str, ...] | None = Field(
         default=None, min_length=1, description="LoRA only: names of layers; default: all linear ones but the head"
@@ -44,12 +49,12 @@ class Tuning(BaseModel):
     dora: bool = Field(default=False, description="LoRA only: with a learned magnitude")
     rslora: bool = Field(default=False, description="LoRA only: scaled by the root of the rank")
     frozen: Literal["lower", "upper"] | None = Field(
-        default=None, description="full only: this half of the layers stays as it is, embeddings and head too"
+        default=None, description="full only: this half of the layers is frozen, and so are embeddings and head"
     )
     kl: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     consistent: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     preference: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    shuffled: bool = Field(default=False, description="answers dealt to other questions: a control that learns the form and none of the content")
+    shuffled: bool = Field(default=False, description="answers shuffled among questions: a control that learns the form but not the content")
     early_stopping: EarlyStopping | None = None
 
     @model_validator(mode="after")
@@ -62,8 +67,33 @@ class Tuning(BaseModel):
             raise ValueError("frozen belongs to method full; name LoRA's layers with targets")
         if sum(option is not None for option in (self.kl, self.consistent, self.preference)) > 1:
             raise ValueError("kl, consistent and preference are three losses; give one of them")
-        if self.preference is not None and self.packing:
-            raise ValueError("packing is not for preference pairs; leave one out")
+        if self.preference is not None and self.padding_free:
+            raise ValueError("padding_free is not for preference pairs; leave one out")
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}")
         return self
+
+
+@dataclass(frozen=True)
+class TuningRun:
+    """One tuning: the model in `model`, a folder or hub name, on the items by the recipe; the result goes to the folder `out`.
+
+    `prompt` is the template of a question, or the word `chat`; `ending` follows each answer in plain text. `base` is the large model
+    of a consistent expert. `states` is a folder where states of reference models are kept for other runs (default: none are kept). A
+    checkpoint is made every `checkpoint_seconds`. `fsdp` shards the model over several processes. `field` is the name of `model` in
+    error messages.
+    """
+
+    model: str | Path
+    items: Sequence[Item]
+    tuning: Tuning
+    _: KW_ONLY
+    prompt: str
+    ending: str
+    seed: int
+    out: Path
+    field: str = "base"
+    base: str | Path | None = None
+    states: Path | None = None
+    checkpoint_seconds: float = 300.0
+    fsdp: bool = False

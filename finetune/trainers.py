@@ -1,4 +1,4 @@
-"""The trainer of a recipe: TRL's, with a loss that may also see models that do not change, on rows of token ids."""
+"""The trainer of a recipe: TRL's, on rows of token ids, with a loss that may also use the logits of reference models."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -17,60 +17,61 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, Traine
 from transformers.pytorch_utils import Conv1D
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from finetune.costs import forward_flops
-from finetune.data import Row, row_length
-from finetune.frozen import Frozen, only_at, read_frozen
-from finetune.recipe import Tuning
+from finetune.encoding import Row, row_length
+from finetune.flops import forward_flops
+from finetune.recipe import Tuning, TuningRun
+from finetune.reference import Reference, only_at, read_reference
 from proxytune.errors import UserError, brief
 from proxytune.member import Member, load_member
 from proxytune.mixture import combine, proxy_tuning
 
 FSDP = Path(__file__).parent / "fsdp.json"
 
-Loss = Callable[[Float[Tensor, "places vocabulary"], Int[Tensor, " places"], Mapping[str, Tensor]], Float[Tensor, " places"]]
+Logits = Mapping[str, Float[Tensor, "positions vocabulary"]]  # of each reference model
+Loss = Callable[[Float[Tensor, "positions vocabulary"], Int[Tensor, " positions"], Logits], Float[Tensor, " positions"]]
 
 
 def near_start(weight: float) -> Loss:
-    """Cross-entropy plus `weight` times KL(start || tuned) in nats, at each trained place."""
+    """Cross-entropy plus `weight` times KL(start || tuned) in nats, at each trained position."""
 
-    def loss(logits: Float[Tensor, "places vocabulary"], targets: Int[Tensor, " places"], frozen: Mapping[str, Tensor]) -> Float[Tensor, " places"]:
-        law, start = logits.log_softmax(-1), frozen["start"].log_softmax(-1)
-        return cross_entropy(logits, targets, reduction="none") + weight * (start.exp() * (start - law)).sum(-1)
+    def loss(logits: Float[Tensor, "positions vocabulary"], targets: Int[Tensor, " positions"], references: Logits) -> Float[Tensor, " positions"]:
+        tuned, start = logits.log_softmax(-1), references["start"].log_softmax(-1)
+        return cross_entropy(logits, targets, reduction="none") + weight * (start.exp() * (start - tuned)).sum(-1)
 
     return loss
 
 
 def inside_the_mixture(strength: float) -> Loss:
-    """Cross-entropy of base + `strength` (tuned - start): the law that the expert will be served in."""
+    """Cross-entropy of base + `strength` (tuned - start): the mixture that the expert will be used in."""
 
-    def loss(logits: Float[Tensor, "places vocabulary"], targets: Int[Tensor, " places"], frozen: Mapping[str, Tensor]) -> Float[Tensor, " places"]:
-        rows = min(logits.shape[-1], *(member.shape[-1] for member in frozen.values()))
-        members = {"base": frozen["base"], "expert": logits, "antiexpert": frozen["start"]}
+    def loss(logits: Float[Tensor, "positions vocabulary"], targets: Int[Tensor, " positions"], references: Logits) -> Float[Tensor, " positions"]:
+        rows = min(logits.shape[-1], *(member.shape[-1] for member in references.values()))
+        members = {"base": references["base"], "expert": logits, "antiexpert": references["start"]}
         mixed = combine({name: member[..., :rows] for name, member in members.items()}, proxy_tuning(strength))
         return cross_entropy(mixed, targets, reduction="none")
 
     return loss
 
 
-class FrozenTrainer(SFTTrainer):
-    """Supervised tuning whose loss at each trained place also sees what frozen models say there."""
+class ReferenceTrainer(SFTTrainer):
+    """Supervised tuning whose loss at each trained position also uses the logits of reference models."""
 
-    def __init__(self, *arguments: Any, place_loss: Loss, frozen: Mapping[str, Frozen], **options: Any):
+    def __init__(self, *arguments: Any, position_loss: Loss, references: Mapping[str, Reference], **options: Any):
         super().__init__(*arguments, **options)
-        self._place_loss, self._frozen = place_loss, frozen
+        self._position_loss, self._references = position_loss, references
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         labels = inputs["labels"]
-        places = torch.zeros_like(labels, dtype=torch.bool)
-        places[:, :-1] = labels[:, 1:] != -100
-        targets = labels[:, 1:][places[:, :-1]]
+        positions = torch.zeros_like(labels, dtype=torch.bool)
+        positions[:, :-1] = labels[:, 1:] != -100
+        targets = labels[:, 1:][positions[:, :-1]]
         rows = _rows_of(inputs)
-        frozen = {name: member.logits(rows, labels.device) for name, member in self._frozen.items()}
-        with only_at(self.accelerator.unwrap_model(model), places):
+        references = {name: member.logits(rows, labels.device) for name, member in self._references.items()}
+        with only_at(self.accelerator.unwrap_model(model), positions):
             logits = model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False).logits
-        total = self._place_loss(logits.float(), targets, frozen).sum()
+        total = self._position_loss(logits.float(), targets, references).sum()
         if num_items_in_batch is None:
             return total / len(targets)
         # The count is that of all processes and micro-batches; distributed training takes the mean over processes.
@@ -85,52 +86,40 @@ class PairsTrainer(DPOTrainer):
 
 
 def _rows_of(inputs: Mapping[str, Tensor]) -> Sequence[Sequence[int]]:
-    """The token ids of each example of a batch, padded on the right or packed into one row."""
+    """The token ids of each example of a batch that is padded on the right, or all in one row without padding."""
     if "attention_mask" in inputs:
         lengths = inputs["attention_mask"].sum(1).tolist()
         return [ids[:length] for ids, length in zip(inputs["input_ids"].tolist(), lengths, strict=True)]
     (ids,), (positions,) = inputs["input_ids"].tolist(), inputs["position_ids"].tolist()
-    starts = [place for place, position in enumerate(positions) if position == 0]
+    starts = [index for index, position in enumerate(positions) if position == 0]
     return [ids[start:end] for start, end in zip(starts, [*starts[1:], len(ids)], strict=True)]
 
 
 def started_processes() -> int:
     """How many processes a launcher started to train together.
 
-    Raises `UserError` under `accelerate launch` on a CPU, which starts one process whatever it was asked for.
+    Raises `UserError` under `accelerate launch` on a CPU, which starts only one process.
     """
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ:
         raise UserError("launcher: accelerate launch started a single process by itself; use torchrun --nproc_per_node N, or no launcher")
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def make_trainer(
-    member: Member,
-    rows: list[Row],
-    held_out: list[Row],
-    tuning: Tuning,
-    *,
-    seed: int,
-    folder: Path,
-    base: str | Path | None,
-    states: Path,
-    field: str,
-    processes: int,
-    fsdp: bool,
-) -> tuple[Trainer, float]:
-    """The trainer that follows the recipe, and the FLOPs that frozen models take before its first step.
+def make_trainer(run: TuningRun, member: Member, rows: list[Row], held_out: list[Row], folder: Path, processes: int) -> tuple[Trainer, float]:
+    """The trainer of the recipe, and the FLOPs of reference models before the first step.
 
-    Raises `UserError` where the examples of a step cannot be shared out, where fewer processes train than were started,
+    Raises `UserError` where a step's examples cannot be divided among the processes, where fewer processes train than were started,
     where a consistent expert has no base, and for targets that LoRA cannot adapt.
     """
-    if fsdp and processes == 1:
-        raise UserError("fsdp: one process has nobody to share a model with; start several with torchrun --nproc_per_node N")
-    options = _options(tuning, seed, folder, processes, fsdp)
+    tuning = run.tuning
+    if run.fsdp and processes == 1:
+        raise UserError("fsdp: one process cannot shard a model; start several with torchrun --nproc_per_node N")
+    options = _options(run, folder, processes)
     if tuning.preference is None:
-        arguments = SFTConfig(**options, completion_only_loss=True, padding_free=tuning.packing)
+        arguments = SFTConfig(**options, completion_only_loss=True, padding_free=tuning.padding_free)
     else:
         arguments = DPOConfig(**options, beta=tuning.preference, precompute_ref_log_probs=True)
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # more than one GPU is for torchrun; DataParallel would change the batch
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs need torchrun; DataParallel would change the batch
     if arguments.world_size != processes:
         raise UserError(f"launcher: {processes} processes were started, but {arguments.world_size} would train; use torchrun --nproc_per_node N")
     _check_targets(tuning.targets or (), member.model)
@@ -149,30 +138,30 @@ def make_trainer(
     mean = tokens / len(everything)
     trainer: Trainer
     if tuning.preference is not None:
-        before = forward_flops(member.model, tokens, mean / 2)  # the start's own law of both answers
+        before = forward_flops(member.model, tokens, mean / 2)  # the start model reads both answers
         trainer = PairsTrainer(**common, peft_config=_lora(tuning))
     elif tuning.kl is None and tuning.consistent is None:
         before = 0.0
         trainer = SFTTrainer(**common, peft_config=_lora(tuning))
     else:
-        if tuning.consistent is not None and base is None:
-            raise UserError("consistent: the base that the expert will serve is missing; give it")
+        if tuning.consistent is not None and run.base is None:
+            raise UserError("consistent: the base that the expert will be used with is missing; give it")
         with arguments.main_process_first(local=False):
             member.model.to(arguments.device)
             models = {"start": member}
             if tuning.consistent is not None:
-                models["base"] = load_member(str(base), field="base", device=str(arguments.device))
+                models["base"] = load_member(str(run.base), field="base", device=str(arguments.device))
             before = sum(forward_flops(model.model, tokens, mean) for model in models.values())
-            frozen = {name: read_frozen(model, everything, states, field) for name, model in models.items()}
+            references = {name: read_reference(model, everything, run.states or folder, run.field) for name, model in models.items()}
             del models
         loss = inside_the_mixture(tuning.consistent) if tuning.consistent is not None else near_start(float(tuning.kl or 0))
-        trainer = FrozenTrainer(**common, peft_config=_lora(tuning), place_loss=loss, frozen=frozen)
-    trainer.add_callback(_Wrapped(trainer, fsdp, processes))
+        trainer = ReferenceTrainer(**common, peft_config=_lora(tuning), position_loss=loss, references=references)
+    trainer.add_callback(_Wrapped(trainer, run.fsdp, processes))
     return trainer, before
 
 
 class _Wrapped(TrainerCallback):
-    """Stops a run whose model is not wrapped as was asked for, before its first step."""
+    """Stops a run before its first step if the model is not wrapped for distributed training as asked."""
 
     def __init__(self, trainer: Trainer, fsdp: bool, processes: int):
         self._trainer, self._fsdp, self._processes = trainer, fsdp, processes
@@ -187,7 +176,7 @@ class _Wrapped(TrainerCallback):
 
 
 def _freeze(model: PreTrainedModel, half: str) -> None:
-    """Leaves the layers of the other half to be trained, and nothing else."""
+    """Freezes everything except the layers of the other half."""
     count = model.config.get_text_config().num_hidden_layers
     layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
     model.requires_grad_(False)
@@ -195,11 +184,12 @@ def _freeze(model: PreTrainedModel, half: str) -> None:
         layer.requires_grad_(True)
 
 
-def _options(tuning: Tuning, seed: int, folder: Path, processes: int, fsdp: bool) -> dict[str, Any]:
-    """What TRL's configurations have in common."""
+def _options(run: TuningRun, folder: Path, processes: int) -> dict[str, Any]:
+    """The settings that TRL's configurations have in common."""
+    tuning = run.tuning
     at_once = min(tuning.micro_batch_size or tuning.batch_size, max(1, tuning.batch_size // processes))
     if tuning.batch_size % (at_once * processes):
-        raise UserError(f"batch_size: {tuning.batch_size} examples a step cannot be shared out among {processes} processes; make it a multiple")
+        raise UserError(f"batch_size: {tuning.batch_size} examples per step cannot be divided among {processes} processes; make it a multiple")
     saving: dict[str, Any] = {"save_strategy": "no"}
     if tuning.early_stopping is not None:
         every = tuning.early_stopping.every_steps
@@ -216,8 +206,8 @@ def _options(tuning: Tuning, seed: int, folder: Path, processes: int, fsdp: bool
         "max_length": None,
         "gradient_checkpointing": False,
         "bf16": False,
-        "use_cpu": not torch.cuda.is_available(),  # without it gloo processes train apart, each its own model
-        "seed": seed,
+        "use_cpu": not torch.cuda.is_available(),  # without it gloo processes each train a model of their own
+        "seed": run.seed,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "restore_callback_states_from_checkpoint": True,
@@ -226,8 +216,8 @@ def _options(tuning: Tuning, seed: int, folder: Path, processes: int, fsdp: bool
         "dataloader_pin_memory": torch.cuda.is_available(),
         "ddp_backend": "gloo" if processes > 1 and not torch.cuda.is_available() else None,
         "ddp_find_unused_parameters": False if processes > 1 else None,
-        "fsdp": True if fsdp else None,
-        "fsdp_config": str(FSDP) if fsdp else None,
+        "fsdp": True if run.fsdp else None,
+        "fsdp_config": str(FSDP) if run.fsdp else None,
     }
 
 
@@ -245,7 +235,7 @@ def _lora(tuning: Tuning) -> LoraConfig | None:
 
 
 def _check_targets(targets: Sequence[str], model: PreTrainedModel) -> None:
-    """Raises `UserError` for a target that is the name of no layer, or of something that LoRA cannot adapt: PEFT skips some of these."""
+    """Raises `UserError` for a target that does not name a layer, or names one that LoRA cannot adapt: PEFT silently skips some of these."""
     modules = dict(model.named_modules())
     layers = {name for name, module in modules.items() if isinstance(module, nn.Linear | nn.Embedding | Conv1D)}
     for target in targets:

@@ -1,8 +1,9 @@
 """LoRA and full fine-tuning on questions and answers, through TRL's trainers and PEFT.
 
-Loss on the answer only. The result is a folder of safetensors with its tokenizer, `tuning.json`, the card of what was
-done, and the digests of all; the folder appears whole or not at all. A run that is stopped leaves its checkpoints beside it
-and goes on from the last whole one, to the same result. It finetunes; it never scores.
+The loss is on the answers only. The result is a folder with safetensors, the tokenizer, `tuning.json` (the card: recipe, seed
+and report) and the digests of all files; the folder appears complete or not at all. A run that is stopped leaves its checkpoints
+beside the folder. The same run continues from the last complete one and gives the same result; paths do not matter for that.
+This module scores nothing.
 """
 
 import gc
@@ -19,9 +20,10 @@ from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 
 from finetune.checkpoints import Checkpoints, is_main_process, last_whole, workplace
-from finetune.costs import training_flops
-from finetune.data import Item, Row, check_rows, encode_examples, encode_pairs, hold_out, row_length, shuffle_answers, trained_share
-from finetune.recipe import Tuning
+from finetune.encoding import Row, check_rows, encode_examples, encode_pairs, row_length, trained_share
+from finetune.flops import training_flops
+from finetune.items import Item, hold_out, shuffle_answers
+from finetune.recipe import Tuning, TuningRun
 from finetune.trainers import make_trainer, started_processes
 from proxytune.content import as_json, content_key
 from proxytune.digests import publish
@@ -31,10 +33,10 @@ from proxytune.member import Member, load_member
 
 @dataclass(frozen=True)
 class TuningReport:
-    """What tuning took: counts, the share of tokens in the loss, the losses by step, and the costs (see `costs`).
+    """What a tuning took: counts, the share of tokens in the loss, the losses by step, and the costs (see `flops` and `meter`).
 
-    `tokens` are those read forwards and backwards; `flops` count what frozen models read beforehand as well.
-    `stored_bytes` are those of the result's weights; `wrapped` is the class that distributed training put around the model.
+    `tokens` are those of forward and backward passes; `flops` include the forward passes of reference models. `stored_bytes` are the
+    bytes of the result's weights. `wrapped` is the class that distributed training put around the model.
     """
 
     examples: int
@@ -53,60 +55,33 @@ class TuningReport:
     energy: float | None
 
 
-def tune(
-    model_path: str | Path,
-    items: Sequence[Item],
-    tuning: Tuning,
-    *,
-    prompt: str,
-    ending: str,
-    seed: int,
-    out: Path,
-    field: str = "base",
-    base: str | Path | None = None,
-    states: Path | None = None,
-    checkpoint_seconds: float = 300.0,
-    fsdp: bool = False,
-    watcher: TrainerCallback | None = None,
-) -> TuningReport:
-    """Tunes the model in `model_path` on the items and writes the result to `out` (a full model, or a LoRA adapter).
+def tune(run: TuningRun, watcher: TrainerCallback | None = None) -> TuningReport:
+    """Tunes the model on the items and writes the result to `run.out` (a full model, or a LoRA adapter). `watcher` sees every step.
 
-    `base` is the large model of a consistent expert. `states` is a folder for what frozen models say, to be used again by
-    other runs. The same seed gives the same weights on one machine with one thread count, however often the run was
-    stopped. Under torchrun a step's examples are shared out among the processes; where they do not divide, the last step of
-    an epoch repeats some. Raises `UserError` where nothing would be trained on, where an example does not fit the model,
-    where the loss is not finite, where the disk is full, where fewer processes train than were started, and where
-    `model_path` holds no model. Not covered: mixed precision.
+    The same seed gives the same weights on one machine with one thread count, however often the run was stopped. Under torchrun
+    the processes share a step's examples; where these do not divide evenly, the last step of an epoch repeats some. Raises
+    `UserError` where no token would be trained on, where an example does not fit the model, where the loss is not finite, where
+    the disk is full, where fewer processes train than were started, and where `run.model` is not a model. Not covered: mixed
+    precision.
     """
     processes = started_processes()
-    member = load_member(model_path, field=field)
-    items = shuffle_answers(items, seed) if tuning.shuffled else items
+    tuning, seed, out = run.tuning, run.seed, run.out
+    member = load_member(run.model, field=run.field)
+    items = shuffle_answers(run.items, seed) if tuning.shuffled else run.items
     train, validation = (list(items), []) if tuning.early_stopping is None else hold_out(items, tuning.early_stopping.validation_share, seed)
-    rows, held_out = (_encode(part, member, tuning, prompt, ending) for part in (train, validation))
+    rows, held_out = (_encode(part, member, run) for part in (train, validation))
     window = getattr(member.model.config.get_text_config(), "max_position_embeddings", None)
     check_rows(rows + held_out, window, member.model.get_input_embeddings().weight.shape[0])
-    served = None if base is None else load_member(base, field="base").fingerprint
-    started = content_key(start=member.fingerprint, base=served, rows=rows, held_out=held_out, tuning=tuning.model_dump(), seed=seed)
-    with workplace(out, started) as folder:
+    base = None if run.base is None else load_member(run.base, field="base").fingerprint
+    key = content_key(start=member.fingerprint, base=base, rows=rows, held_out=held_out, tuning=tuning.model_dump(), seed=seed)
+    with workplace(out, key) as folder:
         if is_main_process():
-            shutil.rmtree(folder / "result", ignore_errors=True)  # of a run that was killed while it saved
+            shutil.rmtree(folder / "result", ignore_errors=True)  # left by a run that was killed while saving
         checkpoint, meter = last_whole(folder)
         try:
-            trainer, flops = make_trainer(
-                member,
-                rows,
-                held_out,
-                tuning,
-                seed=seed,
-                folder=folder,
-                base=base,
-                states=states or folder,
-                field=field,
-                processes=processes,
-                fsdp=fsdp,
-            )
+            trainer, flops = make_trainer(run, member, rows, held_out, folder, processes)
             trainer.remove_callback(PrinterCallback)
-            for callback in (Checkpoints(checkpoint_seconds, meter), watcher):
+            for callback in (Checkpoints(run.checkpoint_seconds, meter), watcher):
                 if callback is not None:
                     trainer.add_callback(callback)
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -130,26 +105,26 @@ def tune(
                 **asdict(meter),
             )
             if trainer.is_world_process_zero():
-                _finish(folder / "result", member, report, tuning, seed, out)
+                _finish(folder / "result", member, report, run)
         except UnpicklingError as error:
             raise UserError(f"out: the checkpoint '{checkpoint}' cannot be read as plain tensors; remove it") from error
         except (OSError, RuntimeError, SafetensorError) as error:
             if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
                 raise
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"out: '{folder}' cannot be written ({reason}); free some space and run the same again, it goes on") from error
+            raise UserError(f"out: '{folder}' cannot be written ({reason}); free some space and run the same again; it continues") from error
     del trainer
-    gc.collect()  # a trainer refers to itself, and its model may be half of the machine's memory
+    gc.collect()  # a trainer refers to itself, and its model may fill half of the memory
     return report
 
 
-def _encode(items: Sequence[Item], member: Member, tuning: Tuning, prompt: str, ending: str) -> list[Row]:
-    encode = encode_examples if tuning.preference is None else encode_pairs
-    return encode(items, member.tokenizer, prompt, ending)
+def _encode(items: Sequence[Item], member: Member, run: TuningRun) -> list[Row]:
+    encode = encode_examples if run.tuning.preference is None else encode_pairs
+    return encode(items, member.tokenizer, run.prompt, run.ending)
 
 
 def _check_alive(model: nn.Module, tuning: Tuning) -> None:
-    """Raises `UserError` for weights that are not finite after the last step, and for a LoRA adapter that changes nothing."""
+    """Raises `UserError` for weights that are not finite after the last step, and for a LoRA adapter that is zero."""
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise UserError(f"learning_rate: the weights are not finite after the last step with {tuning.learning_rate:g}; lower it")
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
@@ -157,9 +132,9 @@ def _check_alive(model: nn.Module, tuning: Tuning) -> None:
         raise UserError(f"learning_rate: after tuning with {tuning.learning_rate:g} the adapter is dead (B = 0 everywhere); raise it or train longer")
 
 
-def _finish(result: Path, member: Member, report: TuningReport, tuning: Tuning, seed: int, out: Path) -> None:
+def _finish(result: Path, member: Member, report: TuningReport, run: TuningRun) -> None:
     member.tokenizer.save_pretrained(result)
-    card: dict[str, Any] = {"tuning": tuning.model_dump(), "seed": seed, "report": asdict(report)}
+    card: dict[str, Any] = {"tuning": run.tuning.model_dump(), "seed": run.seed, "report": asdict(report)}
     (result / "tuning.json").write_text(as_json(card) + "\n")
-    (result / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
-    publish(result, out)
+    (result / "training_args.bin").unlink(missing_ok=True)  # a pickle; nothing reads it
+    publish(result, run.out)

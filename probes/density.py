@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes.activations import States, final_norm
+from probes.internals.activations import States, final_norm
 
 METRICS = ("e1", "e5", "e10", "effective_rank", "hoyer", "gini", "participation_ratio")
 SITES = ("residual", "normed", "rotated", "attention", "mlp")

@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from probes.activations import States, read_states
 from probes.density import density_of_states, random_rotation
 from probes.drift import cosine
-from probes.moments import Moments
+from probes.internals.activations import States, read_states
+from probes.internals.moments import Moments
 from proxytune.member import Member
 
 GROUPS = {"familiar": 1, "unfamiliar": -1, "other": 0}

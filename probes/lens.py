@@ -25,8 +25,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune.data import Item, continuation_ids
-from probes.activations import States, check_states, final_norm, layers_of, read_states
+from finetune.encoding import continuation_ids
+from finetune.items import Item
+from probes.internals.activations import States, check_states, final_norm, layers_of, read_states
 from proxytune.errors import UserError
 from proxytune.padding import left_padded, positions_of
 

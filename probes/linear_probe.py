@@ -32,7 +32,7 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from finetune.data import Item
+from finetune.items import Item
 
 FOLDS = 5
 ITEMS_PER_ANSWER = 4  # on average; with fewer a probe's failure would say nothing of the states

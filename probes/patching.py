@@ -23,9 +23,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from finetune.data import Item, prompt_ids
-from probes.activations import check_logits, last_and_subject, layers_of, read_states
-from probes.blocks import check_same_shape
+from finetune.encoding import prompt_ids
+from finetune.items import Item
+from probes.internals.activations import check_logits, last_and_subject, layers_of, read_states
+from probes.internals.blocks import check_same_shape
 from probes.lens import first_tokens
 from proxytune.errors import UserError
 from proxytune.member import Member

@@ -19,6 +19,7 @@ import copy
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,13 +29,13 @@ from jaxtyping import Bool, Float
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetune.data import Item, shuffle_answers
-from finetune.recipe import Tuning
+from finetune.items import Item, shuffle_answers
+from finetune.recipe import Tuning, TuningRun
 from finetune.tuning import tune
-from probes.knowledge import Known, known
+from probes.knowledge.candidates import Known, known
 from proxytune.errors import UserError
 from proxytune.member import Member
-from proxytune.packing import PackedLinear, pack_linear_layers, unpack_linear_layers
+from proxytune.prepacked import PrepackedLinear, prepack_linear_layers, unpack_linear_layers
 
 FORGOTTEN, NEVER, UNRELATED = CURVES = ("forgotten", "never exposed", "unrelated")
 ENOUGH = 10  # items: so many unrelated ones are shown, and a curve is not read off fewer
@@ -65,65 +66,72 @@ class Savings(NamedTuple):
     learnt: float | None
 
 
+@dataclass(frozen=True)
+class Relearning:
+    """How facts are taught again: `steps` steps of `batch_size` examples, at a rate that falls linearly to zero.
+
+    `ending` follows an answer in the corpus (" ." in the world). `seed` draws the items and orders them. `batch_tokens` are scored at a
+    time. `scratch` is where the temporary folder is made (default: the system's).
+    """
+
+    learning_rate: float
+    steps: int
+    batch_size: int
+    ending: str
+    seed: int
+    batch_tokens: int = 2048
+    scratch: Path | None = None
+
+
 def relearn(
-    member: Member,
-    items: Sequence[Item],
-    base: Known,
-    *,
-    learning_rate: float,
-    steps: int,
-    batch_size: int,
-    ending: str,
-    seed: int,
-    batch_tokens: int = 2048,
-    scratch: Path | None = None,
-    progress: Callable[[int], None] = lambda steps_done: None,
+    member: Member, items: Sequence[Item], base: Known, how: Relearning, progress: Callable[[int], None] = lambda steps_done: None
 ) -> dict[str, Curve]:
-    """The three curves of a tuned member, at 0, 1, 2, 4, 8, … and `steps` steps of a rate that falls linearly to zero.
+    """The three curves of a tuned member, at 0, 1, 2, 4, 8, … and `how.steps` steps.
 
-    `base` is what the base knows of the items. Exposed are items of a popularity other than zero. Never exposed are those of
-    popularity zero; where there are fewer than ten, exposed items that the base gets wrong, with answers dealt among them:
-    such names are not new and the right answer may be half known, which slows their learning and flatters S. Where there are
-    fewer than ten of these too, there is no such curve. Both curves have as many items, drawn from the larger set by the
+    `base` is what the base knows of the items. Exposed are items with a popularity other than zero. Never exposed are those of
+    popularity zero; where there are fewer than ten, exposed items that the base gets wrong, with their answers shuffled:
+    such names are not new and the right answer may be half known, which slows their learning and makes S too high. Where there
+    are fewer than ten of these too, there is no such curve. Both curves have as many items, drawn from the larger set by the
     seed. The unrelated ten are exposed, and no item of their units is measured in that curve. The same seed gives the same
-    curves on one machine with one thread count.
+    curves on one machine with one thread count. `progress` is called after every step of every curve.
 
-    `ending` follows an answer in the corpus (" ." in the world); `scratch` is where the temporary folder is made (default: the
-    system's); `progress` is told of every step of every curve. Raises `UserError` for an item without a statement or choices,
-    for too few exposed items, for a member that shares its weights with others, and whatever `tune` raises.
+    Raises `UserError` for an item without a statement or choices, for too few exposed items, for a member that shares its weights
+    with others, and whatever `tune` raises.
     """
     if member.adapter is not None:
         raise UserError("member: its adapter sits on weights that others share; load it by itself")
     exposed = [index for index, item in enumerate(items) if item.popularity != 0]
-    shown, asked = _apart(items, exposed, seed)
-    plans = {FORGOTTEN: (exposed, items), NEVER: _never_exposed(items, exposed, base, seed), UNRELATED: (asked, items)}
+    shown, asked = _apart(items, exposed, how.seed)
+    plans = {FORGOTTEN: (exposed, items), NEVER: _never_exposed(items, exposed, base, how.seed), UNRELATED: (asked, items)}
     count = min((len(indices) for indices, _ in (plans[FORGOTTEN], plans[NEVER]) if len(indices) >= ENOUGH), default=0)
     curves = {}
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+    with tempfile.TemporaryDirectory(dir=how.scratch) as folder:
         start = Path(folder) / "start"
         _save(member.model, start)
         member.tokenizer.save_pretrained(start)
         for name, (indices, facts) in plans.items():
             if len(indices) < ENOUGH:
                 continue
-            measured = indices if name == UNRELATED else _draw(indices, count, seed)
+            measured = indices if name == UNRELATED else _draw(indices, count, how.seed)
             learned = [items[index] for index in shown] if name == UNRELATED else [facts[index] for index in measured]
-            watcher = _Reader([facts[index] for index in measured], member, steps, batch_tokens, progress)
-            size = min(batch_size, len(learned))
+            watcher = _Reader([facts[index] for index in measured], member, how.steps, how.batch_tokens, progress)
+            size = min(how.batch_size, len(learned))
             # Half a step less than asked for: the trainer rounds up to whole steps.
-            tuning = Tuning(method="full", learning_rate=learning_rate, batch_size=size, epochs=(steps - 0.5) / math.ceil(len(learned) / size))
-            tune(
+            tuning = Tuning(
+                method="full", learning_rate=how.learning_rate, batch_size=size, epochs=(how.steps - 0.5) / math.ceil(len(learned) / size)
+            )
+            run = TuningRun(
                 start,
                 [_sentence(item) for item in learned],
                 tuning,
                 prompt="{question}",
-                ending=ending,
-                seed=seed,
+                ending=how.ending,
+                seed=how.seed,
                 out=Path(folder) / "result",  # each overwrites the last
                 field="recoverability",
                 checkpoint_seconds=math.inf,
-                watcher=watcher,
             )
+            tune(run, watcher)
             right, probability = (np.stack(column) for column in zip(*watcher.found, strict=True))
             curves[name] = Curve(watcher.steps, measured, right, probability)
     return curves
@@ -255,12 +263,12 @@ def _never_exposed(items: Sequence[Item], exposed: Sequence[int], base: Known, s
 
 
 def _save(model: PreTrainedModel, folder: Path) -> None:
-    """Saves a model as a folder can hold it: packed layers plain, adapters merged. It is afterwards as it was."""
-    packed = any(isinstance(module, PackedLinear) for module in model.modules())
+    """Saves a model as a folder can hold it: prepacked layers plain, adapters merged. It is afterwards as it was."""
+    prepacked = any(isinstance(module, PrepackedLinear) for module in model.modules())
     unpack_linear_layers(model)
     (_merged(model) if any(isinstance(module, LoraLayer) for module in model.modules()) else model).save_pretrained(folder)
-    if packed:
-        pack_linear_layers(model)
+    if prepacked:
+        prepack_linear_layers(model)
 
 
 def _merged(model: PreTrainedModel) -> PreTrainedModel:

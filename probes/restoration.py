@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes.blocks import BLOCKS, blocks_of, change_of, check_same_shape, frobenius, put, weights_of
+from probes.internals.blocks import BLOCKS, blocks_of, change_of, check_same_shape, frobenius, put, weights_of
 from proxytune.errors import UserError
 from proxytune.member import Member
 

@@ -12,14 +12,14 @@ from proxytune.member import fingerprint as fingerprint
 from proxytune.member import load_member as load_member
 from proxytune.member import load_members as load_members
 from proxytune.member import load_tokenizer as load_tokenizer
+from proxytune.mixture import Context as Context
 from proxytune.mixture import Mixture as Mixture
-from proxytune.mixture import Place as Place
 from proxytune.mixture import Rule as Rule
 from proxytune.mixture import combine as combine
 from proxytune.mixture import pair as pair
 from proxytune.mixture import proxy_tuning as proxy_tuning
 from proxytune.modeling import ProxyTunedForCausalLM as ProxyTunedForCausalLM
-from proxytune.packing import pack_linear_layers as pack_linear_layers
+from proxytune.prepacked import prepack_linear_layers as prepack_linear_layers
 from proxytune.scoring import Request as Request
 from proxytune.scoring import cut_to_window as cut_to_window
 from proxytune.scoring import score as score

@@ -1,7 +1,7 @@
-"""LoRA members on one set of weights: each row of a batch through the adapter named for it, or through none.
+"""LoRA members on one set of weights: each row of a batch passes through the adapter named for it, or through none.
 
-An expert that is a LoRA adapter on its anti-expert needs the anti-expert's weights and little more. Here both are rows
-of one pass, so that weights are in memory once and read once a step; PEFT's mixed batches do the arithmetic.
+An expert that is a LoRA adapter on its anti-expert shares nearly all weights with it. Here both are rows of one pass, so the
+weights are in memory once and read once per step. PEFT's mixed batches do the computation.
 """
 
 import warnings
@@ -19,8 +19,8 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-OUTSIDE_LAYERS = {PeftType.POLY, PeftType.XLORA}  # beside those that learn a prompt
-UNTOUCHED = "__base__"  # PEFT's word for rows that pass through no adapter
+OUTSIDE_LAYERS = {PeftType.POLY, PeftType.XLORA}  # in addition to methods that learn a prompt
+UNTOUCHED = "__base__"  # PEFT's name for rows that pass through no adapter
 
 
 class AdapterSwitch:
@@ -40,7 +40,7 @@ class AdapterSwitch:
 
     @contextmanager
     def rows(self, names: Sequence[str]) -> Iterator[None]:
-        """Within it, and in this thread, the model's batch rows pass through these adapters, `UNTOUCHED` for none."""
+        """Within the context, in this thread, the model's batch rows pass through these adapters; `UNTOUCHED` means none."""
         before = _RUNNING.set((self, list(names)))
         try:
             yield
@@ -48,7 +48,7 @@ class AdapterSwitch:
             _RUNNING.reset(before)
 
 
-# The switch whose model runs in this thread, and its rows. A variable of the module: one of the switch could not be copied with its model.
+# The switch whose model runs in this thread, with its rows. A module variable: an attribute of the switch could not be copied with its model.
 _RUNNING: ContextVar[tuple[AdapterSwitch | None, list[str]]] = ContextVar("running", default=(None, []))
 
 
@@ -58,11 +58,11 @@ def is_adapter(path: str | Path) -> bool:
 
 
 def mixes_in_batches(adapter: str | Path) -> bool:
-    """Whether rows with and without the adapter can share a pass, by what its configuration says.
+    """Whether rows with and without the adapter can share a pass, according to its configuration.
 
-    PEFT does so for plain LoRA; DoRA it refuses, other methods it silently ignores, and adapters that begin from a part of
-    the weights (PiSSA, OLoRA and their kind) leave a base behind that is not the one without them. So do those that hold
-    weights of the model itself, such as embeddings for new tokens.
+    PEFT supports this for plain LoRA. It refuses DoRA and silently ignores other methods. Adapters that start from a part of
+    the weights (PiSSA, OLoRA and similar) change the base under them, so the rows without an adapter would be wrong; so do
+    adapters that hold weights of the model itself, such as embeddings for new tokens.
     """
     config = PeftConfig.from_pretrained(str(adapter))
     with safe_open(_weights_file(adapter), "pt") as file:
@@ -78,10 +78,10 @@ def mixes_in_batches(adapter: str | Path) -> bool:
 
 
 def put_on(model: PreTrainedModel, adapters: Sequence[str | Path], names: Sequence[str]) -> PeftModel:
-    """The model with PEFT adapters on it, under these names; the first is in force.
+    """The model with PEFT adapters on it, under these names; the first is active.
 
-    Raises ValueError for an adapter that lacks weights or holds some that have no place in the model (PEFT only warns of the
-    former), and for one that acts outside of the model's layers; OSError for one without safetensors: pickles are not read.
+    Raises ValueError for an adapter that lacks weights or has weights that do not belong to the model (PEFT only warns about
+    missing ones), and for one that acts outside of the model's layers; OSError for one without safetensors: pickles are not read.
     """
     peft: PeftModel | None = None
     for adapter, name in zip(adapters, names, strict=True):
@@ -91,7 +91,7 @@ def put_on(model: PreTrainedModel, adapters: Sequence[str | Path], names: Sequen
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error below
                 peft = PeftModel.from_pretrained(model, str(adapter), adapter_name=name)
-        # Only this call tells what was found: the one above does not.
+        # Only this call reports missing and unexpected keys.
         result = peft.load_adapter(str(adapter), adapter_name=name)
         if result.missing_keys or result.unexpected_keys:
             raise ValueError(describe_keys(result.missing_keys, result.unexpected_keys))
@@ -100,22 +100,22 @@ def put_on(model: PreTrainedModel, adapters: Sequence[str | Path], names: Sequen
 
 
 def _check_acts_in_layers(config: PeftConfig) -> None:
-    """A member is the model under PEFT's wrapper. What the wrapper itself adds at each call would be lost without a word."""
+    """Raises ValueError for an adapter that acts in PEFT's wrapper: a member is the model without it, so its effect would be lost silently."""
     if config.is_prompt_learning or config.peft_type in OUTSIDE_LAYERS or getattr(config, "alora_invocation_tokens", None) is not None:
         raise ValueError(f"{config.peft_type.value} acts outside of the model's layers; only adapters that change layers can be members")
 
 
 def describe_keys(missing: Collection[str], unexpected: Collection[str]) -> str:
-    """What a file of weights lacks and has too much, in words."""
+    """The weights that a file lacks, and those it should not have, in words."""
     parts = [(missing, "weights are missing"), (unexpected, "have no place in the model")]
     return " and ".join(f"{len(names)} {words}, '{min(names)}' first" for names, words in parts if names)
 
 
 def attach(model: PreTrainedModel, adapters: Sequence[str | Path]) -> tuple[AdapterSwitch, list[str]] | None:
-    """Puts adapters on the model side by side; returns the switch and the adapters' names in it.
+    """Puts several adapters on the model; returns the switch and the adapters' names in it.
 
-    None, and the model unusable for it, where the architecture hands its layers something else than rows of the batch.
-    Raises what `put_on` does.
+    Returns None, with the model unusable for this, where the architecture passes something other than batch rows to its
+    layers. Raises what `put_on` raises.
     """
     names = [f"adapter{number}" for number in range(len(adapters))]
     put_on(model, adapters, names)

@@ -1,4 +1,4 @@
-"""What is given by name: a name that is none, with the one that was meant, and the types of weights by their words."""
+"""Arguments given by name: suggestions for unknown names, and dtypes by their names."""
 
 import difflib
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from proxytune.member import DTYPES
 
 
 def unknown_name(name: str, known: Iterable[str], meant: str | None = None) -> str:
-    """The second half of an error line about a name: the nearest known one (or what is `meant`), and all of them."""
+    """The second half of an error message about an unknown name: the nearest known one (or `meant`), and all of them."""
     names = sorted(known)
     close = [meant] if meant else difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
@@ -19,7 +19,7 @@ def unknown_name(name: str, known: Iterable[str], meant: str | None = None) -> s
 
 
 def read_dtype(value: Any, field: str = "dtype") -> torch.dtype:
-    """A type of weights from itself or its name, 'bfloat16' or 'torch.bfloat16'. Raises `UserError` naming `field`."""
+    """A dtype of weights from itself or its name, 'bfloat16' or 'torch.bfloat16'. Raises `UserError` naming `field`."""
     names = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
     if isinstance(value, torch.dtype) and value in DTYPES:
         return value

@@ -1,4 +1,4 @@
-"""One cache for all members: what beam search or cropping does to it, it does to every member's keys and values."""
+"""One cache for all members: beam search and cropping act on every member's keys and values."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -14,15 +14,15 @@ from proxytune.errors import UserError
 
 
 class MixtureCache(Cache):
-    """Holds one cache a member and shares their layers, so that whatever loops over layers reaches all of them.
+    """Holds one cache per member and shares their layers, so that code that loops over layers reaches all of them.
 
-    A member's cache must have its layers from the start (build it from the member's config): a layer made later would
+    A member's cache must have all its layers from the start (build it from the member's config): a layer created later would
     not be shared. Offloading and quantised caches are not covered.
     """
 
     def __init__(self, members: Mapping[str, Cache]):
         self.members = dict(members)
-        # Of members with a vocabulary of their own: which of their columns hold tokens. Theirs alone have other columns.
+        # For members with a vocabulary of their own: which of their columns hold tokens. Only these members have columns of their own.
         self.own_masks: dict[str, Int[Tensor, "rows _"]] = {}
         super().__init__(layers=[layer for cache in self.members.values() for layer in cache.layers])
 
@@ -33,12 +33,12 @@ class MixtureCache(Cache):
 
     @property
     def is_static(self) -> bool:
-        """Whether all its columns are there from the start."""
+        """Whether it is allocated at its full length from the start."""
         return any(isinstance(cache, StaticCache) for cache in self.members.values())
 
     @property
     def keeps_everything(self) -> bool:
-        """Whether every layer keeps all positions as they came: not so for sliding windows and recurrent states."""
+        """Whether every layer keeps all positions: not so for sliding windows and recurrent states."""
         return all(type(layer) is DynamicLayer for layer in self.layers)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -59,7 +59,7 @@ class MixtureCache(Cache):
         super().crop(*arguments, **options)
 
     def select_rows(self, rows: Int[Tensor, " rows"]) -> "MixtureCache":
-        """A cache of the given batch rows, each as often as it is named; this one stays as it is."""
+        """A new cache of the given batch rows; a row may occur several times."""
         chosen = {}
         for name, cache in self.members.items():
             chosen[name] = copy.copy(cache)
@@ -74,7 +74,7 @@ class MixtureCache(Cache):
 class StackedLayer(CacheLayerMixin):
     """One layer of several members' caches as if their rows were one batch; they keep their own keys and values.
 
-    Lengths, masks and kinds are the same in all of them, and the first answers for them.
+    Lengths, masks and layer types are the same in all of them, so the first one is asked.
     """
 
     def __init__(self, layers: Sequence[CacheLayerMixin]):
@@ -92,7 +92,7 @@ class StackedLayer(CacheLayerMixin):
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
     def lazy_initialization(self, keys: Tensor, values: Tensor) -> None:
-        """Nothing: each member's own layer does so in its update."""
+        """Does nothing: each member's own layer initialises itself in its update."""
 
     def get_mask_sizes(self, query_length: int) -> Any:
         return self._layers[0].get_mask_sizes(query_length)
@@ -105,10 +105,10 @@ class StackedLayer(CacheLayerMixin):
 
 
 def stacked(caches: Sequence[Cache]) -> Cache:
-    """A cache for one pass over the rows of several members, which writes into theirs. See `can_stack`."""
+    """A cache for one pass over the rows of several members; it writes into their caches. See `can_stack`."""
     return Cache(layers=[StackedLayer(layers) for layers in zip(*(cache.layers for cache in caches), strict=True)])
 
 
 def can_stack(cache: Cache) -> bool:
-    """Whether the cache has keys and values only: recurrent states are kept in ways of their own."""
+    """Whether the cache has only keys and values: recurrent states are stored differently."""
     return not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)

@@ -1,4 +1,4 @@
-"""Digests: what was made whole says the size and SHA-256 of its files, so that damage is seen when they are read."""
+"""Digests: a finished folder records the size and SHA-256 of its files, so that damage is noticed when they are read."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ logger = logging.getLogger("proxytune")
 
 
 def seal(folder: Path) -> None:
-    """Flushes every file in and below a folder to the disk and writes the digests of all to `digests.json`, last and at once."""
+    """Flushes every file in and below a folder to the disk; then writes the digests of all to `digests.json`, atomically."""
     sealed = {}
     for file in sorted(folder.rglob("*")):
         if file.is_file() and file != folder / DIGESTS:
@@ -31,7 +31,7 @@ def seal(folder: Path) -> None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What in a folder is not as it was sealed, in a few words; None where all is. Files that were added later do not count."""
+    """How a folder differs from when it was sealed, in a few words; None where it does not. Files that were added later do not count."""
     try:
         sealed = [(str(name), int(entry["size"]), str(entry["sha256"])) for name, entry in json.loads((folder / DIGESTS).read_bytes()).items()]
     except FileNotFoundError:
@@ -58,7 +58,7 @@ def find_damage(folder: Path) -> str | None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a folder of ours is there as it was sealed. A damaged one is named in a warning: the caller makes it again."""
+    """Whether a sealed folder exists and is undamaged. A warning names a damaged one; the caller makes it again."""
     if not folder.exists():
         return False
     damage = find_damage(folder)
@@ -78,9 +78,9 @@ def check_whole(folder: str | Path, field: str) -> None:
 
 
 def publish(made: Path, target: Path) -> None:
-    """Seals what was made and puts it in its place: it appears whole or not at all.
+    """Seals the folder `made` and moves it to `target`: there the result appears whole or not at all.
 
-    What was there goes to "replaced" beside `made`, in a folder that is the caller's to remove.
+    A folder that was at `target` is moved to "replaced" beside `made`; the caller removes it.
     """
     seal(made)
     if target.is_dir():

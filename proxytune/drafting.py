@@ -1,7 +1,7 @@
-"""A copy of a member with its weights in 8 bits, for drafting on a CPU: a quarter of the bytes, and another model.
+"""A copy of a member with its weights in 8 bits, for drafting on a CPU: it reads a quarter of the bytes.
 
-Whatever drafts, speculative decoding keeps the mixture's law, so here rounding costs nothing but a little acceptance.
-Weights have a scale for each output and activations stay as they are: activations in 8 bits break models with outliers.
+Speculative decoding keeps the mixture's distribution whatever the draft is, so rounding only lowers acceptance a little.
+Weights have one scale per output. Activations are not rounded: activations in 8 bits break models with outliers.
 """
 
 import copy
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from proxytune.adapters import UNTOUCHED
 from proxytune.member import Member
-from proxytune.packing import PackedLinear, fits
+from proxytune.prepacked import PrepackedLinear, fits
 
-ROWS = 8  # up to which 8 bits are multiplied as they are
+ROWS = 8  # up to so many, the product is computed from the 8-bit weights directly
 
 
 class RoundedLinear(nn.Module):
-    """A linear layer whose `weight` is in 8 bits with a `scale` for each output."""
+    """A linear layer whose `weight` is in 8 bits with one `scale` per output."""
 
     weight: Tensor
     scale: Tensor
@@ -43,13 +43,13 @@ class RoundedLinear(nn.Module):
 
 
 def rounded_draft(member: Member) -> Member:
-    """A member for drafting: large linear layers in 8 bits, adapters merged into them; all else is the member's own, not copied."""
+    """A member for drafting: large linear layers in 8 bits with adapters merged in; everything else is shared with the member."""
     adapter = None if member.adapter is None else member.adapter.name
-    # What stands in the memo is taken for its own copy.
+    # `deepcopy` takes what is in the memo for the copy.
     memo: dict[int, object] = {id(tensor): tensor for tensor in itertools.chain(member.model.parameters(), member.model.buffers())}
     merged: set[int] = set()
     for module in member.model.modules():
-        # What a LoRA layer holds is in its rounded one already.
+        # The parts of a LoRA layer are in its rounded layer already.
         weight = None if id(module) in merged else _effective_weight(module, adapter)
         if weight is not None and fits(weight):
             memo[id(module)] = RoundedLinear(weight, _plain(module).bias)  # type: ignore[arg-type]
@@ -65,7 +65,7 @@ def _plain(module: nn.Module) -> nn.Module:
 def _effective_weight(module: nn.Module, adapter: str | None) -> Tensor | None:
     """The weight of a linear layer with its adapters merged; None for another module."""
     plain = _plain(module)
-    if not (type(plain) is nn.Linear or isinstance(plain, PackedLinear)):
+    if not (type(plain) is nn.Linear or isinstance(plain, PrepackedLinear)):
         return None
     weight = plain.weight.to_dense() if plain.weight.is_mkldnn else plain.weight.detach()
     if isinstance(module, LoraLayer) and adapter != UNTOUCHED:

@@ -1,17 +1,17 @@
-"""The one exception that the command line prints as a single line, and how long values stand in it."""
+"""The exception that the command line prints as one line, and how values are shortened in it."""
 
 import reprlib
 
-LONGEST = 2000  # characters of a message; far more than any that a person has to read
+LONGEST = 2000  # characters of a message; ordinary messages are far shorter
 
 _repr = reprlib.Repr()
 _repr.maxstring, _repr.maxother = 80, 80
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: names the field, the rule, the value seen and the next step, on one line.
+    """A mistake in the user's input: names the field, the rule, the value seen and the next step, on one line.
 
-    The middle of a message that is longer than `LONGEST` is left out: its beginning has the field, its end the next step.
+    The middle of a message that is longer than `LONGEST` is left out: the field is at its beginning, the next step at its end.
     """
 
     def __init__(self, message: str):
@@ -21,7 +21,7 @@ class UserError(ValueError):
 def brief(value: object) -> str:
     """The value as Python writes it, on one line, cut where it is long."""
     try:
-        return _repr.repr(value).replace("\n", " ")  # of a tensor, say: texts have theirs escaped
+        return _repr.repr(value).replace("\n", " ")  # of a tensor, for example: in texts they are escaped
     except ValueError:  # Python writes no integer of more than 4,300 digits
         return "a number of thousands of digits"
 

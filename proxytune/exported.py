@@ -1,8 +1,8 @@
 """A mixture as a folder that transformers loads: `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`.
 
-The folder holds a configuration, the tokenizer and a module of one import; the members stay where they are, and their
-fingerprints are checked when they are loaded. Whoever loads it needs this package, and trusts the folder's module, which is
-that import; of the members no code is run. Not covered: members on devices of their own.
+The folder holds a configuration, the tokenizer and a module with one import. The members stay where they are; their
+fingerprints are checked when they are loaded. Loading needs this package and trust in the folder's module, which is only
+that import; no code of the members is run. Not covered: members on different devices.
 """
 
 import json
@@ -26,11 +26,18 @@ MODULE = (
 NAMES = {"AutoConfig": "modeling_proxytune.ExportedConfig", "AutoModelForCausalLM": "modeling_proxytune.ExportedMixture"}
 HONOURED = ("dtype", "torch_dtype", "device_map", "attn_implementation", "mixture", "trust_remote_code")
 SEARCHING = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")  # for the folder itself
-PASSED = ("code_revision", "adapter_kwargs", "tqdm_class", "use_safetensors", "_from_auto", "_commit_hash")  # by transformers, or without effect
+PASSED = (
+    "code_revision",
+    "adapter_kwargs",
+    "tqdm_class",
+    "use_safetensors",
+    "_from_auto",
+    "_commit_hash",
+)  # passed by transformers, or without effect
 
 
 class ExportedConfig(PreTrainedConfig):
-    """Members by name (see `Weights`), the mixture's row of numbers, and the members' fingerprints."""
+    """Members by name (see `Weights`), the mixture's coefficients, and the members' fingerprints."""
 
     model_type = "proxytune"
 
@@ -61,12 +68,12 @@ class ExportedMixture(ProxyTunedForCausalLM):
         attn_implementation: str | None = None,
         **options: Any,
     ) -> Any:
-        """Loads the members: in fp32 unless `dtype` says otherwise, on one device, with one kind of attention.
+        """Loads the members: in fp32 unless `dtype` is given, on one device, with one attention implementation.
 
         `device_map` is a device, {"": device} or a plan for several ('auto'). `mixture` may be set in the configuration. Members
-        are checked as they were exported, in fp32; for another type they are then loaded anew. Raises `UserError` for an
-        option that has no effect here, for a folder that describes no mixture, and where a member is not the one that was
-        exported.
+        are checked in fp32, as they were exported; for another dtype they are then loaded again. Raises `UserError` for an
+        option that has no effect here, for a folder that does not describe a mixture, and where a member is not the one that
+        was exported.
         """
         folder = pretrained_model_name_or_path
         _check_options(arguments, options)
@@ -85,7 +92,7 @@ class ExportedMixture(ProxyTunedForCausalLM):
             if member.fingerprint != config.fingerprints[name]:
                 raise UserError(f"{name}: '{sources[name].path}' holds other weights than were exported; export again")
         if wanted != torch.float32:
-            del members, member  # the checked ones need their memory back
+            del members, member  # frees the memory of those that were checked
             members = load_members(sources, dtype=wanted)
         if attn_implementation is not None:
             for member in members.values():
@@ -106,7 +113,7 @@ def _check_options(arguments: tuple[Any, ...], options: Mapping[str, Any]) -> No
 
 
 def _check_config(config: PreTrainedConfig, stored: ExportedConfig, folder: str | Path) -> None:
-    """Raises `UserError` unless the configuration describes a mixture, and is the stored one but for what can be set."""
+    """Raises `UserError` unless the configuration describes a mixture and, apart from options that can be set, equals the stored one."""
     where = f"'{folder}/config.json'"
     for name in ("members", "mixture", "fingerprints"):
         content = getattr(config, name, None)
@@ -151,7 +158,7 @@ def _attend(model: Any, kind: str) -> None:
 def export(sources: Mapping[str, Weights], mixture: Mapping[str, Coefficient], folder: Path) -> None:
     """Writes the folder.
 
-    Raises `UserError` for one that is there, for coefficients that are functions, and for members that cannot be loaded.
+    Raises `UserError` for a folder that exists, for coefficients that are functions, and for members that cannot be loaded.
     """
     if not all(isinstance(value, int | float) for value in mixture.values()):
         raise UserError("mixture: a coefficient that is a function cannot be written down; export numbers")
@@ -164,7 +171,7 @@ def export(sources: Mapping[str, Weights], mixture: Mapping[str, Coefficient], f
         mixture=dict(active(mixture)),
         fingerprints={name: member.fingerprint for name, member in members.items()},
         auto_map=NAMES,
-        architectures=["AutoModelForCausalLM"],  # a name that transformers has: some tools, its own server too, look the class up there
+        architectures=["AutoModelForCausalLM"],  # a class of transformers: some tools, its own server among them, look it up there
         vocab_size=model.config.vocab_size,
         max_position_embeddings=model.config.max_position_embeddings,
         bos_token_id=model.config.bos_token_id,
@@ -178,7 +185,7 @@ def export(sources: Mapping[str, Weights], mixture: Mapping[str, Coefficient], f
 
 
 def _plain(source: Weights) -> dict[str, str | None]:
-    """Local places as absolute ones, hub names as they are."""
+    """Local paths are made absolute, hub names stay as they are."""
     return {
         name: None if value is None else str(Path(value).absolute()) if Path(value).exists() else str(value)
         for name, value in asdict(source).items()

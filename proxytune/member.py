@@ -1,4 +1,4 @@
-"""A member: one causal language model of a mixture, with its tokenizer, and the fingerprint of all that decides what it says."""
+"""A member: one causal language model of a mixture, with its tokenizer, and the fingerprint of all that decides its output."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from proxytune.adapters import UNTOUCHED, AdapterSwitch, attach, describe_keys, 
 from proxytune.content import content_key
 from proxytune.digests import check_whole
 from proxytune.errors import UserError
-from proxytune.packing import pack_linear_layers
+from proxytune.prepacked import prepack_linear_layers
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -37,7 +37,7 @@ class Adapter(NamedTuple):
 class Member:
     """A model and the tokenizer it was trained with. Not covered: models that are not causal, remote code, pickled weights.
 
-    With an `adapter`, the model is shared with other members and by itself is none of them.
+    With an `adapter`, `model` is shared with other members; without the adapter it is none of them.
     """
 
     model: PreTrainedModel
@@ -46,20 +46,17 @@ class Member:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all that decides what the member says, never of a path. Taken once.
+        """A hash of everything that decides the member's output, never of a path. Computed once.
 
-        These are its weights (see `fingerprint`), its class and configuration, and its `interface`. Left out are library
-        versions and the configuration's word for the type of the weights, which count with their own.
+        It covers the weights (see `fingerprint`), the model's class and configuration, and the `interface`. Library versions
+        are left out, and so is the configuration's dtype: the hash of the weights has their own dtypes.
         """
         weights = fingerprint(self.model, None if self.adapter is None else self.adapter.name)
         return content_key(weights=weights, kind=type(self.model).__name__, config=_settings(self.model.config.to_dict()), interface=self.interface)
 
     @cached_property
     def interface(self) -> str:
-        """A hash of what stands between the weights and texts: the tokenizer, and the generation configuration. Taken once.
-
-        Of a mixture's members the first gives both.
-        """
+        """A hash of the tokenizer and the generation configuration. Computed once. A mixture uses those of its first member."""
         generation = self.model.generation_config.to_dict() if self.model.can_generate() else {}
         return content_key(tokenizer=_tokenizer_settings(self.tokenizer), generation=_settings(generation))
 
@@ -73,7 +70,7 @@ class Member:
 class Weights:
     """Where a member's weights are: a local folder or a hub name, perhaps a LoRA adapter on it, and the device they go to.
 
-    `device` is one ('cpu', 'cuda:1') or a plan for several ('auto', 'balanced'). `field` is the word that an error names.
+    `device` is one device ('cpu', 'cuda:1') or a plan for several ('auto', 'balanced'). `field` is the name in error messages.
     """
 
     path: str
@@ -85,7 +82,7 @@ class Weights:
 def fingerprint(model: torch.nn.Module, adapter: str | None = None) -> str:
     """SHA-256 over the model's tensors in the order of their names, and the scale of every LoRA layer.
 
-    `adapter` names the one that counts among several, or `adapters.UNTOUCHED` for the model as it was without any.
+    `adapter` selects one of several adapters, or `adapters.UNTOUCHED` for the model without any.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(_tensors(model, adapter)):
@@ -99,12 +96,12 @@ def fingerprint(model: torch.nn.Module, adapter: str | None = None) -> str:
     return digest.hexdigest()
 
 
-# Of a model's or tokenizer's settings: where it was loaded from, by which version, and what the weights' own types say.
+# Settings of a model or tokenizer that do not count: where it was loaded from, library versions, and dtypes, which the weights have.
 UNREAD = {"_name_or_path", "name_or_path", "is_local", "local_files_only", "transformers_version", "dtype", "torch_dtype", "architectures"}
 
 
 def _settings(content: Any) -> Any:
-    """The settings that decide something, as JSON: without `UNREAD` and without those that are not set."""
+    """The settings that decide the output, as JSON: without `UNREAD` and without those that are not set."""
     if isinstance(content, Mapping):
         return {str(key): _settings(value) for key, value in content.items() if key not in UNREAD and value is not None}
     if isinstance(content, list | tuple):
@@ -119,7 +116,7 @@ def _tokenizer_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         saved = {file.relative_to(folder).as_posix(): file.read_bytes() for file in sorted(Path(folder).rglob("*")) if file.is_file()}
     kept: dict[str, Any] = {name: hashlib.sha256(content).hexdigest() for name, content in saved.items()}
     if "tokenizer.json" in saved:
-        # Not among the settings: a vocabulary may have any word as a token. Padding and truncation are what the last batch was brought to.
+        # Hashed whole: a token of the vocabulary may be called like a setting in `UNREAD`. Padding and truncation are those of the last batch.
         kept["tokenizer.json"] = content_key(**json.loads(saved["tokenizer.json"]) | {"padding": None, "truncation": None})
     return kept | {"tokenizer_config.json": _settings(json.loads(saved["tokenizer_config.json"]))}
 
@@ -138,7 +135,7 @@ def _tensors(model: torch.nn.Module, adapter: str | None) -> Iterator[tuple[str,
 def load_tokenizer(path: str | Path, field: str = "base") -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a local folder (a GGUF file's too) or a hub name, without remote code.
 
-    Raises `UserError` naming `field` where there is none; a missing padding token is set to the end token.
+    Raises `UserError` naming `field` where there is none; a missing padding token becomes the end token.
     """
     with _explained(f"{field}: no tokenizer could be loaded from '{path}'", "save one beside the weights"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **_gguf(path))
@@ -157,18 +154,18 @@ def load_member(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     quantization: Any = None,
-    packed: bool = False,
+    prepacked: bool = False,
     merged: bool = False,
 ) -> Member:
     """Loads a member from a local folder or a hub name, with a PEFT adapter on top where one is given.
 
-    `field` is the word that an error names; `device` as in `Weights`; `quantization` one of transformers' own
-    configurations (`BitsAndBytesConfig(load_in_8bit=True)`, say, with the package it needs). `packed` is for inference
-    alone (see `packing`); `merged` adds the adapter to the weights, which then are a plain model's. Only safetensors are
-    read, or the one GGUF file of a folder without a config, and no code that a folder brings along is run. Raises
-    `UserError` for a folder that is missing or holds no causal language model, for one without a tokenizer, where the
-    model or the adapter lacks weights or has some that belong nowhere, for weights that are not finite, and for a device
-    that is missing or cannot compute in `dtype`. A folder that holds digests (`digests`) must be as it was made.
+    `field` is the name in error messages. `device` is as in `Weights`. `quantization` is one of transformers' configurations
+    (for example `BitsAndBytesConfig(load_in_8bit=True)`, with the package it needs). `prepacked` lays weights out for the CPU, for
+    inference only (see the module `prepacked`). `merged` adds the adapter to the weights, so the result is a plain model. Only
+    safetensors are read, or the one GGUF file of a folder without a config; code in a folder is never run. Raises `UserError`
+    for a folder that is missing or has no causal language model or no tokenizer, where the model or the adapter lacks weights
+    or has unexpected ones, for weights that are not finite, and for a device that is missing or cannot compute in `dtype`. A
+    folder with digests (see `digests`) must match them.
     """
     for folder in (path, adapter):
         if folder is not None:
@@ -183,7 +180,7 @@ def load_member(
     placed = {} if device == "cpu" else {"device_map": device}
     with _explained(f"{field}: no causal language model could be loaded from '{where}'", "check the folder or name"):
         if (Path(path) / GENERATION_CONFIG_NAME).exists():
-            GenerationConfig.from_pretrained(path)  # raises for a damaged one, which loading a model passes over
+            GenerationConfig.from_pretrained(path)  # raises for a damaged file, which loading a model ignores
         model, found = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
@@ -195,19 +192,19 @@ def load_member(
             **_gguf(path),
         )
         if found["missing_keys"] or found["unexpected_keys"]:
-            # Gaps would be filled with random numbers.
+            # Missing weights would be random.
             raise ValueError(f"its configuration and its weights do not fit: {describe_keys(found['missing_keys'], found['unexpected_keys'])}")
         if adapter is not None:
             adapted = put_on(model, [adapter], ["default"])
             model = adapted.merge_and_unload() if merged else adapted.get_base_model()
     _check_finite(model, field, str(where))
-    if packed:
-        pack_linear_layers(model)
+    if prepacked:
+        prepack_linear_layers(model)
     return Member(model.eval(), tokenizer)
 
 
-def load_members(weights: Mapping[str, Weights], *, dtype: torch.dtype = torch.float32, packed: bool = False) -> dict[str, Member]:
-    """Loads members for one mixture; what is the same is loaded once, and LoRA adapters share the weights under them.
+def load_members(weights: Mapping[str, Weights], *, dtype: torch.dtype = torch.float32, prepacked: bool = False) -> dict[str, Member]:
+    """Loads members for one mixture; equal sources are loaded once, and LoRA adapters on one model share its weights.
 
     Options and errors are those of `load_member`.
     """
@@ -219,49 +216,49 @@ def load_members(weights: Mapping[str, Weights], *, dtype: torch.dtype = torch.f
         adapted = [wanted for wanted in beside if wanted.adapter is not None and _mixes_in_batches(wanted)]
         together = [wanted for wanted in beside if wanted.adapter is None or wanted in adapted]
         if len(together) > 1:
-            loaded |= _load_shared(together, adapted, dtype, packed)
+            loaded |= _load_shared(together, adapted, dtype, prepacked)
         for wanted in beside:
             if wanted not in loaded:
-                loaded[wanted] = load_member(wanted.path, wanted.adapter, field=wanted.field, dtype=dtype, device=wanted.device, packed=packed)
+                loaded[wanted] = load_member(wanted.path, wanted.adapter, field=wanted.field, dtype=dtype, device=wanted.device, prepacked=prepacked)
     return {name: loaded[wanted] for name, wanted in weights.items()}
 
 
-def _load_shared(together: Sequence[Weights], adapted: Sequence[Weights], dtype: torch.dtype, packed: bool) -> dict[Weights, Member]:
+def _load_shared(together: Sequence[Weights], adapted: Sequence[Weights], dtype: torch.dtype, prepacked: bool) -> dict[Weights, Member]:
     first = together[0]
     member = load_member(first.path, field=first.field, dtype=dtype, device=first.device)
     for other in adapted:
         check_whole(str(other.adapter), other.field)
-    with _explained(*_adapter_words(adapted[0], ", ".join(str(other.adapter) for other in adapted))):
+    with _explained(*_adapter_error(adapted[0], ", ".join(str(other.adapter) for other in adapted))):
         attached = attach(member.model, [str(other.adapter) for other in adapted])
     if attached is None:
         return {}
     _check_finite(member.model, adapted[0].field, ", ".join(str(other.adapter) for other in adapted))
-    if packed:
-        pack_linear_layers(member.model)  # only now: adapters do not go on packed layers
+    if prepacked:
+        prepack_linear_layers(member.model)  # only now: adapters cannot be put on prepacked layers
     switch, names = attached
     named = dict(zip(adapted, names, strict=True))
     return {other: Member(member.model, member.tokenizer, Adapter(switch, named.get(other, UNTOUCHED))) for other in together}
 
 
 def _weights(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The state dictionary; of a model that accelerate keeps elsewhere between passes, with the weights themselves."""
+    """The state dictionary, with the weights of a model that accelerate offloads between passes."""
     tensors = model.state_dict()
     return get_state_dict_offloaded_model(model) if any(tensor.is_meta for tensor in tensors.values()) else tensors
 
 
 def _mixes_in_batches(wanted: Weights) -> bool:
     assert wanted.adapter is not None
-    with _explained(*_adapter_words(wanted, str(wanted.adapter))):
+    with _explained(*_adapter_error(wanted, str(wanted.adapter))):
         return mixes_in_batches(wanted.adapter)
 
 
-def _adapter_words(wanted: Weights, adapters: str) -> tuple[str, str]:
+def _adapter_error(wanted: Weights, adapters: str) -> tuple[str, str]:
     return f"{wanted.field}: '{adapters}' could not be put on '{wanted.path}'", "check the adapter"
 
 
 @contextmanager
 def _explained(what: str, remedy: str) -> Iterator[None]:
-    """Makes one line of whatever a library raises while it reads a user's folder: a damaged file may raise anything."""
+    """Turns any exception of a library that reads a user's folder into a one-line `UserError`: a damaged file may raise anything."""
     try:
         yield
     except Exception as error:
@@ -278,7 +275,7 @@ def _check_finite(model: PreTrainedModel, field: str, where: str) -> None:
     }
     for name, tensor in (_weights(model) | scales).items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise UserError(f"{field}: the weights '{name}' of '{where}' hold NaN or infinity; save the model again before it broke")
+            raise UserError(f"{field}: the weights '{name}' of '{where}' hold NaN or infinity; use weights saved before that")
 
 
 def _gguf(path: str | Path) -> dict[str, str]:
@@ -296,7 +293,7 @@ def _check_device(device: str, dtype: torch.dtype, field: str) -> None:
     try:
         (torch.ones(1, 1, device=device, dtype=dtype) @ torch.ones(1, 1, device=device, dtype=dtype)).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"{field}: the device '{device}' cannot compute in {dtype} ({_first_line(error)}); choose another of either") from error
+        raise UserError(f"{field}: the device '{device}' cannot compute in {dtype} ({_first_line(error)}); choose another device or dtype") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -1,9 +1,9 @@
 """Mixtures: rows of coefficients over members, and the logits that follow from them.
 
-A mixture's next-token law is the softmax of the weighted sum of its members' logits. Proxy-tuning (Liu et al. 2024,
+A mixture's next-token distribution is the softmax of the weighted sum of its members' logits. Proxy-tuning (Liu et al. 2024,
 arXiv 2401.08565, eq. 1) with strength alpha is {base: 1, expert: alpha, antiexpert: -alpha}; a model by itself is the
-row {name: 1}. A coefficient may be a function of the place in the text, and a `Rule` adds what no row can say. Pure
-functions on tensors; no models here. `rules` has the published ones by name.
+row {name: 1}. A coefficient may be a function of its context (position, row, logits), and a `Rule` adds options that coefficients
+cannot express. Pure functions on tensors; no models here. `rules` has the published mixtures by name.
 """
 
 import math
@@ -19,26 +19,26 @@ from torch import Tensor
 from proxytune.errors import UserError, brief
 
 
-class Place(NamedTuple):
-    """Where the logits of a batch stand: what a coefficient may be a function of."""
+class Context(NamedTuple):
+    """What a coefficient may depend on."""
 
     logits: Mapping[str, Float[Tensor, "*batch vocabulary"]]
-    position: Int[Tensor, "*batch"]  # of the token to come; 0 is the first after the prompt
-    row: Int[Tensor, "*batch"]  # of the batch, or the request's number
+    position: Int[Tensor, "*batch"]  # of the next token; 0 is the first after the prompt
+    row: Int[Tensor, "*batch"]  # in the batch, or the request's number
     rows: int  # how many there are
 
 
-Coefficient = int | float | Callable[[Place], Float[Tensor, "*batch"]]
+Coefficient = int | float | Callable[[Context], Float[Tensor, "*batch"]]
 Row = Mapping[str, Coefficient]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A row of coefficients and what is done beside adding logits up.
+    """A row of coefficients with options beyond adding logits.
 
     `plausible` (member, share): tokens that the member gives less than `share` of its best token's probability are
-    forbidden (Li et al. 2023, arXiv 2210.15097, eq. 2). In the space of `probabilities` the members' laws are averaged
-    with the coefficients as weights, which must not be negative and sum to 1.
+    forbidden (Li et al. 2023, arXiv 2210.15097, eq. 2). In the space of `probabilities` the members' distributions are
+    averaged with the coefficients as weights, which must not be negative and sum to 1.
     """
 
     row: Row
@@ -57,12 +57,12 @@ def proxy_tuning(alpha: Coefficient) -> dict[str, Coefficient]:
 
 def pair(alpha: Coefficient, expert: str, antiexpert: str) -> dict[str, Coefficient]:
     """The part of a row that adds alpha * (expert - antiexpert)."""
-    negative: Coefficient = (lambda place: -alpha(place)) if callable(alpha) else -alpha
+    negative: Coefficient = (lambda context: -alpha(context)) if callable(alpha) else -alpha
     return {expert: alpha, antiexpert: negative}
 
 
 def active(mixture: Mixture) -> dict[str, Coefficient]:
-    """The members that have to run, with their coefficients: 0 for one that is only asked what is plausible."""
+    """The members that have to run, with their coefficients: 0 for one that only `plausible` needs."""
     row = mixture.row if isinstance(mixture, Rule) else mixture
     found = {name: value if callable(value) else float(value) for name, value in row.items() if callable(value) or value != 0}
     if isinstance(mixture, Rule) and mixture.plausible:
@@ -70,7 +70,7 @@ def active(mixture: Mixture) -> dict[str, Coefficient]:
     return found
 
 
-def depends_on_place(mixture: Mixture) -> bool:
+def depends_on_context(mixture: Mixture) -> bool:
     """Whether some coefficient is a function."""
     return any(callable(value) for value in active(mixture).values())
 
@@ -103,33 +103,33 @@ def check_mixture(mixture: Mixture, members: Iterable[str]) -> None:
 
 
 def combine(
-    logits: Mapping[str, Float[Tensor, "*batch vocabulary"]], mixture: Mixture, place: Place | None = None
+    logits: Mapping[str, Float[Tensor, "*batch vocabulary"]], mixture: Mixture, context: Context | None = None
 ) -> Float[Tensor, "*batch vocabulary"]:
-    """The mixture's logits, in fp32, from its members' logits. `place` is needed where a coefficient is a function.
+    """The mixture's logits, in fp32, from its members' logits. `context` is needed where a coefficient is a function.
 
     A member with a negative coefficient is subtracted from the last positive one of the same size before the sum is
     taken, so that an expert equal to its anti-expert leaves the base as it is, bit for bit.
 
-    A token at -inf in a member with a positive coefficient stays at -inf. A member that is subtracted counts a token it
-    forbids as if that token had the member's lowest finite logit, and so does its partner where both forbid it: a token
-    that nobody but the anti-expert forbids is favoured by a finite amount. No NaN and no +inf can arise from logits that are
-    finite or -inf: what is beyond fp32 is set to its largest or least finite number. A member's own NaN or +inf stays broken.
+    A token at -inf in a member with a positive coefficient stays at -inf. Where a subtracted member has a token at -inf, its
+    lowest finite logit is used instead; where its partner has -inf too, so is the partner's. So a token that only the
+    anti-expert forbids is favoured by a finite amount. Logits that are finite or -inf never give NaN or +inf: values beyond
+    fp32 become its largest or smallest finite number. NaN and +inf in a member's logits are passed on.
     """
     rule = mixture if isinstance(mixture, Rule) else Rule(mixture)
-    row = {name: _evaluated(name, value, place) for name, value in active(rule.row).items()}
+    row = {name: _evaluated(name, value, context) for name, value in active(rule.row).items()}
     if rule.space == "probabilities":
         total = torch.stack([_weighted_log(logits[name].float().log_softmax(-1), value) for name, value in row.items()]).logsumexp(0)
     else:
         total = _sum({name: logits[name].float() for name in row}, row)
         if list(row.values()) != [1.0] and not _in_range(total, logits, row):
-            # In fp64 no product of two fp32 numbers overflows, so what is not finite there is a member's own.
+            # In fp64 no product of two fp32 numbers overflows, so a value that is not finite there comes from a member.
             exact = _sum({name: logits[name].double() for name in row}, row)
             saturated = torch.where(exact.isfinite(), exact.clamp(-LARGEST, LARGEST), exact).float()
             total = torch.where(total.isfinite(), total, saturated)
     if rule.plausible is not None:
         name, share = rule.plausible
-        law = logits[name].float()
-        total = total.masked_fill(law < law.amax(-1, keepdim=True) + math.log(share), -torch.inf)
+        judge = logits[name].float()
+        total = total.masked_fill(judge < judge.amax(-1, keepdim=True) + math.log(share), -torch.inf)
     return total
 
 
@@ -147,7 +147,7 @@ def _in_range(
     total: Float[Tensor, "*batch vocabulary"], logits: Mapping[str, Float[Tensor, "*batch vocabulary"]], row: Mapping[str, float | Tensor]
 ) -> bool:
     """Whether all of the sum is finite, or -inf where a member with a positive coefficient forbids the token."""
-    if bool(total.sum().isfinite()):  # quicker than to look at each
+    if bool(total.sum().isfinite()):  # faster than checking each
         return True
     finite = total.isfinite()
     for name, value in row.items():
@@ -156,12 +156,12 @@ def _in_range(
     return bool(finite.all())
 
 
-def _evaluated(name: str, coefficient: Coefficient, place: Place | None) -> float | Float[Tensor, "*batch 1"]:
+def _evaluated(name: str, coefficient: Coefficient, context: Context | None) -> float | Float[Tensor, "*batch 1"]:
     if not callable(coefficient):
         return min(max(float(coefficient), -LARGEST), LARGEST)
-    if place is None:
-        raise UserError(f"mixture: the coefficient of '{name}' is a function of the place, which is not known here; give a number")
-    return coefficient(place).float().clamp(-LARGEST, LARGEST)[..., None]
+    if context is None:
+        raise UserError(f"mixture: the coefficient of '{name}' is a function, but its context is not known here; give a number")
+    return coefficient(context).float().clamp(-LARGEST, LARGEST)[..., None]
 
 
 def _pair(row: Mapping[str, float | Tensor]) -> tuple[list[tuple[str, float | Tensor]], list[tuple[str, str, float | Tensor]]]:
@@ -177,16 +177,16 @@ def _pair(row: Mapping[str, float | Tensor]) -> tuple[list[tuple[str, float | Te
 
 def _opposite(plus: float | Tensor, minus: float | Tensor) -> bool:
     if isinstance(plus, Tensor) and isinstance(minus, Tensor):
-        # Functions may be of either sign in places: the first of the two counts as the expert.
+        # A function may change its sign: the first of the two counts as the expert.
         return torch.equal(plus, -minus)
     return isinstance(plus, float) and isinstance(minus, float) and minus < 0 and plus == -minus
 
 
 def _signed(logits: Float[Tensor, "*batch vocabulary"], coefficient: float | Tensor) -> Float[Tensor, "*batch vocabulary"]:
-    """coefficient * logits, where a negative coefficient meets no -inf."""
+    """coefficient * logits; with a negative coefficient -inf counts as the lowest finite logit."""
     if isinstance(coefficient, float):
         return coefficient * (logits if coefficient > 0 else _raised(logits))
-    # Not 0 * -inf either: where a function is zero, the member has no say.
+    # 0 * -inf is avoided too: where a function is zero, the member has no effect.
     raised = _raised(logits)
     return torch.where(coefficient > 0, coefficient.clamp(min=torch.finfo(torch.float32).tiny) * logits, coefficient * raised)
 
@@ -194,7 +194,7 @@ def _signed(logits: Float[Tensor, "*batch vocabulary"], coefficient: float | Ten
 def _difference(
     plus: Float[Tensor, "*batch vocabulary"], minus: Float[Tensor, "*batch vocabulary"], coefficient: float | Tensor
 ) -> Float[Tensor, "*batch vocabulary"]:
-    """coefficient * (plus - minus), where what the subtracted one forbids is finite."""
+    """coefficient * (plus - minus); -inf in `minus` counts as the lowest finite logit."""
     if isinstance(coefficient, Tensor):
         ahead, behind = _difference(plus, minus, 1.0), _difference(minus, plus, 1.0)
         tiny = torch.finfo(torch.float32).tiny
@@ -210,8 +210,8 @@ def _difference(
     return coefficient * (torch.where(both, _lowest_finite(plus), plus) - torch.where(forbidden, _lowest_finite(minus), minus))
 
 
-def _weighted_log(law: Float[Tensor, "*batch vocabulary"], weight: float | Tensor) -> Float[Tensor, "*batch vocabulary"]:
-    return law + (math.log(weight) if isinstance(weight, float) else weight.log())
+def _weighted_log(log_probabilities: Float[Tensor, "*batch vocabulary"], weight: float | Tensor) -> Float[Tensor, "*batch vocabulary"]:
+    return log_probabilities + (math.log(weight) if isinstance(weight, float) else weight.log())
 
 
 def _raised(logits: Float[Tensor, "*batch vocabulary"]) -> Float[Tensor, "*batch vocabulary"]:

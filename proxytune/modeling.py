@@ -1,8 +1,8 @@
 """A mixture of language models as one transformers model.
 
-`ProxyTunedForCausalLM` runs its members on the same tokens and adds up their logits (see `mixture.combine`). Everything
-that takes a causal language model takes it: `generate` with beams, sampling, streaming and stopping criteria, evaluation
-harnesses, trainers that read logits or loss (TRL's GKD). What needs one model's states, cache or head is refused in one line.
+`ProxyTunedForCausalLM` runs its members on the same tokens and combines their logits (see `mixture.combine`). It works
+wherever a causal language model does: `generate` with beams, sampling, streaming and stopping criteria, evaluation
+harnesses, trainers that read logits or loss (TRL's GKD). What needs one model's states, cache or head raises a one-line error.
 """
 
 import copy
@@ -18,7 +18,6 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     GenerationMixin,
-    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedConfig,
     PreTrainedModel,
@@ -30,10 +29,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from proxytune.cache import MixtureCache
 from proxytune.errors import UserError
 from proxytune.member import Member
-from proxytune.mixture import Mixture, Place, active, check_mixture, combine, depends_on_place
+from proxytune.mixture import Context, Mixture, active, check_mixture, combine, depends_on_context
 from proxytune.padding import has_several_texts, positions_of
 from proxytune.passes import Reader, at_once, grouped, run, run_mapped
+from proxytune.processors import NumbersOnly
 from proxytune.prompts import OwnPrompts, own_prompts, reading
+from proxytune.speculation import SpeculationReport, speculative_decoding
 from proxytune.token_map import TokenMap, check_pairs
 from proxytune.vocabulary import check_rows, check_same_vocabulary
 
@@ -41,13 +42,13 @@ STATIC = [kind for kind in ALL_STATIC_CACHE_IMPLEMENTATIONS if not kind.startswi
 
 
 NO_STATES = (
-    "last_hidden_state: a mixture has logits but no states before one head, which TRL's DPO, GRPO and RLOO multiply themselves;"
+    "last_hidden_state: a mixture has logits but no states before one head, which TRL's DPO, GRPO and RLOO need;"
     " distil from it (GKD), or take one of its members as the reference"
 )
 
 
 class NoStatesError(UserError, AttributeError):
-    """Someone asked for the states before the head. An AttributeError too, so that `hasattr` says no."""
+    """The states before the head were asked for. An AttributeError too, so that `hasattr` returns False."""
 
 
 class MixtureOutput(CausalLMOutputWithPast):
@@ -56,30 +57,16 @@ class MixtureOutput(CausalLMOutputWithPast):
         raise NoStatesError(NO_STATES)
 
 
-class NumbersOnly(LogitsProcessor):
-    """Stops at logits that are no numbers: the best of them would be a token that nobody meant. `whose` is the mixture in words."""
-
-    def __init__(self, whose: str):
-        self._whose = whose
-
-    def __call__(self, input_ids: Int[Tensor, "rows time"], scores: Float[Tensor, "rows vocabulary"]) -> Float[Tensor, "rows vocabulary"]:
-        if scores.isnan().any():
-            raise UserError(
-                f"mixture: the logits of {self._whose} after {input_ids.shape[1]} tokens hold NaN; look at its weights, or take a wider dtype"
-            )
-        return scores
-
-
 class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
-    """Members and the mixture of them that is in force.
+    """Members and the current mixture of them.
 
     `mixture` may be set at any time between calls; a member with coefficient 0 is not run. Logits are as wide as the
-    narrowest head among the members. Members are used as they are given: their weights, adapters, devices and configs
-    stay untouched. Those that share weights by way of LoRA adapters are rows of one pass, and those on different devices
-    run at the same time; `repr` shows which. Not covered: saving (save the members), training the mixture.
+    narrowest head among the members. Members are not changed: weights, adapters, devices and configs stay as they are.
+    Members that share weights through LoRA adapters are rows of one pass; members on different devices run at the same
+    time; `repr` shows the passes. Not covered: saving (save the members) and training the mixture.
 
-    Raises `UserError` where vocabularies differ, but for members that have one of `token_maps` (see `token_map`), and
-    where the mixture is not one over these members.
+    Raises `UserError` where vocabularies differ (except for members with one of `token_maps`, see `token_map`), and where
+    the mixture names other members.
     """
 
     config_class = PreTrainedConfig
@@ -97,8 +84,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         rows = check_rows({name: member.rows for name, member in alike.items()}, first.tokenizer)
         texts = [member.model.config.get_text_config() for member in members.values()]
         super().__init__(
-            # The mixture's outside only: transformers changes a config that it is given as a part of another (it forgets the
-            # attention implementation, and the member then sees the future).
+            # Only what the mixture shows: transformers changes a member's config that is part of another config (it drops the
+            # attention implementation, and the member then attends to later tokens).
             PreTrainedConfig(
                 vocab_size=rows,
                 num_hidden_layers=sum(text.num_hidden_layers for text in texts),
@@ -118,17 +105,18 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         for name, parameters in accepted.items():
             if not {"past_key_values", "logits_to_keep"} <= parameters.keys():
                 kind = type(members[name].model).__name__
-                raise UserError(f"{name}: {kind} keeps no keys and values that another model's cache could stand beside; choose a model that does")
+                raise UserError(f"{name}: {kind} does not take a cache of keys and values; choose a model that does")
         self._readers = {
             name: Reader(name, member.model, member.adapter, self.token_maps.get(name), "position_ids" in accepted[name])
             for name, member in members.items()
         }
         self.mixture = mixture
+        self.speculation = SpeculationReport(0, 0, 0, 0)  # of the last call of `generate` with `speculate`
         self.post_init()
         self.eval()
 
     def init_weights(self) -> None:
-        """Leaves the weights alone: the default initialises again whatever it does not know, LoRA adapters above all."""
+        """Leaves the weights alone: the default would initialise unknown modules again, LoRA adapters among them."""
 
     @property
     def mixture(self) -> Mixture:
@@ -144,11 +132,11 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def mass_covered(self) -> float:
-        """The mean share of the base's probability on tokens that the maps know, since the mixture was set; NaN without any."""
+        """The mean share of the base's probability on mapped tokens, since the mixture was set; NaN where no map was used."""
         return sum(self._covered) / len(self._covered) if self._covered else float("nan")
 
     def extra_repr(self) -> str:
-        """Which members are read in one pass, on which device."""
+        """Which members share a pass, on which device."""
         passes = [
             f"{' + '.join(reader.name for reader in group)}{' on one set of weights' if len(group) > 1 else ''} ({group[0].device})"
             for group in grouped(list(self._readers.values()), (), None)
@@ -169,7 +157,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def device(self) -> torch.device:
-        """Where logits come out: the device of the first member, which offloaded weights have left."""
+        """The device of the logits: that of the first member, also where its weights are offloaded."""
         return next(iter(self._readers.values())).device
 
     def forward(
@@ -184,21 +172,20 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         prompts: OwnPrompts | None = None,
         prompt_lengths: Int[Tensor, " batch"] | None = None,
         return_dict: bool | None = None,
-        **unheeded: Any,
+        **unsupported: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """The mixture's logits, fp32, [batch, time or kept, rows]; a tuple with `return_dict=False`.
 
-        Padding may stand on either side if `attention_mask` says where; positions are then counted from the mask, which
-        bare transformers models do not do by themselves. A row holds several texts where its `position_ids` begin again and
-        there is neither mask nor cache. `labels` are shifted inside, as transformers does. Where members
-        read `prompts` of their own, logits begin with those of the prompt's last token. `prompt_lengths` (tokens a row,
-        padding not counted) are where coefficients that are functions count their positions from; without it, from the
-        row's beginning.
+        Padding may be on either side if `attention_mask` marks it; positions are then counted from the mask, which single
+        transformers models do not do. A row holds several texts where its `position_ids` start again and there is neither mask
+        nor cache. `labels` are shifted inside, as in transformers. Where members read `prompts` of their own, the logits begin at
+        the prompt's last token. Coefficients that are functions count positions from `prompt_lengths` (tokens per row without
+        padding); without it, from the beginning of the row.
 
-        A cache comes back unless `use_cache` is false or a row holds several texts. Raises `UserError` for a cache that is
-        not one of `new_cache`, for a mask that leaves out what the cache holds, and for arguments that it would not heed.
+        Returns a cache unless `use_cache` is false or a row holds several texts. Raises `UserError` for a cache that does not
+        come from `new_cache`, for a mask that does not cover the cached tokens, and for arguments that it does not support.
         """
-        for name, value in unheeded.items():
+        for name, value in unsupported.items():
             if not (value is None or value is False):
                 raise UserError(NO_STATES if name == "fused_lm_head" else f"{name}: a mixture's forward does not take it; leave it out")
         if input_ids is None:
@@ -206,7 +193,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         self._check_cache(past_key_values)
         several = position_ids is not None and attention_mask is None and has_several_texts(position_ids)
         if several:
-            self._check_positions_are_heeded(prompts is not None)
+            self._check_takes_positions(prompts is not None)
         if past_key_values is None and (not several and getattr(self.config, "use_cache", True) if use_cache is None else use_cache):
             past_key_values = self.new_cache()
         if (
@@ -218,7 +205,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         if position_ids is not None:
             position_ids = position_ids.expand_as(input_ids)
         logits = self.member_logits(active(self.mixture), input_ids, attention_mask, position_ids, past_key_values, logits_to_keep, prompts)
-        if position_ids is None and depends_on_place(self.mixture):
+        if position_ids is None and depends_on_context(self.mixture):
             mask = self._all_read(input_ids, past_key_values, prompts, input_ids.shape[1]) if attention_mask is None else attention_mask
             position_ids = positions_of(mask)[:, -input_ids.shape[1] :]
         mixed: Float[Tensor, "batch kept rows"] = self.mixed(logits, position_ids, prompt_lengths, logits_to_keep)
@@ -237,45 +224,43 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         draft_tokens: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """transformers' `generate`; with `speculate`, the same law from fewer passes of the base, and greedily the same tokens in fp32
-        (see `speculation`).
+        """transformers' `generate`. `speculate` gives the same distribution with fewer passes of the base, and with greedy decoding the
+        same tokens in fp32 (see `speculation`).
 
-        `prompts` are token ids that a member reads in place of the shared prompt, one list a row. `draft` is the member
-        that proposes, `draft_tokens` how many tokens; without it, as many as pay off. Counts are in `speculation` after
-        it. Raises `UserError` for a prompt longer than a member's window, and for what a mixture or speculation cannot do
-        as one model would.
+        `prompts` are token ids that a member reads instead of the shared prompt, one list per row. `draft` is the member that
+        proposes `draft_tokens` tokens at a time; without a number, as many as pay off. The attribute `speculation` then has the
+        counts. Raises `UserError` for a prompt longer than a member's window, and for options that a mixture or speculation
+        does not support.
         """
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if kwargs.get("inputs_embeds") is not None:
             raise UserError("inputs_embeds: each member has embeddings of its own; give input_ids")
         if ids is None:
             raise UserError("input_ids: a mixture needs token ids to go on from; give a prompt of at least one token")
-        by_place = depends_on_place(self.mixture)
+        by_context = depends_on_context(self.mixture)
         mask = kwargs.get("attention_mask")
-        if mask is None and (prompts is not None or by_place):
+        if mask is None and (prompts is not None or by_context):
             pads = {self.config.pad_token_id, kwargs.get("pad_token_id"), getattr(generation_config, "pad_token_id", None)} - {None}
             if any((ids == pad).any() for pad in pads):
                 raise UserError("attention_mask: the prompt holds padding tokens, so it must say where a row's tokens are; give it")
             mask = kwargs["attention_mask"] = torch.ones_like(ids)
-        self._check_going_on(kwargs.get("past_key_values"), ids, mask, prompts is not None)
+        self._check_continuation(kwargs.get("past_key_values"), ids, mask, prompts is not None)
         lengths = torch.full((len(ids),), ids.shape[1], device=ids.device) if mask is None else mask.sum(1)
         if kwargs.get("position_ids") is not None:
             positions = kwargs["position_ids"] = kwargs["position_ids"].expand(len(ids), -1)
-            held, width = torch.ones_like(ids) if mask is None else mask, positions.shape[1]
-            # Assisted decoding names the positions that are counted anyway.
-            if ((positions - positions_of(held)[:, -width:]) * held[:, -width:]).any():
-                self._check_positions_are_heeded(prompts is not None)
+            tokens, width = torch.ones_like(ids) if mask is None else mask, positions.shape[1]
+            # Assisted decoding gives the positions that are counted anyway.
+            if ((positions - positions_of(tokens)[:, -width:]) * tokens[:, -width:]).any():
+                self._check_takes_positions(prompts is not None)
             if has_several_texts(positions, mask):
                 raise UserError("position_ids: a row's positions must go up by one, for generation goes on from one text; give each text a row")
             lengths = positions[:, -1] + 1
         if prompts is not None:
             kwargs["prompts"] = own_prompts(prompts, ids.shape[1], len(ids), self.config.pad_token_id or 0, ids.device)
-        if by_place:
+        if by_context:
             kwargs["prompt_lengths"] = lengths
         self._check_windows(int(lengths.max()), {name: max(map(len, given)) for name, given in (prompts or {}).items()})
         if speculate:
-            from proxytune.speculation import speculative_decoding
-
             for name in ("past_key_values", "custom_generate"):
                 if kwargs.get(name) is not None:
                     raise UserError(f"{name}: speculation has its own; leave one of the two out")
@@ -283,11 +268,11 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         return super().generate(ids, generation_config, *args, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, tokenizer: Any = None, **kwargs: Any) -> dict[str, Any]:
-        """Hooks into `generate`, which hands a tokenizer that it was given on to `forward`."""
+        """Overrides a step of `generate`, which would pass the tokenizer on to `forward`."""
         return super().prepare_inputs_for_generation(input_ids, **kwargs)
 
     def _get_logits_processor(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        """Hooks into `generate`, which decodes greedily whatever the logits are."""
+        """Overrides a step of `generate`: adds a check for NaN logits."""
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)
         if not generation_config.remove_invalid_values:
             processors.insert(0, NumbersOnly(" + ".join(active(self.mixture))))
@@ -296,7 +281,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
     def _extract_generation_mode_kwargs(
         self, custom_generate: Any, kwargs: dict[str, Any], synced_gpus: bool | None, assistant_model: Any, streamer: Any
     ) -> dict[str, Any]:
-        """Hooks into `generate`, which keeps all three of these from a decoding loop that it is given."""
+        """Overrides a step of `generate`, which would not pass these three on to a custom decoding loop."""
         kept = {"tokenizer": kwargs.get("tokenizer"), "assistant_model": assistant_model, "streamer": streamer}
         found = super()._extract_generation_mode_kwargs(custom_generate, kwargs, synced_gpus, assistant_model, streamer)
         return found | {name: value for name, value in kept.items() if value is not None}
@@ -308,18 +293,18 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         prompt_lengths: Int[Tensor, " batch"] | None = None,
         logits_to_keep: int | Int[Tensor, " kept"] = 0,
     ) -> Float[Tensor, "batch kept rows"]:
-        """The mixture in force over the logits of its active members, which stand at the kept ones of `positions`.
+        """The current mixture of its active members' logits, which are those at the kept ones of `positions`.
 
         Positions are needed where a coefficient is a function.
         """
-        if not depends_on_place(self.mixture):
+        if not depends_on_context(self.mixture):
             return combine(logits, self.mixture)
         assert positions is not None
         kept = next(iter(logits.values())).shape[1]
         positions = positions[:, logits_to_keep] if isinstance(logits_to_keep, Tensor) else positions[:, -kept:]
-        coming = positions + 1 if prompt_lengths is None else positions + 1 - prompt_lengths[:, None]
+        following = positions + 1 if prompt_lengths is None else positions + 1 - prompt_lengths[:, None]
         row = torch.arange(len(positions), device=positions.device)[:, None].expand_as(positions)
-        return combine(logits, self.mixture, Place(logits, coming, row, len(positions)))
+        return combine(logits, self.mixture, Context(logits, following, row, len(positions)))
 
     def member_logits(
         self,
@@ -331,7 +316,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Int[Tensor, " kept"] = 0,
         prompts: OwnPrompts | None = None,
     ) -> dict[str, Float[Tensor, "batch kept_time rows"]]:
-        """The logits of each named member, in its own type: one forward pass each, or one for those that share weights."""
+        """The logits of each named member, in its own dtype: one forward pass per member, or per group that shares weights."""
         if past_key_values is not None and (missing := set(names) - past_key_values.members.keys()):
             raise UserError(f"past_key_values: it was made for another mixture and lacks {', '.join(sorted(missing))}; start a new cache")
         own = {} if prompts is None else prompts.ids
@@ -352,8 +337,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
                 assert attention_mask is not None
                 pad = self.config.pad_token_id or 0
                 return functools.partial(run_mapped, first, input_ids, attention_mask, past_key_values, logits_to_keep, prompts, pad)
-            fed = reading(first.name, input_ids, attention_mask, position_ids, prompts)
-            return functools.partial(run, group, fed, past_key_values, logits_to_keep)
+            read = reading(first.name, input_ids, attention_mask, position_ids, prompts)
+            return functools.partial(run, group, read, past_key_values, logits_to_keep)
 
         found = at_once([start(group) for group in groups], [group[0].device for group in groups])
         every = dict(pair for pairs in found for pair in pairs.items())
@@ -362,21 +347,21 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         return logits
 
     def sharing(self, name: str, names: Collection[str], prompts: OwnPrompts | None = None) -> tuple[str, ...]:
-        """Those of the names, itself among them, that are read in one pass with `name`."""
+        """Those of the names, `name` included, that share a pass with it."""
         groups = grouped([self._readers[name] for name in names], () if prompts is None else prompts.ids, None)
         return next(found for group in groups if name in (found := tuple(reader.name for reader in group)))
 
     def _all_read(
         self, ids: Int[Tensor, "batch time"], cache: MixtureCache | None, prompts: OwnPrompts | None = None, already: int = 0
     ) -> Int[Tensor, "batch all_time"]:
-        """The mask over what was read and will be, where none was given: `generate` leaves out one that masks nothing.
+        """The mask over cached and new tokens where none was given: `generate` leaves out a mask that masks nothing.
 
-        `already` of the tokens are in the cache by now.
+        `already` of the new tokens are in the cache by now.
         """
         return ids.new_ones(len(ids), self._already_read(cache, prompts) - already + ids.shape[1])
 
     def _already_read(self, cache: MixtureCache | None, prompts: OwnPrompts | None = None) -> int:
-        """How many columns of the shared tokens the cache holds."""
+        """How many columns of the shared tokens are in the cache."""
         if cache is None:
             return 0
         name, member = next((pair for pair in cache.members.items() if pair[0] not in self.token_maps), next(iter(cache.members.items())))
@@ -391,15 +376,15 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
                 f"past_key_values: a mixture keeps a cache for each member, which a {type(cache).__name__} is not; start with model.new_cache()"
             )
 
-    def _check_positions_are_heeded(self, own: bool) -> None:
-        deaf = [name for name in active(self.mixture) if name in self.token_maps or not self._readers[name].takes_positions]
-        if own or deaf:
+    def _check_takes_positions(self, own: bool) -> None:
+        without = [name for name in active(self.mixture) if name in self.token_maps or not self._readers[name].takes_positions]
+        if own or without:
             raise UserError(
-                f"position_ids: {', '.join(deaf) or 'a member with its own prompt'} counts positions by itself; leave it out, give a text a row"
+                f"position_ids: {', '.join(without) or 'a member with its own prompt'} counts positions by itself; leave it out, give a text a row"
             )
 
-    def _check_going_on(self, cache: Any, ids: Int[Tensor, "batch time"], mask: Tensor | None, own: bool) -> None:
-        """`ids` are the whole text or, with a mask over the whole, what comes after that of the cache."""
+    def _check_continuation(self, cache: Any, ids: Int[Tensor, "batch time"], mask: Tensor | None, own: bool) -> None:
+        """`ids` are the whole text or, with a mask over the whole text, the tokens after those in the cache."""
         self._check_cache(cache)
         read = self._already_read(cache)
         if not read:
@@ -425,7 +410,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
                 raise UserError(f"{name}: the prompt has {own.get(name, longest)} tokens, its window only {window}; shorten it")
 
     def new_cache(self, names: Collection[str] | None = None, static_length: int | None = None) -> MixtureCache:
-        """An empty cache of the named members, or of the mixture's; with `static_length`, of that fixed number of positions."""
+        """An empty cache of the named members (default: the mixture's), with a fixed number of positions if `static_length` is given."""
         configs = {name: self.members[name].config for name in (active(self.mixture) if names is None else names)}
         if static_length is None:
             return MixtureCache({name: DynamicCache(config=config) for name, config in configs.items()})
@@ -434,7 +419,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, max_cache_length: int
     ) -> None:
-        """Hooks into `generate`, which would otherwise build one cache from one config; here the settings are all known."""
+        """Overrides a step of `generate`, which would build one cache from one config. Here all settings are known, so they are checked."""
         kind, own = generation_config.cache_implementation, model_kwargs.get("prompts")
         self._check_settings(generation_config, own, "prompt_lengths" in model_kwargs)
         if kind not in (None, "dynamic", *STATIC):
@@ -453,13 +438,13 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         if generation_config.is_assistant:
             model_kwargs["past_key_values"].activate_past_recording()
 
-    def _check_settings(self, settings: GenerationConfig, own: OwnPrompts | None, by_place: bool) -> None:
+    def _check_settings(self, settings: GenerationConfig, own: OwnPrompts | None, by_context: bool) -> None:
         for name in ("output_attentions", "output_hidden_states"):
             if getattr(settings, name):
                 raise UserError(f"{name}: a mixture has none of its own; ask its members")
         if settings.assistant_early_exit is not None:
             raise UserError("assistant_early_exit: a mixture has no layers of its own to leave early; use speculate=True")
-        if settings.guidance_scale not in (None, 1) and (own is not None or by_place):
+        if settings.guidance_scale not in (None, 1) and (own is not None or by_context):
             raise UserError("guidance_scale: the prompt without guidance is one that all members share; leave prompts and functions out")
         if settings.token_healing and own is not None:
             raise UserError("token_healing: it mends the shared prompt alone; leave it or prompts out")

@@ -1,7 +1,7 @@
-"""Forward passes of members: which are made together, on what, and where.
+"""Forward passes of members: which members share a pass, what they read, and on which device.
 
-Members that share weights by way of LoRA adapters are rows of one pass. Those on different devices run at the same time.
-One with a vocabulary of its own reads its own tokens and gives its law in the mixture's.
+Members that share weights through LoRA adapters are rows of one pass. Members on different devices run at the same time.
+A member with a vocabulary of its own reads its own tokens; its distribution is translated to the mixture's tokens.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from proxytune.token_map import TokenMap
 
 
 class Reader(NamedTuple):
-    """A member as a pass needs it."""
+    """What a forward pass needs of a member."""
 
     name: str
     model: PreTrainedModel
@@ -32,9 +32,9 @@ class Reader(NamedTuple):
 
     @property
     def device(self) -> torch.device:
-        """Where it takes its tokens: the device of its embeddings, one of several if it is spread over some.
+        """The device that token ids go to: that of the embeddings.
 
-        Offloaded weights are on no device; accelerate's hook knows where they will be computed with.
+        Offloaded weights are on no device; accelerate's hook has the device that computes with them.
         """
         embeddings = self.model.get_input_embeddings()
         if not embeddings.weight.is_meta:
@@ -43,9 +43,9 @@ class Reader(NamedTuple):
 
 
 def grouped(readers: Sequence[Reader], own: Collection[str], cache: MixtureCache | None) -> list[list[Reader]]:
-    """The readers, those together that are rows of one pass: they share weights and read the same prompt.
+    """The readers in groups that are rows of one pass: readers of a group share weights and read the same prompt.
 
-    `own` are the names of those with prompts of their own.
+    `own` are the names of members with prompts of their own.
     """
     groups: dict[Any, list[Reader]] = {}
     for reader in readers:
@@ -55,19 +55,19 @@ def grouped(readers: Sequence[Reader], own: Collection[str], cache: MixtureCache
 
 
 def run(
-    together: Sequence[Reader], fed: Reading, cache: MixtureCache | None, logits_to_keep: int | Int[Tensor, " kept"]
+    together: Sequence[Reader], read: Reading, cache: MixtureCache | None, logits_to_keep: int | Int[Tensor, " kept"]
 ) -> dict[str, Float[Tensor, "batch kept_time rows"]]:
-    """One forward pass of members that share weights, or of one; the logits of each, on the member's device."""
+    """One forward pass of members that share weights, or of a single one; returns the logits of each, on the member's device."""
     first, count = together[0], len(together)
     own = None if cache is None else [cache.members[reader.name] for reader in together]
-    options: dict[str, Any] = {"position_ids": fed.positions} if first.takes_positions else {}
-    mask = fed.mask
+    options: dict[str, Any] = {"position_ids": read.position_ids} if first.takes_positions else {}
+    mask = read.attention_mask
     if mask is not None and own is not None and isinstance(own[0], StaticCache):
-        # Models that reckon a bias from the mask (ALiBi) need one for every column that there is.
+        # Models that compute a bias from the mask (ALiBi) need it for every allocated column.
         mask = torch.nn.functional.pad(mask, (0, max(0, own[0].get_max_length() - mask.shape[1])))
-    options |= {"input_ids": fed.ids, "attention_mask": mask}
+    options |= {"input_ids": read.input_ids, "attention_mask": mask}
     options = {key: value if value is None else value.to(first.device).repeat(count, 1) for key, value in options.items()}
-    with _through_adapters(together, len(fed.ids)):
+    with _through_adapters(together, len(read.input_ids)):
         output = first.model(
             **options,
             past_key_values=None if own is None else own[0] if count == 1 else stacked(own),
@@ -86,22 +86,22 @@ def run_mapped(
     prompts: OwnPrompts | None,
     pad: int,
 ) -> dict[str, Float[Tensor, "batch kept_time rows"]]:
-    """One forward pass of a member with a vocabulary of its own, on its own ids; its law in the mixture's tokens."""
+    """One forward pass of a member with a vocabulary of its own; returns its log-probabilities of the mixture's tokens."""
     assert reader.token_map is not None
     name, begins = reader.name, attention_mask.shape[1] == input_ids.shape[1]
     own = prompts if prompts is not None and name in prompts.ids and begins else None
     skipped = 0 if own is None else own.columns
-    ids, held, ends = reader.token_map.read(input_ids[:, skipped:], attention_mask[:, -input_ids.shape[1] :][:, skipped:], pad)
+    ids, mask, ends = reader.token_map.read(input_ids[:, skipped:], attention_mask[:, -input_ids.shape[1] :][:, skipped:], pad)
     if own is not None:
         repeats, width = len(ids) // len(own.ids[name]), own.ids[name].shape[1]
         ids = torch.cat([own.ids[name].repeat_interleave(repeats, 0), ids], dim=1)
-        held = torch.cat([own.masks[name].repeat_interleave(repeats, 0), held], dim=1)
+        mask = torch.cat([own.masks[name].repeat_interleave(repeats, 0), mask], dim=1)
         ends = torch.cat([torch.full_like(ids[:, :1], width - 1), ends + width], dim=1)
     if cache is not None:
-        held = cache.own_masks[name] = torch.cat([cache.own_masks[name], held], dim=1) if name in cache.own_masks else held
-    options = {"input_ids": ids, "attention_mask": held}
+        mask = cache.own_masks[name] = torch.cat([cache.own_masks[name], mask], dim=1) if name in cache.own_masks else mask
+    options = {"input_ids": ids, "attention_mask": mask}
     if reader.takes_positions:
-        options["position_ids"] = positions_of(held)[:, -ids.shape[1] :]
+        options["position_ids"] = positions_of(mask)[:, -ids.shape[1] :]
     with _through_adapters([reader], len(ids)):
         output = reader.model(
             **{key: value.to(reader.device) for key, value in options.items()},
@@ -118,13 +118,13 @@ def _through_adapters(together: Sequence[Reader], rows: int) -> contextlib.Abstr
 
 
 def at_once(runs: Sequence[Callable[[], dict[str, Tensor]]], devices: Sequence[torch.device]) -> list[dict[str, Tensor]]:
-    """The results of the runs, those on different devices at the same time and those on one device in their order."""
+    """The results of the runs. Runs on different devices happen at the same time, runs on one device in their order."""
     if len(set(devices)) == 1:
         return [run() for run in runs]
     inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
 
     def on(device: torch.device) -> list[tuple[int, dict[str, Tensor]]]:
-        # Both modes belong to a thread and have to be handed on.
+        # Both modes are per thread and must be set again.
         with torch.inference_mode(inference), torch.set_grad_enabled(grad):
             return [(number, run()) for number, run in enumerate(runs) if devices[number] == device]
 

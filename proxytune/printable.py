@@ -1,4 +1,4 @@
-"""Text of others (a model, a data file, a folder's name) made fit for a terminal: what would act on it, or hide in it, is shown as an escape."""
+"""Untrusted text (of a model, a data file, a folder's name) made safe for a terminal: control and hidden characters become escapes."""
 
 import re
 import unicodedata
@@ -7,15 +7,15 @@ from proxytune.errors import shortened
 
 # Control and format characters (bidi overrides, zero width, tags), lone surrogates, separators of lines and paragraphs.
 HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
-# Two format characters are spelling between letters of some scripts and within emoji, not beside ASCII.
+# Two format characters are part of the spelling in some scripts and of emoji; beside ASCII they are not.
 _SUSPECT = re.compile(r"(?P<joined>(?<=[^\x00-\x7f])[\u200c\u200d](?=[^\x00-\x7f]))|[^\x20-\x7e]")
 
 
 def printable(text: str, keep: str = "") -> str:
-    r"""The text with every character that is no visible sign written as its escape (`\x1b`, `\u202e`); those of `keep` stay.
+    r"""The text with every invisible character written as its escape (`\x1b`, `\u202e`); characters of `keep` stay.
 
-    All letters, marks, symbols and spaces stay as they are. Not covered: signs that look alike; telling an escape from the same
-    characters in the text.
+    All letters, marks, symbols and spaces stay as they are. Not covered: characters that look alike, and an escape that is
+    written out in the text itself.
     """
 
     def shown(found: re.Match[str]) -> str:
@@ -28,5 +28,5 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def one_line(text: str) -> str:
-    """Printable, on one line, and no longer than a message is."""
+    """The text made printable, on one line, no longer than an error message."""
     return shortened(printable(" ".join(text.split())))

@@ -1,6 +1,6 @@
-"""Prompts of a member's own: a tuned chat model reads its template, the base reads plain text, the answer is common.
+"""Prompts of a member's own: a tuned chat model reads its template, the base reads plain text; the answer is shared.
 
-Which ids a member reads is the caller's to say; nothing is inferred from a model's name.
+The caller gives the token ids; nothing is inferred from a model's name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from proxytune.padding import left_padded, positions_of
 
 
 class OwnPrompts(NamedTuple):
-    """For some members, the prompts that they read in place of the first `columns` columns of the shared token ids."""
+    """For some members, the prompts that they read instead of the first `columns` columns of the shared token ids."""
 
     columns: int
     ids: dict[str, Int[Tensor, "rows _"]]
@@ -23,11 +23,11 @@ class OwnPrompts(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What one member is fed: tokens, mask over all that it will have read, and the tokens' positions."""
+    """The input of one member: token ids, the attention mask over cached and new tokens, and the new tokens' positions."""
 
-    ids: Int[Tensor, "rows time"]
-    mask: Int[Tensor, "rows all_time"] | None
-    positions: Int[Tensor, "rows time"] | None
+    input_ids: Int[Tensor, "rows time"]
+    attention_mask: Int[Tensor, "rows all_time"] | None
+    position_ids: Int[Tensor, "rows time"] | None
 
 
 def own_prompts(prompts: Mapping[str, Sequence[Sequence[int]]], columns: int, rows: int, pad: int, device: torch.device) -> OwnPrompts:
@@ -48,10 +48,10 @@ def reading(
     positions: Int[Tensor, "rows time"] | None,
     prompts: OwnPrompts | None,
 ) -> Reading:
-    """What the member is fed for the shared tokens `ids`, of which `mask` tells how many came before.
+    """The member's input for the shared tokens `ids`; the width of `mask` says how many tokens came before them.
 
-    A mask is needed for an own prompt. Where rows were repeated (beams, samples), their own prompts are too. Raises `UserError` where the shared
-    prompt comes in pieces, since it is then not known which piece an own prompt stands for.
+    A mask is needed for an own prompt. Where rows were repeated (beams, samples), their own prompts are repeated too. Raises
+    `UserError` where the shared prompt comes in pieces, because then no piece can be replaced by the own prompt.
     """
     if prompts is None or name not in prompts.ids:
         if positions is None and mask is not None:

@@ -1,9 +1,9 @@
 """log P(continuation | prefix) of many requests under many mixtures, from one pass of each member.
 
-A forward pass is made of every member that some mixture needs; all mixtures are rows over the logits of that one pass.
-What requests have in common is read once: the tokens that all of them begin with (few-shot examples, instructions), then
-each distinct prefix, then its continuations. Long ones are read in pieces, and logits are computed for the scored positions
-only, a bounded number at a time: beside weights and caches, memory holds one piece.
+Every member that some mixture needs makes one forward pass; all mixtures are computed from its logits. Shared tokens are read
+once: first the tokens that all requests begin with (few-shot examples, instructions), then each distinct prefix, then its
+continuations. Long inputs are read in pieces, and logits are computed only for scored positions, a bounded number at a time:
+apart from weights and caches, memory holds one piece.
 """
 
 import functools
@@ -16,18 +16,18 @@ from torch import Tensor
 
 from proxytune.cache import MixtureCache
 from proxytune.errors import UserError
-from proxytune.mixture import Mixture, Place, active, check_mixture, combine, depends_on_place
+from proxytune.mixture import Context, Mixture, active, check_mixture, combine, depends_on_context
 from proxytune.modeling import ProxyTunedForCausalLM
 from proxytune.padding import left_padded
 
 Ids = tuple[int, ...]
 Thing = TypeVar("Thing")
-HELD = 8  # a batch may hold the keys and values of this many times the tokens that it may feed
-LOGITS = 2**26  # numbers that one member's logits of one piece may have
+CACHED = 8  # a batch may cache the keys and values of this many times the tokens that it may read at a time
+LOGITS = 2**26  # most numbers in one member's logits of one piece
 
 
 class Request(NamedTuple):
-    """Token ids: what is given, and what is scored after it; `prompts` are prefixes that members read in place of the given one."""
+    """Token ids: the given prefix and the continuation that is scored; `prompts` are prefixes that members read instead of `prefix`."""
 
     prefix: Ids
     continuation: Ids
@@ -37,22 +37,22 @@ class Request(NamedTuple):
         return self.prompts.get(name, self.prefix)
 
 
-class _Voice(NamedTuple):
-    """Members that read the same prefixes, and those prefixes, one a request."""
+class _Readers(NamedTuple):
+    """Members that read the same prefixes, and those prefixes, one per request."""
 
     names: list[str]
     prefixes: list[Ids]
 
 
 class _Read(NamedTuple):
-    """Rows that a voice has read: their keys and values, and which columns hold tokens."""
+    """Rows that a group of members has read: their keys and values, and which columns hold tokens."""
 
     cache: MixtureCache
     mask: Int[Tensor, "rows time"]
 
 
 class Scores(NamedTuple):
-    """Of every request: its continuation's summed log-probability (nats, fp64), and whether greedy decoding would give it."""
+    """For every request: the summed log-probability of its continuation (nats, fp64), and whether greedy decoding would give it."""
 
     total: Float[Tensor, " requests"]
     greedy: Bool[Tensor, " requests"]
@@ -75,10 +75,10 @@ def score_greedily(
     share_prefixes: bool = True,
     progress: Callable[[int], None] = lambda requests_done: None,
 ) -> dict[str, Scores]:
-    """For each mixture, every request's log-probability and whether each of its tokens is the likeliest at its place.
+    """For each mixture, every request's log-probability, and whether each of its tokens is the most likely one at its position.
 
-    A batch feeds at most `batch_tokens` tokens at a time, padding counted. The result does not depend on it, nor on the
-    order of the requests or on `share_prefixes`, beyond rounding. Coefficients that are functions count positions from the
+    A batch reads at most `batch_tokens` tokens at a time, padding included. Apart from rounding, the result does not depend on
+    it, nor on the order of the requests or on `share_prefixes`. Coefficients that are functions count positions from the
     continuation's first token, and rows are requests. Members whose caches do not keep every position (sliding windows,
     recurrent states) are read without sharing and in one piece. Raises `UserError` for an empty prefix or continuation and
     for a request that is longer than a member's window (`cut_to_window` shortens them, and counts).
@@ -90,12 +90,12 @@ def score_greedily(
     if not requests:
         return totals
     names = list(dict.fromkeys(name for mixture in mixtures.values() for name in active(mixture)))
-    groups: dict[tuple[Ids, ...], list[str]] = {}
+    by_prefixes: dict[tuple[Ids, ...], list[str]] = {}
     for name in names:
-        groups.setdefault(tuple(request.prefix_of(name) for request in requests), []).append(name)
-    voices = [_Voice(group, list(prefixes)) for prefixes, group in groups.items()]
+        by_prefixes.setdefault(tuple(request.prefix_of(name) for request in requests), []).append(name)
+    groups = [_Readers(members, list(prefixes)) for prefixes, members in by_prefixes.items()]
     read = _shared if share_prefixes and model.new_cache(names).keeps_everything else _apart
-    for logits, scored in read(model, voices, requests, batch_tokens):
+    for logits, scored in read(model, groups, requests, batch_tokens):
         _add_up(totals, logits, scored, mixtures)
         progress(sum(target.last for target in scored))
     return totals
@@ -104,7 +104,7 @@ def score_greedily(
 def cut_to_window(requests: Sequence[Request], window: int) -> tuple[list[Request], int]:
     """The requests with their prefixes cut on the left to what fits beside the continuation, and how many were cut.
 
-    This is what lm-eval does without a word. Raises `UserError` for a continuation that leaves no room for a token before it.
+    lm-eval does the same silently. Raises `UserError` for a continuation that leaves no room for a token before it.
     """
     fitting = []
     for number, request in enumerate(requests):
@@ -118,13 +118,13 @@ def cut_to_window(requests: Sequence[Request], window: int) -> tuple[list[Reques
 
 
 class _Target(NamedTuple):
-    """A scored token: where its logits are, which it is, whose it is, its place in the continuation, and whether it is the last."""
+    """A scored token: row and column of its logits, the token, its request, its index in the continuation, and whether it is the last."""
 
     row: int
-    position: int
+    column: int
     token: int
     request: int
-    place: int
+    position: int
     last: bool
 
 
@@ -132,22 +132,24 @@ Scored = tuple[dict[str, Float[Tensor, "rows kept vocabulary"]], list[_Target]]
 
 
 def _add_up(totals: dict[str, Scores], logits: dict[str, Tensor], scored: list[_Target], mixtures: Mapping[str, Mixture]) -> None:
-    """Adds the log-probabilities of the scored tokens to their requests', for every mixture, and strikes out what is not greedy."""
+    """Adds the scored tokens' log-probabilities to their requests, for every mixture, and marks requests that are not greedy."""
     if not scored:
         return
     device = next(iter(logits.values())).device
-    of_targets = [(target.row, target.position) for target in scored]
-    places = sorted(set(of_targets))
-    number = {place: index for index, place in enumerate(places)}
-    where = torch.tensor([number[place] for place in of_targets], device=device)
-    tokens, owners, position = (torch.tensor(column, device=device) for column in zip(*((t.token, t.request, t.place) for t in scored), strict=True))
-    rows, columns = torch.tensor(places, device=device).unbind(1)
-    needed = {name: law[rows, columns] for name, law in logits.items()}
+    of_targets = [(target.row, target.column) for target in scored]
+    cells = sorted(set(of_targets))
+    number = {cell: index for index, cell in enumerate(cells)}
+    where = torch.tensor([number[cell] for cell in of_targets], device=device)
+    tokens, owners, position = (
+        torch.tensor(column, device=device) for column in zip(*((t.token, t.request, t.position) for t in scored), strict=True)
+    )
+    rows, columns = torch.tensor(cells, device=device).unbind(1)
+    needed = {name: values[rows, columns] for name, values in logits.items()}
     for name, mixture in mixtures.items():
         members = {member: needed[member] for member in active(mixture)}
-        if depends_on_place(mixture):
-            members = {member: law[where] for member, law in members.items()}
-            mixed = combine(members, mixture, Place(members, position, owners, len(totals[name].total)))
+        if depends_on_context(mixture):
+            members = {member: values[where] for member, values in members.items()}
+            mixed = combine(members, mixture, Context(members, position, owners, len(totals[name].total)))
             chosen, normaliser, likeliest = mixed.gather(1, tokens[:, None])[:, 0], mixed.logsumexp(-1), mixed.argmax(-1)
         else:
             mixed = combine(members, mixture)
@@ -156,79 +158,79 @@ def _add_up(totals: dict[str, Scores], logits: dict[str, Tensor], scored: list[_
         totals[name].greedy[owners[likeliest != tokens].cpu()] = False
 
 
-def _shared(model: ProxyTunedForCausalLM, voices: Sequence[_Voice], requests: Sequence[Request], batch_tokens: int) -> Iterator[Scored]:
-    """Reads common beginning, prefixes and continuations once each. A key is one prefix for each voice."""
+def _shared(model: ProxyTunedForCausalLM, groups: Sequence[_Readers], requests: Sequence[Request], batch_tokens: int) -> Iterator[Scored]:
+    """Reads the common beginning, each prefix and each continuation once. A key is one prefix for each group."""
     owners: dict[tuple[Ids, ...], list[int]] = {}
     for index in range(len(requests)):
-        owners.setdefault(tuple(voice.prefixes[index] for voice in voices), []).append(index)
-    # At least one token of every prefix is left to be fed: its logits are the first continuation tokens'.
+        owners.setdefault(tuple(group.prefixes[index] for group in groups), []).append(index)
+    # At least one token of every prefix is left to read: its logits score the first token of the continuation.
     common = [min(_common(own), min(map(len, own)) - 1) if len(own) > 1 else 0 for own in map(set, zip(*owners, strict=True))]
     beginnings = [
-        _read_prefixes(model, voice.names, None, [voice.prefixes[0][:length]], batch_tokens)[1] if length else None
-        for voice, length in zip(voices, common, strict=True)
+        _read_prefixes(model, group.names, None, [group.prefixes[0][:length]], batch_tokens)[1] if length else None
+        for group, length in zip(groups, common, strict=True)
     ]
 
     def cost(key: tuple[Ids, ...]) -> int:
-        return max(max(len(prefix) - length, -(-len(prefix) // HELD)) for prefix, length in zip(key, common, strict=True))
+        return max(max(len(prefix) - length, -(-len(prefix) // CACHED)) for prefix, length in zip(key, common, strict=True))
 
     for keys in _batches(sorted(owners, key=lambda key: max(map(len, key))), batch_tokens, cost):
         logits: dict[str, Tensor] = {}
         reads = []
-        for number, voice in enumerate(voices):
+        for number, group in enumerate(groups):
             beginning = beginnings[number]
             start = None if beginning is None else _select(beginning, [0] * len(keys))
-            found, read = _read_prefixes(model, voice.names, start, [key[number][common[number] :] for key in keys], batch_tokens)
+            found, read = _read_prefixes(model, group.names, start, [key[number][common[number] :] for key in keys], batch_tokens)
             logits |= found
             reads.append(read)
         firsts = [(row, index) for row, key in enumerate(keys) for index in owners[key]]
         yield logits, [_Target(row, 0, requests[index].continuation[0], index, 0, len(requests[index].continuation) == 1) for row, index in firsts]
-        # Continuations that feed the same tokens after one prefix share a row.
-        fed: dict[tuple[int, Ids], list[int]] = {}
+        # Continuations that read the same tokens after one prefix share a row.
+        sharing: dict[tuple[int, Ids], list[int]] = {}
         for row, index in firsts:
             if len(requests[index].continuation) > 1:
-                fed.setdefault((row, requests[index].continuation[:-1]), []).append(index)
+                sharing.setdefault((row, requests[index].continuation[:-1]), []).append(index)
         longest = [max(map(len, key)) for key in keys]
-        for rows in _batches(sorted(fed, key=lambda key: len(key[1])), batch_tokens, functools.partial(_continuation_cost, longest)):
-            yield from _read_continuations(model, voices, reads, rows, fed, requests, batch_tokens)
+        for rows in _batches(sorted(sharing, key=lambda key: len(key[1])), batch_tokens, functools.partial(_continuation_cost, longest)):
+            yield from _read_continuations(model, groups, reads, rows, sharing, requests, batch_tokens)
 
 
 def _read_prefixes(
     model: ProxyTunedForCausalLM, names: list[str], start: _Read | None, segments: Sequence[Ids], batch_tokens: int
 ) -> tuple[dict[str, Float[Tensor, "rows 1 vocabulary"]], _Read]:
-    """Feeds one segment a row after what the rows have read, in pieces; the members' logits at the end, and what has then been read."""
-    ids, held = left_padded(segments, model.config.pad_token_id or 0, model.device)
-    read = start or _Read(model.new_cache(names), held[:, :0])
+    """Reads one segment per row after what the rows have read, in pieces; returns the members' logits at the end, and what has been read."""
+    ids, mask = left_padded(segments, model.config.pad_token_id or 0, model.device)
+    read = start or _Read(model.new_cache(names), mask[:, :0])
     logits: dict[str, Tensor] = {}
     for piece in _pieces(ids.shape[1], batch_tokens // len(ids)):
-        logits, read = _advance(model, names, read, ids[:, piece], held[:, piece], 1)
+        logits, read = _advance(model, names, read, ids[:, piece], mask[:, piece], 1)
     return logits, read
 
 
 def _read_continuations(
     model: ProxyTunedForCausalLM,
-    voices: Sequence[_Voice],
+    groups: Sequence[_Readers],
     reads: Sequence[_Read],
     rows: list[tuple[int, Ids]],
-    fed: Mapping[tuple[int, Ids], list[int]],
+    sharing: Mapping[tuple[int, Ids], list[int]],
     requests: Sequence[Request],
     batch_tokens: int,
 ) -> Iterator[Scored]:
-    """Feeds every row's continuation but its last token, in pieces, and gives all logits."""
-    ids, held = left_padded([tokens for _, tokens in rows], model.config.pad_token_id or 0, model.device)
+    """Reads every row's continuation without its last token, in pieces, and yields all logits."""
+    ids, mask = left_padded([tokens for _, tokens in rows], model.config.pad_token_id or 0, model.device)
     targets = [
         target
         for number, key in enumerate(rows)
-        for index in fed[key]
+        for index in sharing[key]
         for target in _targets(number, ids.shape[1], index, requests[index].continuation, skipped=1)
     ]
     reads = [_select(read, [row for row, _ in rows]) for read in reads]
     for piece in _pieces(ids.shape[1], min(batch_tokens, LOGITS // model.config.vocab_size) // len(ids)):
         logits: dict[str, Tensor] = {}
-        for number, voice in enumerate(voices):
-            found, reads[number] = _advance(model, voice.names, reads[number], ids[:, piece], held[:, piece], 0)
+        for number, group in enumerate(groups):
+            found, reads[number] = _advance(model, group.names, reads[number], ids[:, piece], mask[:, piece], 0)
             logits |= found
-        inside = [target for target in targets if piece.start <= target.position < piece.stop]
-        yield logits, [target._replace(position=target.position - piece.start) for target in inside]
+        inside = [target for target in targets if piece.start <= target.column < piece.stop]
+        yield logits, [target._replace(column=target.column - piece.start) for target in inside]
 
 
 def _pieces(columns: int, width: int) -> list[slice]:
@@ -237,36 +239,36 @@ def _pieces(columns: int, width: int) -> list[slice]:
 
 
 def _common(prefixes: Collection[Ids]) -> int:
-    """How many tokens all prefixes begin with: as many as the first and the last of them in order."""
+    """The length of the beginning that all prefixes share: that of the first and the last one in sorted order."""
     first, last = min(prefixes), max(prefixes)
-    return next((place for place, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), min(len(first), len(last)))
+    return next((index for index, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), min(len(first), len(last)))
 
 
 def _continuation_cost(longest: Sequence[int], key: tuple[int, Ids]) -> int:
     row, tokens = key
-    return max(len(tokens), -(-(longest[row] + len(tokens)) // HELD))
+    return max(len(tokens), -(-(longest[row] + len(tokens)) // CACHED))
 
 
 def _targets(row: int, columns: int, index: int, continuation: Ids, skipped: int) -> list[_Target]:
-    """A request's tokens but the `skipped` first as targets, where the last of the columns has the logits of the last one."""
+    """A request's tokens after the first `skipped` ones as targets; the last column has the logits of the last token."""
     last = len(continuation) - 1
-    return [_Target(row, columns - 1 - last + place, continuation[place], index, place, place == last) for place in range(skipped, last + 1)]
+    return [_Target(row, columns - 1 - last + at, continuation[at], index, at, at == last) for at in range(skipped, last + 1)]
 
 
-def _apart(model: ProxyTunedForCausalLM, voices: Sequence[_Voice], requests: Sequence[Request], batch_tokens: int) -> Iterator[Scored]:
-    """Reads every distinct row of tokens in full: slower, and what sharing is tested against."""
+def _apart(model: ProxyTunedForCausalLM, groups: Sequence[_Readers], requests: Sequence[Request], batch_tokens: int) -> Iterator[Scored]:
+    """Reads every distinct row of tokens in full: slower; sharing is tested against it."""
     owners: dict[tuple[Ids, ...], list[int]] = {}
     for index, request in enumerate(requests):
-        owners.setdefault(tuple(voice.prefixes[index] + request.continuation[:-1] for voice in voices), []).append(index)
+        owners.setdefault(tuple(group.prefixes[index] + request.continuation[:-1] for group in groups), []).append(index)
     for keys in _batches(sorted(owners, key=lambda key: max(map(len, key))), batch_tokens, lambda key: max(map(len, key))):
         kept = max(len(requests[index].continuation) for key in keys for index in owners[key])
         logits: dict[str, Tensor] = {}
-        for number, voice in enumerate(voices):
-            ids, held = left_padded([key[number] for key in keys], model.config.pad_token_id or 0, model.device)
-            found, _ = _advance(model, voice.names, _Read(model.new_cache(voice.names), held[:, :0]), ids, held, min(kept, ids.shape[1]))
+        for number, group in enumerate(groups):
+            ids, mask = left_padded([key[number] for key in keys], model.config.pad_token_id or 0, model.device)
+            found, _ = _advance(model, group.names, _Read(model.new_cache(group.names), mask[:, :0]), ids, mask, min(kept, ids.shape[1]))
             logits |= found
-        shortest = min(law.shape[1] for law in logits.values())
-        logits = {name: law[:, -shortest:] for name, law in logits.items()}
+        shortest = min(values.shape[1] for values in logits.values())
+        logits = {name: values[:, -shortest:] for name, values in logits.items()}
         found_targets = [(row, index) for row, key in enumerate(keys) for index in owners[key]]
         yield logits, [target for row, index in found_targets for target in _targets(row, shortest, index, requests[index].continuation, skipped=0)]
 
@@ -276,11 +278,11 @@ def _advance(
     names: list[str],
     read: _Read,
     ids: Int[Tensor, "rows time"],
-    held: Int[Tensor, "rows time"],
+    new_mask: Int[Tensor, "rows time"],
     kept: int,
 ) -> tuple[dict[str, Float[Tensor, "rows kept vocabulary"]], _Read]:
-    """Feeds tokens after what the rows have read. Returns the members' logits at the last `kept` positions (0: at all)."""
-    mask = torch.cat([read.mask, held], dim=1)
+    """Reads new tokens after those that the rows have read. Returns the members' logits at the last `kept` positions (0: at all)."""
+    mask = torch.cat([read.mask, new_mask], dim=1)
     return model.member_logits(names, ids, mask, None, read.cache, kept), _Read(read.cache, mask)
 
 
@@ -290,7 +292,7 @@ def _select(read: _Read, rows: list[int]) -> _Read:
 
 
 def _batches(things: Sequence[Thing], budget: int, cost: Callable[[Thing], int]) -> Iterator[list[Thing]]:
-    """Things in their order, in groups whose size times their highest cost is within the budget, or of one thing."""
+    """Splits things, in their order, into batches whose size times highest cost is within the budget; a batch has at least one thing."""
     batch: list[Thing] = []
     for thing in things:
         if batch and max(cost(thing), max(map(cost, batch))) * (len(batch) + 1) > budget:
@@ -306,6 +308,6 @@ def _check(requests: Sequence[Request], window: int) -> None:
         prefixes = [request.prefix, *request.prompts.values()]
         if not all(prefixes) or not request.continuation:
             raise UserError(f"requests: number {number} has an empty {'prefix' if request.continuation else 'continuation'}; give it a token")
-        fed = max(map(len, prefixes)) + len(request.continuation) - 1
-        if fed > window:
-            raise UserError(f"requests: number {number} has {fed} tokens, a member's window only {window}; shorten it")
+        length = max(map(len, prefixes)) + len(request.continuation) - 1
+        if length > window:
+            raise UserError(f"requests: number {number} has {length} tokens, a member's window only {window}; shorten it")

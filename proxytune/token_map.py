@@ -1,12 +1,12 @@
-"""Members of another vocabulary: their tokens by way of the bytes that tokens stand for. An explicit choice, never a guess.
+"""Members of another vocabulary: tokens are mapped through the bytes that they stand for. Used only where it is asked for.
 
-What goes in is exact as text: each token of the mixture is read as the member's tokens of the same bytes. What comes out is
-exact where one token of the member has the same bytes as the mixture's; every other token counts as no evidence, that is
-expert and anti-expert are taken to agree on it. So a map serves pairs, not members by themselves, and `mass_covered` says how
-much of the base's probability stood on mapped tokens. ThinkLogit (2026) maps tokens so too, but reads unmapped ones as unknown.
+The member's input is exact as text: each token of the mixture becomes the member's tokens of the same bytes. Its output is
+exact where one token of the member has the same bytes as the mixture's token. Every other token counts as no evidence: expert
+and anti-expert are assumed to agree on it. So a map is for pairs and not for single members, and `mass_covered` says how much
+of the base's probability is on mapped tokens. ThinkLogit (2026) maps tokens the same way, but reads unmapped ones as unknown.
 
-Text is cut where the mixture's tokens end, which is not always where the member's own tokenizer would cut. Not covered:
-marginalising over all ways to cut a text (Hayase et al. 2025, arXiv 2506.14123).
+Text is split where the mixture's tokens end, which is not always where the member's own tokenizer would split it. Not covered:
+marginalising over all tokenizations of a text (Hayase et al. 2025, arXiv 2506.14123).
 """
 
 import json
@@ -25,7 +25,7 @@ from proxytune.padding import left_padded
 
 @dataclass(frozen=True)
 class TokenMap:
-    """For each id of the mixture: the member's ids of the same bytes, the single one where there is one, and whether there is."""
+    """For each id of the mixture: the member's ids of the same bytes, the first of them, and whether it is the only one."""
 
     pieces: list[list[int]]
     single: Int[Tensor, " ids"]
@@ -34,14 +34,14 @@ class TokenMap:
     def read(
         self, ids: Int[Tensor, "rows time"], mask: Int[Tensor, "rows time"], pad: int
     ) -> tuple[Int[Tensor, "rows own_time"], Int[Tensor, "rows own_time"], Int[Tensor, "rows time"]]:
-        """The rows in the member's ids, padded on the left, their mask, and the column at which each of the tokens has been read."""
+        """The rows in the member's ids, padded on the left; their attention mask; and the column where each of the mixture's tokens ends."""
         rows: list[list[int]] = []
         ends: list[list[int]] = []
-        for tokens, held in zip(ids.tolist(), mask.tolist(), strict=True):
+        for tokens, used in zip(ids.tolist(), mask.tolist(), strict=True):
             row: list[int] = []
             end = []
-            for token, holds in zip(tokens, held, strict=True):
-                row += self.pieces[token] if holds else []
+            for token, is_used in zip(tokens, used, strict=True):
+                row += self.pieces[token] if is_used else []
                 end.append(len(row) - 1)
             rows.append(row)
             ends.append(end)
@@ -50,24 +50,24 @@ class TokenMap:
         return own, own_mask, (torch.tensor(ends, dtype=torch.long, device=ids.device) + shift[:, None]).clamp(min=0)
 
     def translate(self, logits: Float[Tensor, "*batch own_ids"]) -> Float[Tensor, "*batch ids"]:
-        """Log-probabilities of the mixture's tokens; 0, the same for every member, where no single token stands for one."""
-        law = logits.float().log_softmax(-1)
-        return torch.where(self.exact.to(law.device), law[..., self.single.to(law.device)], 0.0)
+        """Log-probabilities of the mixture's tokens; 0 where no single token stands for one, the same for every member."""
+        own = logits.float().log_softmax(-1)
+        return torch.where(self.exact.to(own.device), own[..., self.single.to(own.device)], 0.0)
 
-    def law(self, translated: Float[Tensor, "*batch ids"]) -> Float[Tensor, "*batch ids"]:
-        """Probabilities from what `translate` gave; NaN where no single token stands for one."""
+    def probabilities(self, translated: Float[Tensor, "*batch ids"]) -> Float[Tensor, "*batch ids"]:
+        """Probabilities from the result of `translate`; NaN where no single token stands for one."""
         return torch.where(self.exact.to(translated.device), translated.exp(), torch.nan)
 
     def mass_covered(self, logits: Float[Tensor, "*batch ids"]) -> Float[Tensor, "*batch"]:
-        """The share of a member's probability that stands on mapped tokens; the member has the mixture's own vocabulary."""
+        """The share of a member's probability that is on mapped tokens; the member has the mixture's own vocabulary."""
         return (logits.float().softmax(-1) * self.exact.to(logits.device)).sum(-1)
 
 
 def map_tokens(shared: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase, rows: int) -> TokenMap:
     """The map from the first `rows` ids of the mixture's tokenizer to those of a member's.
 
-    Beginning, end, padding and unknown tokens are mapped by their role, other special ones by their text. What no tokens
-    of the member spell is read as its unknown (or end) token. Raises `UserError` where no token has a counterpart.
+    Beginning, end, padding and unknown tokens are mapped by their role, other special ones by their text. A token
+    that the member's tokens cannot spell is read as its unknown (or end) token. Raises `UserError` where no token has a counterpart.
     """
     theirs = token_bytes(own)
     by_bytes: dict[bytes, int] = {}
@@ -92,7 +92,7 @@ def map_tokens(shared: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase, ro
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
-    """What each id stands for in a text: byte-level vocabularies, those that mark spaces by ▁, and plain words."""
+    """The bytes that each id stands for: byte-level vocabularies, those that mark spaces by ▁, and plain words."""
     settings = json.loads(tokenizer.backend_tokenizer.to_str())
     decoder = json.dumps([settings.get("decoder"), settings.get("pre_tokenizer")])
     back = {character: byte for byte, character in bytes_to_unicode().items()}
@@ -108,7 +108,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
 
 
 def _spelled(text: bytes, by_bytes: dict[bytes, int], longest: int) -> list[int]:
-    """The text in the longest tokens that there are, from the left; nothing where some byte has none."""
+    """The text in the longest tokens possible, from the left; nothing where some byte has no token."""
     found: list[int] = []
     while text:
         size = next((size for size in range(min(longest, len(text)), 0, -1) if text[:size] in by_bytes), 0)
@@ -120,7 +120,7 @@ def _spelled(text: bytes, by_bytes: dict[bytes, int], longest: int) -> list[int]
 
 
 def check_pairs(coefficients: Sequence[tuple[str, float]]) -> None:
-    """Raises `UserError` unless the coefficients of mapped members sum to zero: a map knows differences only."""
+    """Raises `UserError` unless the coefficients of mapped members sum to zero: a map only transfers differences."""
     if abs(sum(value for _, value in coefficients)) > 1e-9:
         names = ", ".join(name for name, _ in coefficients)
-        raise UserError(f"mixture: {names} are of another vocabulary, so their coefficients must sum to 0; give expert and anti-expert as a pair")
+        raise UserError(f"mixture: {names} have another vocabulary, so their coefficients must sum to 0; give expert and anti-expert as a pair")

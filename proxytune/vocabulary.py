@@ -1,4 +1,4 @@
-"""Whether several models speak of the same tokens: compared by content, never by a path, a class or a size."""
+"""Whether several models have the same vocabulary: compared by content, never by a path, a class or a size."""
 
 from collections.abc import Mapping
 
@@ -10,8 +10,8 @@ from proxytune.errors import UserError
 def check_same_vocabulary(tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> None:
     """Raises `UserError` with the first id at which a tokenizer differs from the first one.
 
-    Compared are the token behind every id and whether it is special. Not compared: merges and normalisation (one
-    tokenizer makes the ids; the others only have to mean the same by them) and which token serves as end or padding.
+    It compares the token of every id and whether it is special. It does not compare merges and normalisation (one
+    tokenizer makes the ids; in the others they only need the same meaning) nor which token is the end or padding token.
     """
     reference_name, reference = next(iter(tokenizers.items()))
     expected = _tokens(reference)
@@ -28,8 +28,8 @@ def check_same_vocabulary(tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> 
 def check_rows(rows: Mapping[str, int], tokenizer: PreTrainedTokenizerBase) -> int:
     """The number of output rows that the members have in common.
 
-    Heads are often padded beyond the vocabulary to a round size; rows that not every member has are cut off, since no
-    token stands behind them. Raises `UserError` where a head is too short for its vocabulary.
+    Heads are often padded beyond the vocabulary to a round size. Rows that not every member has are cut off: they have no
+    token. Raises `UserError` where a head is too short for its vocabulary.
     """
     needed = max(_tokens(tokenizer)) + 1
     for name, count in rows.items():

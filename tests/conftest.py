@@ -10,7 +10,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from probes.world.family import build_family
-from proxytune import Member, ProxyTunedForCausalLM, proxy_tuning
+from proxytune.member import Member
+from proxytune.modeling import ProxyTunedForCausalLM
+from proxytune.mixture import proxy_tuning
 
 
 @pytest.fixture

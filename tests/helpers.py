@@ -11,7 +11,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from proxytune import Member
+from proxytune.member import Member
 
 VOCABULARY = 50
 TESTS = Path(__file__).parent

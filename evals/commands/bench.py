@@ -26,8 +26,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from evals.display.cells import Table
-from finetune.data import continuation_ids, prompt_ids
-from finetune.reading import read_items
+from finetune.encoding import continuation_ids, prompt_ids
+from finetune.formats import read_items
 from proxytune.adapters import UNTOUCHED, attach, is_adapter
 from proxytune.cost import bytes_read
 from proxytune.drafting import rounded_draft
@@ -35,8 +35,8 @@ from proxytune.errors import UserError
 from proxytune.member import Adapter, Member, load_member
 from proxytune.mixture import Mixture, proxy_tuning
 from proxytune.modeling import ProxyTunedForCausalLM
-from proxytune.packing import pack_linear_layers, unpack_linear_layers
 from proxytune.padding import left_padded, positions_of
+from proxytune.prepacked import prepack_linear_layers, unpack_linear_layers
 from proxytune.scoring import Request, score
 
 PROMPTS = (
@@ -178,7 +178,7 @@ def _runs(bench: Bench, loaded: _Loaded, found: dict[str, Any]) -> Iterator[tupl
 def _packed(*models: ProxyTunedForCausalLM) -> Iterator[None]:
     """Packs all members' layers but the draft's, and puts plain ones back."""
     members = [member for model in models for name, member in model.members.items() if name != "draft"]
-    pack_linear_layers(*members)
+    prepack_linear_layers(*members)
     try:
         yield
     finally:

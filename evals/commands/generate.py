@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from evals.display.cells import Table
-from finetune.data import chat_ids, prompt_ids
+from finetune.encoding import chat_ids, prompt_ids
 from proxytune.adapters import is_adapter
 from proxytune.drafting import rounded_draft
 from proxytune.errors import UserError
@@ -65,7 +65,7 @@ def load_mixture(sources: Sources, alpha: float, drafting: bool = False) -> tupl
 
     For `drafting` on the CPU the expert has a copy in 8 bits beside it, 'draft'. Raises what `weights_of` and loading raise.
     """
-    members = load_members(weights_of(sources), dtype=sources.dtype, packed=True)
+    members = load_members(weights_of(sources), dtype=sources.dtype, prepacked=True)
     if drafting and "expert" in members and (sources.proxy_device or sources.device) == "cpu" and not sources.map_tokens:
         members["draft"] = rounded_draft(members["expert"])
     maps = {}

@@ -11,9 +11,6 @@ from evals.measures.registry import measures
 from evals.study import STUDIES, Study, expanded, explain_invalid, load_study
 from proxytune.errors import UserError
 
-INSIDE: tuple[...] = ("density", "drift", "lens", "restoration", "recoverability")
-EROSION = "erosion"
-
 
 @dataclass(frozen=True)
 class Probe:

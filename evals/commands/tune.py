@@ -11,10 +11,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from evals.running.progress import Display
 from finetune.checkpoints import is_main_process
-from finetune.data import Item, check_prompt, encode_examples, encode_pairs, preview
+from finetune.encoding import check_prompt, encode_examples, encode_pairs, preview
+from finetune.formats import read_items
+from finetune.items import Item
 from finetune.overlap import describe, overlap
-from finetune.reading import read_items
-from finetune.recipe import Tuning
+from finetune.recipe import Tuning, TuningRun
 from finetune.tuning import TuningReport, tune
 from proxytune.errors import UserError, brief
 from proxytune.member import load_tokenizer
@@ -53,7 +54,7 @@ def tune_one(run: Run, display: Display) -> str:
     display.say(f"{len(train.items)} examples ({train.shape}{'; not read: ' if train.ignored else ''}{', '.join(train.ignored)}); {_asked(run)}")
     for line in _first(run, train.items[0], tuning).split("\n"):
         display.say(line)
-    report = tune(
+    tuning_run = TuningRun(
         run.model,
         train.items,
         tuning,
@@ -65,8 +66,8 @@ def tune_one(run: Run, display: Display) -> str:
         base=run.base if tuning.consistent is not None else None,
         checkpoint_seconds=run.checkpoint_seconds,
         fsdp=run.fsdp,
-        watcher=_Losses(display),
     )
+    report = tune(tuning_run, _Losses(display))
     if not is_main_process():
         return ""
     display.say(f"{_numbers(report)}; the card is {run.out / 'tuning.json'}")

@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from proxytune.arguments import read_dtype, unknown_name
 from proxytune.errors import UserError, brief
 from proxytune.member import Member
-from proxytune.mixture import Mixture, Rule, depends_on_place
+from proxytune.mixture import Mixture, Rule, depends_on_context
 
 Place = str | Path
 MEANT = {"pretrained": "base", "peft": "expert"}  # what lm-eval's own class calls them
@@ -110,7 +110,7 @@ class Arguments(BaseModel):
             raise ValueError(f"batch_size: {self.batch_size} is above max_batch_size {self.max_batch_size}; leave one out")
         if self.enable_thinking and self.think_end_token is None:
             raise ValueError("enable_thinking: the answer begins after a token; say with think_end_token which")
-        if self.cache is not None and any(depends_on_place(mixture) for mixture in self.rows.values()):
+        if self.cache is not None and any(depends_on_context(mixture) for mixture in self.rows.values()):
             raise ValueError("cache: a coefficient that is a function has no name to keep answers under; leave the cache out")
         return self
 

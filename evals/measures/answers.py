@@ -11,9 +11,10 @@ import torch
 from evals.measures.inputs import Form, Inputs, Which, as_content, common_columns
 from evals.measures.measure import Frames, Progress, Reading
 from evals.measures.subjects import Outputs
-from finetune.data import Item, answer_space, prompt_ids
+from finetune.encoding import answer_space, prompt_ids
+from finetune.items import Item
 from probes.drift import divergence
-from probes.readouts import Answer, answer_greedily, choose, judge, judge_number
+from probes.knowledge.readouts import Answer, answer_greedily, choose, judge, judge_number
 from proxytune.errors import UserError
 from proxytune.mixture import Mixture
 from proxytune.modeling import ProxyTunedForCausalLM

@@ -22,10 +22,10 @@ from evals.results.recorded import Recorded
 from evals.statistics.estimates import by_unit, contrast, contrast_of, intervals, over_seeds, strata_of
 from evals.statistics.intervals import Estimate
 from evals.statistics.value import UNKNOWN, Value, finite, value_of, values_of
-from probes.blocks import thirds
 from probes.density import METRICS, SITES
-from probes.exposure import matched, rank_slope, strata
-from probes.forgetting import familiarity
+from probes.internals.blocks import thirds
+from probes.knowledge.exposure import matched, rank_correlation, strata
+from probes.knowledge.familiarity import familiarity
 from proxytune.errors import UserError
 
 METRIC = "effective_rank"
@@ -178,8 +178,9 @@ def _exposure(records: Recorded, label: str, arm: str, frame: str) -> Iterator[E
     contrasts = values_of(intervals(records.estimate([contrast(items, values) for items, values, _ in seeds])))
     correlations = _correlations(records, [(items, values, None) for items, values, _ in seeds])
     partial = _correlations(records, seeds)
-    for names, *values in zip(columns[wanted].itertuples(index=False), contrasts, correlations, partial, strict=True):
-        yield Exposure(label, str(names.metric), str(names.site), str(names.place), int(names.state), *values)
+    names = columns[wanted][["metric", "site", "place", "state"]].itertuples(index=False)
+    for (metric, site, place, state), *values in zip(names, contrasts, correlations, partial, strict=True):
+        yield Exposure(label, str(metric), str(site), str(place), int(state), *values)
 
 
 def _covariates(values: np.ndarray, columns: pd.DataFrame, prompts: pd.DataFrame) -> np.ndarray:
@@ -191,7 +192,7 @@ def _correlations(records: Recorded, seeds: Sequence[tuple[pd.DataFrame, np.ndar
     found = []
     for prompts, values, covariates in seeds:
         try:
-            found.append(by_unit(prompts, rank_slope(values, prompts["popularity"].to_numpy(float), strata_of(prompts), covariates)))
+            found.append(by_unit(prompts, rank_correlation(values, prompts["popularity"].to_numpy(float), strata_of(prompts), covariates)))
         except UserError:  # nothing of popularity is left: there is no correlation, and the row says so
             return [UNKNOWN] * values.shape[1]
     return values_of(intervals(records.estimate(found)))
@@ -225,14 +226,14 @@ def _ranks(records: Recorded, arm: str) -> Iterator[Rank]:
 def _changes(records: Recorded, arm: str) -> Iterator[Change]:
     frame = records("states", arm)[0]
     blocks = {name: list(states) for name, states in thirds(layers_of(frame)).items() if len(states)}
-    counts = _counts(records("prompts", arm))
+    n, counterparts = _counts(records("prompts", arm))
     for place in frame["place"].unique():
         for site in SITES:
             for block, states in blocks.items():
                 both = records.estimate(density_change(records, arm, site, str(place), states))
                 less = Estimate(both.value[:1] - both.value[1:], both.draws[:1] - both.draws[1:])
-                found = values_of([*intervals(both), *intervals(less)])
-                yield Change(arm, block, site, str(place), *found, *counts)
+                change, random, beyond = values_of([*intervals(both), *intervals(less)])
+                yield Change(arm, block, site, str(place), change, random, beyond, n, counterparts)
 
 
 def _counts(frames: Sequence[pd.DataFrame]) -> tuple[int, int]:
@@ -356,7 +357,7 @@ def _heat_map(summary: DensityFound, header: Header) -> Iterator[Chart]:
         names = tuple(label.split("=")[1] for label in labels)
         cells = Cells(names, tuple(map(str, states)), tuple(map(tuple, of_states)), lines)
         panels.append(Panel((cells,), arm, exposure_axis(labels), Axis("after layer (0: embeddings)")))
-    note = "red is denser, blue is sparser; bold: the 95 % interval excludes zero, as one in twenty does by chance\nlines part embeddings, low, middle, high"
+    note = "red is denser, blue is sparser; bold: the 95 % interval excludes zero, as one in twenty does by chance"
     title = f"{header.title}: change of density (arm minus base), residual stream at the last token"
     yield Chart("density-change", title, tuple(panels), note, "effective rank, thousandths", paired=True, shared=True)
 

@@ -1,6 +1,6 @@
 """Drift: how far tuning moved what comes out (KL to the base), the states (CKA, cosine) and the weights. Mathematics: `probes/drift.py`."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +18,8 @@ from evals.measures.states import States, layers_of
 from evals.results.header import Header
 from evals.results.recorded import Recorded
 from evals.statistics.estimates import contrast_of, intervals, means_by_unit, over_seeds
-from evals.statistics.value import Value, value_of, values_of
-from probes.blocks import BLOCKS, thirds
+from evals.statistics.value import Value, value_of
+from probes.internals.blocks import BLOCKS, thirds
 
 GROUPS = (("familiar", 1), ("unfamiliar", -1))
 DRAWN = (
@@ -130,8 +130,8 @@ def _output_table(summary: Drifted, header: Header) -> list[Table]:
                 columns[f"{name}, {block}"] = _column(summary, what, "familiar", block, 1, 3)
         columns["CKA, low"] |= dict.fromkeys(header.proxied, UNCHANGED)
     note = (
-        "KL(base || arm) after the statement, in nats, familiar and unfamiliar: the distance that is fair to all arms. CKA (of states as a whole) and "
-        "cosine (prompt by prompt) with the base's states of familiar statements at the last token: 1 is unmoved; an expert has another shape. "
+        "KL(base || arm) after the statement, in nats, familiar and unfamiliar: the distance that is fair to all arms. CKA (of states as a whole) "
+        "and cosine (prompt by prompt) with the base's states of familiar statements at the last token: 1 is unmoved; an expert has another shape. "
         f"95 % intervals, {over(header.runs)}; CKA and cosine have them over seeds only."
     )
     arms = [*(row.arm for row in summary.distances), *header.proxied, *(row.arm for row in summary.blocks)]

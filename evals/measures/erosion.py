@@ -16,7 +16,7 @@ from evals.measures.density import density_change
 from evals.measures.inputs import Inputs
 from evals.measures.knowledge import STATEMENTS
 from evals.measures.measure import Measure, Reading, Settings
-from evals.measures.recoverability import Recovered, RecoverabilityFound
+from evals.measures.recoverability import RecoverabilityFound, Recovered
 from evals.measures.registry import measures, register
 from evals.measures.restoration import restored_by_seed
 from evals.measures.states import layers_of
@@ -27,8 +27,8 @@ from evals.statistics.intervals import LEVEL, interval
 from evals.statistics.value import Value
 from evals.study import Direct, Study
 from finetune.recipe import Tuning
-from probes.blocks import thirds
-from probes.exposure import needed, needed_seeds
+from probes.internals.blocks import thirds
+from probes.knowledge.exposure import needed, needed_seeds
 from probes.verdict import RULE, Clause, measured, state, verdict
 
 CLAIM = "direct tuning erodes what lower layers hold"
@@ -202,12 +202,12 @@ def _shuffled(study: Study, label: str) -> str | None:
     """The arm tuned just so on shuffled answers."""
     _, tuning = _tuning(study, label)
     wanted = None if tuning is None else tuning.model_copy(update={"shuffled": True})
-    return next((other for other in study.direct_points if wanted is not None and _tuning(study, other)[1] == wanted), None)
+    return next((other for other in study.direct_settings if wanted is not None and _tuning(study, other)[1] == wanted), None)
 
 
 def _frozen(study: Study, label: str) -> str | None:
     """The arm with the lower half frozen whose setting was selected to match this one's task score."""
-    for other in study.direct_points:
+    for other in study.direct_settings:
         arm, tuning = _tuning(study, other)
         if arm.matched == label and tuning is not None and tuning.frozen == "lower":
             return other

@@ -16,7 +16,7 @@ from evals.results.header import Header
 from evals.results.recorded import Recorded
 from evals.statistics.intervals import interval
 from evals.statistics.value import Value, value_of
-from probes.forgetting import familiarity
+from probes.knowledge.familiarity import familiarity
 
 QUESTIONS = Generated("forgetting/question", "knowledge", "question")
 CHOICES = Chosen("forgetting/choice", "knowledge", "statement")

@@ -12,11 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from evals.data import StudyData
 from evals.study import Study
-from finetune.data import Item, answer_space, continuation_ids, prompt_ids, prompt_text
-from probes.activations import last_and_subject
-from probes.forgetting import familiarity
+from finetune.encoding import answer_space, continuation_ids, prompt_ids, prompt_text
+from finetune.items import Item
 from probes.inside import Prompts
-from probes.knowledge import Known, known
+from probes.internals.activations import last_and_subject
+from probes.knowledge.candidates import Known, known
+from probes.knowledge.familiarity import familiarity
 from proxytune.errors import UserError
 from proxytune.member import Member, load_tokenizer
 from proxytune.modeling import ProxyTunedForCausalLM

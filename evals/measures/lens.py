@@ -21,9 +21,9 @@ from evals.results.recorded import Recorded
 from evals.statistics.estimates import exposed, intervals, means_by_unit, over_seeds
 from evals.statistics.intervals import Estimate
 from evals.statistics.value import Value, value_of, values_of
-from finetune.data import prompt_ids
-from probes.activations import States
-from probes.blocks import thirds
+from finetune.encoding import prompt_ids
+from probes.internals.activations import States
+from probes.internals.blocks import thirds
 from probes.lens import Lens, Translators, first_tokens, fit_translators, read_lens
 from probes.linear_probe import linear_probe
 from proxytune.member import Member
@@ -154,10 +154,10 @@ def _rows(records: Recorded, arm: str) -> Iterator[LensRow]:
     of_lenses = [matrix(frame, len(each), lens=list(LENSES)) for frame, each in zip(frames, items, strict=True)]
     names = of_lenses[0][1]
     whole = records.estimate([_exposed_means(each, values) for each, (values, _) in zip(items, of_lenses, strict=True)])
-    for position, column in enumerate(names.itertuples(index=False)):
-        bounds = (-np.inf, 0.0) if column.what == "log_probability" else (0.0, 1.0)
+    for position, (lens, what, state) in enumerate(names[["lens", "what", "state"]].itertuples(index=False)):
+        bounds = (-np.inf, 0.0) if what == "log_probability" else (0.0, 1.0)
         (value,) = values_of(intervals(Estimate(whole.value[position : position + 1], whole.draws[position : position + 1]), bounds))
-        yield LensRow(arm, str(column.lens), str(column.what), int(column.state), value)
+        yield LensRow(arm, str(lens), str(what), int(state), value)
     translators = records("lens/translators", arm)
     for layer in range(len(translators[0])):
         explained = [float(frame["explained"][layer]) for frame in translators]

@@ -13,9 +13,8 @@ def long_frame(columns: Iterable[tuple[Names, np.ndarray]]) -> pd.DataFrame:
     """A row for each item of each column, column after column, the items in one order."""
     names, values = zip(*columns, strict=True)
     frame = pd.DataFrame(list(names))
-    frame = frame.astype(
-        dict.fromkeys(frame.columns[frame.dtypes == object], "category") | dict.fromkeys(frame.select_dtypes("str").columns, "category")
-    )
+    words = [name for name in frame if isinstance(frame[name].iloc[0], str)]
+    frame = frame.astype(dict.fromkeys(words, "category"))
     return frame.loc[frame.index.repeat(len(values[0]))].reset_index(drop=True).assign(value=np.concatenate(values))
 
 

@@ -19,9 +19,9 @@ from evals.results.recorded import Recorded
 from evals.statistics.estimates import intervals, levels, means_by_unit, over_seeds
 from evals.statistics.intervals import Interval, interval
 from evals.statistics.value import Value, value_of, values_of
-from finetune.data import Item
-from probes.knowledge import Known
-from probes.recoverability import CURVES, FORGOTTEN, NEVER, Curve, Savings, relearn, savings, spurious
+from finetune.items import Item
+from probes.knowledge.candidates import Known
+from probes.recoverability import CURVES, FORGOTTEN, NEVER, Curve, Relearning, Savings, relearn, savings, spurious
 
 RESAMPLES = 300  # of units, for how soon knowledge returns: each runs through a whole curve
 WORDS = {"forgotten": "exposed facts, taught again", "never exposed": "facts never exposed, taught", "unrelated": "exposed facts, ten others taught"}
@@ -56,18 +56,15 @@ class Relearned(Reading):
     def read(self, subject: Pair, inputs: Inputs, progress: Progress) -> dict[str, Frames]:
         assert subject.tuned is not None
         of_base = inputs.known(subject.base)
-        curves = relearn(
-            subject.tuned,
-            inputs.data.knowledge,
-            of_base,
-            learning_rate=self.settings.learning_rate,
-            steps=self.settings.steps,
-            batch_size=self.settings.batch_size,
+        how = Relearning(
+            self.settings.learning_rate,
+            self.settings.steps,
+            self.settings.batch_size,
             ending=inputs.data.ending,
             seed=inputs.seed,
             batch_tokens=inputs.study.batch_tokens,
-            progress=progress,
         )
+        curves = relearn(subject.tuned, inputs.data.knowledge, of_base, how, progress)
         common = common_columns(inputs.data.knowledge).assign(base_right=of_base.right, base_probability=of_base.probability)
         rows = []
         for name, curve in curves.items():
@@ -130,9 +127,9 @@ class Recoverability(Measure[RecoverabilityFound]):
         columns["savings"] = {arm: _savings(row) for arm, row in rows.items()}
         columns["unrelated facts bring back (% of the loss)"] = {arm: cell(row.brought_back, 100) for arm, row in rows.items()}
         note = (
-            "Steps of tuning on plain statements: until facts that were exposed have 95 % of the probability that the base gives them, and until facts "
-            "that never were have gained as much; n/a: not within the steps given. Savings: 1 minus their ratio; 1 is nothing to relearn, 0 as slow "
-            "as new facts. What ten unrelated facts bring back "
+            "Steps of tuning on plain statements: until facts that were exposed have 95 % of the probability that the base gives them, and until "
+            "facts that never were have gained as much; n/a: not within the steps given. Savings: 1 minus their ratio; 1 is nothing to "
+            "relearn, 0 as slow as new facts. What ten unrelated facts bring back "
             f"was never lost. Both n/a where the loss is within noise. 95 % intervals, {over(header.runs)}."
         )
         return table("Recoverability: how soon what was lost returns", header.ordered(list(rows)), columns, note)
@@ -180,9 +177,9 @@ def _recovered(records: Recorded, arm: str) -> Recovered:
         again = [[_relearned(_resampled(seed, draw)) for seed in read] for draw in range(RESAMPLES)]
         saved = _return([one.value for one, _ in of_seeds], [[one.value for one, _ in seeds] for seeds in again], most=1.0)
         brought_back = _return([share for _, share in of_seeds], [[share for _, share in seeds] for seeds in again])
-    steps = [tuple(getattr(one, name) for one, _ in of_seeds) for name in ("relearnt", "learnt")]
+    relearned, learned = (tuple(getattr(one, name) for one, _ in of_seeds) for name in ("relearnt", "learnt"))
     bounds = tuple(sorted({one.bound for one, _ in of_seeds}))
-    return Recovered(arm, value_of(lost), saved, brought_back, bounds, *steps, tuple(_curves(records, frames)))
+    return Recovered(arm, value_of(lost), saved, brought_back, bounds, relearned, learned, tuple(_curves(records, frames)))
 
 
 def _curves(records: Recorded, frames: Sequence[pd.DataFrame]) -> Iterator[RelearningCurve]:

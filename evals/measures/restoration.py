@@ -18,7 +18,7 @@ from evals.results.recorded import Recorded
 from evals.statistics.estimates import exposed, intervals, means_by_unit
 from evals.statistics.intervals import interval
 from evals.statistics.value import Value, value_of, values_of
-from probes.blocks import BLOCKS
+from probes.internals.blocks import BLOCKS
 from probes.patching import patch_subject
 from probes.restoration import block_label, count_evaluations, damage, recovery, restore, shapley
 
@@ -234,8 +234,8 @@ def _shapley_table(summary: RestorationFound, header: Header) -> list[Table]:
     for block in BLOCKS:
         columns[block] = {row.arm: _with_share(row) for row in summary.parts if (row.what, row.part) == ("shapley", block)}
     note = (
-        "Probability of the right candidate, exposed items. Lost: base minus arm. Each block's Shapley value: what setting it back to the base brings "
-        "back, averaged over every order in which the blocks could be; they add up to the loss, and the per cent are of it (left out where "
+        "Probability of the right candidate, exposed items. Lost: base minus arm. Each block's Shapley value: what setting it back to the base "
+        "brings back, averaged over every order in which the blocks could be; they add up to the loss, and the per cent are of it (left out where "
         f"the loss is within noise). 95 % intervals, {over(header.runs)}."
     )
     return table("Restoration: which block holds the loss (points of probability)", _arms(summary, header), columns, note)

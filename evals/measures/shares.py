@@ -13,7 +13,7 @@ from evals.results.recorded import Recorded
 from evals.statistics.estimates import levels
 from evals.statistics.intervals import Estimate, bootstrap_means, interval
 from evals.statistics.value import Value, value_of
-from probes.forgetting import familiarity
+from probes.knowledge.familiarity import familiarity
 
 SHARE, DIFFERENCE = (0.0, 1.0), (-1.0, 1.0)  # what shares and their differences can be
 Select = Callable[[pd.DataFrame], np.ndarray]

@@ -11,10 +11,10 @@ from evals.measures.inputs import Inputs, as_content, common_columns
 from evals.measures.long import Names, long_frame
 from evals.measures.measure import Frames, Progress, Reading
 from evals.measures.subjects import Pair
-from probes.blocks import blocks_of, put, random_delta, weights_of
 from probes.drift import weight_drift
 from probes.inside import Inside, read_inside
-from probes.moments import Moments
+from probes.internals.blocks import blocks_of, put, random_delta, weights_of
+from probes.internals.moments import Moments
 from probes.nulls import gaussian_null, untrained_twin
 from proxytune.member import Member
 
@@ -26,10 +26,11 @@ PLACES = ("last", "subject")
 class States(Reading):
     """The base's states or a tuned model's beside the base's.
 
-    Frames: `prompts` (a row an item), `states` (long: metric, site, place, state and one value an item, in the items' order; also log_probability of the right answer's first token), `geometry` (a row a
-    group of items and state); of the base also `untrained` (as `states`, of an untrained model), of a tuned model `random` (as
-    `states` with `draw`, under random deltas of the same norm) and `weights` (a row a matrix). Of a tuned model `states` also holds the cosine
-    with the base's residual stream. Memory: both models, a copy of both models' weights, and the moments of `probes/internals/moments.py`.
+    Frames: `prompts` has a row an item. `states` is long (`long_frame`): metric, site, place, state; with the log-probability of the right answer's
+    first token (site `output`), and of a tuned model the cosine with the base's residual stream. `geometry` has a row a group of items and state.
+    Of the base also `untrained`: as `states`, of an untrained model. Of a tuned model `random`: as `states` with `draw`, under random
+    deltas of the same norm; and `weights`: a row a matrix. Memory: both models, a copy of both models' weights, and the moments of
+    `probes/internals/moments.py`.
     """
 
     name: str = "states"

@@ -8,16 +8,17 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from probes.restoration import Restoration, restorations
-from proxytune.member import Member
+from proxytune.member import Member, Weights
 from proxytune.mixture import Mixture, active
 from proxytune.modeling import ProxyTunedForCausalLM
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """Members that are loaded together, and the mixtures over them by arm. The first member's tokenizer is the mixtures' tokenizer."""
+    """Members that are loaded together, where they come from, and the mixtures over them by arm. The first member's tokenizer is the mixtures'."""
 
     members: Mapping[str, Member]
+    sources: Mapping[str, Weights]
     mixtures: Mapping[str, Mixture]
 
     @cached_property

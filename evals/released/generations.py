@@ -20,9 +20,9 @@ import numpy as np
 from jaxtyping import Float
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
-from evals.statistics.scores import pass_at_k
 from evals.sandbox import Program
-from probes.readouts import last_number
+from evals.statistics.scores import pass_at_k
+from probes.knowledge.readouts import last_number
 from proxytune.errors import UserError
 from proxytune.files import check_readable
 

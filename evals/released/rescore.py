@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from evals.statistics.significance import holm, mcnemar
-from evals.running.progress import Display
+from evals.display.cells import Table
 from evals.released.generations import SCORERS, Scores, Source, Test, otherwise_read, programs_of, read_tests, read_tree, score_code
+from evals.running.progress import Display
 from evals.sandbox import SETUP_FAILED, Program, run_programs
 from evals.statistics.intervals import Estimate, bootstrap_means, gap_closed, interval
-from evals.display.cells import Table
+from evals.statistics.significance import holm, mcnemar
 from proxytune.errors import UserError
 
 CodeRunner = Callable[[Sequence[Program]], list[bool]]

@@ -6,8 +6,8 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 
-from evals.records import Record
 from evals.display.cells import Table
+from evals.records import Record
 from proxytune.errors import UserError
 from proxytune.files import check_readable, check_writable
 

@@ -12,7 +12,7 @@ from evals.display.cells import Table
 from evals.display.chart import Chart
 from evals.measures.registry import measures
 from evals.records import Record
-from evals.results.comparison import PARTS, Row, comparison_charts, comparison_tables, compare, with_comparison
+from evals.results.comparison import PARTS, Row, compare, comparison_charts, comparison_tables, with_comparison
 from evals.results.costs import Costs, cost_table, counted_costs, measured_costs
 from evals.results.header import Header, header_of
 from evals.results.recorded import Recorded

@@ -1,7 +1,7 @@
 """What each job does. A job takes the outcomes of the jobs that it waits for, and leaves the rest in the study's folder."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,13 @@ from evals.running.plan import Job
 from evals.running.progress import Display
 from evals.selection import Choice, score_of, select, trial_data, trial_study
 from evals.study import Direct, Run, Study
-from probes.blocks import check_same_shape
+from probes.internals.blocks import check_same_shape
 from probes.world.family import build_family, find_family
 from proxytune.content import content_key
 from proxytune.errors import UserError
 from proxytune.member import Member, Weights, load_member, load_members
 from proxytune.mixture import active
-from proxytune.packing import unpack_linear_layers
+from proxytune.prepacked import unpack_linear_layers
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,9 @@ def perform(job: Job, place: Place, outcomes: Outcomes, display: Display) -> Any
             build_family(job.run.world, job.run.seed, place.worlds, display)
         return None
     if job.kind == "select":
-        return _select(job, place, outcomes, display)
+        choice = select_from(job, place, outcomes)
+        display.say(f"{job.run} · {choice}")
+        return choice
     inputs = inputs_of(place, job)
     if job.kind == "tune":
         return _tune(job, place, inputs.data, outcomes, display)
@@ -95,16 +97,15 @@ def _inputs(study_as_json: str, folder: Path, worlds: Path, run: Run, trial: boo
     return Inputs(study, trial_data(study, data, run.seed) if trial else data, run.seed)
 
 
-def _select(job: Job, place: Place, outcomes: Outcomes, display: Display) -> Choice:
+def select_from(job: Job, place: Place, outcomes: Outcomes) -> Choice:
+    """What the validation items select for the job's arm."""
     assert job.group is not None
     arm = place.study.arms[job.group.arm]
     assert isinstance(arm, Direct)
     reads = [outcomes[name] for name in job.waits]
     scores = {entry.arm: score_of(frame_of(place, entry)) for read in reads for entry in read.entries}
     costs = {label: cost for read in reads for label, cost in read.costs.items()}
-    choice = select(arm, job.group.arm, scores, costs)
-    display.say(f"{job.run} · {job.group.arm}: {choice}")
-    return choice
+    return select(arm, job.group.arm, scores, costs)
 
 
 def frame_of(place: Place, entry: Entry) -> Any:
@@ -142,6 +143,18 @@ def readings_of(inputs: Inputs) -> list[Reading]:
 
 def _read(job: Job, place: Place, inputs: Inputs, outcomes: Outcomes, display: Display) -> Read:
     """Loads the group once and reads what has no record yet."""
+    entries: list[Entry] = []
+    costs: dict[str, dict[str, Any]] = {}
+    for reading, subject in opened(job, place, inputs, outcomes, display):
+        entries += _take(reading, subject, inputs, job, place, display)
+        costs |= costs_of(subject)
+        del subject  # it may hold the machine's memory, which what is loaded next needs
+    trials = [choice.trials for choice in outcomes.values() if isinstance(choice, Choice)]
+    return Read(tuple(entries), {arm: with_trials(cost, trials[0]) if trials else cost for arm, cost in costs.items()})
+
+
+def opened(job: Job, place: Place, inputs: Inputs, outcomes: Outcomes, display: Display) -> Iterator[tuple[Reading, Outputs | Pair]]:
+    """Loads what a reading job reads and gives each reading with its subject: first what comes out of the arms, then what is inside the model."""
     group, study = job.group, inputs.study
     assert group is not None
     tuned = None if group.kind == "base" else outcomes[job.tuned] if job.tuned else given_weights(study, group, inputs.data, place.folder)
@@ -150,26 +163,21 @@ def _read(job: Job, place: Place, inputs: Inputs, outcomes: Outcomes, display: D
     inner = [reading for reading in readings if reading.subject is Pair and group.kind != "expert"]
     weights = members_of(study, group, inputs.data, tuned, any(reading.beside_base for reading in outer))
     members: dict[str, Member] = {}
-    entries: list[Entry] = []
-    costs: dict[str, Mapping[str, Any]] = {}
     if outer:
         with display.bar(f"{job.run} · loading {', '.join(weights)}", None):
-            members = load_members(weights, packed=True)
-        subject = Outputs(members, mixtures_of(study, group))
-        costs = {arm: _cost(weights, members, list(active(mixture))) for arm, mixture in subject.mixtures.items()}
+            members = load_members(weights, prepacked=True)
+        subject = Outputs(members, weights, mixtures_of(study, group))
         for reading in outer:
-            entries += _take(reading, subject, inputs, job, place, display)
+            yield reading, subject
         del subject
     if inner:
-        pair = _pair(group.label, inputs.data, weights, members, tuned)
+        pair = _pair(group.label, inputs.data, members, tuned)
         members.clear()
         for reading in inner:
-            entries += _take(reading, pair, inputs, job, place, display)
-    trials = [choice.trials for choice in outcomes.values() if isinstance(choice, Choice)]
-    return Read(tuple(entries), {arm: with_trials(cost, trials[0]) if trials else cost for arm, cost in costs.items()})
+            yield reading, pair
 
 
-def _pair(label: str, data: StudyData, weights: Mapping[str, Weights], members: Mapping[str, Member], tuned: Weights | None) -> Pair:
+def _pair(label: str, data: StudyData, members: Mapping[str, Member], tuned: Weights | None) -> Pair:
     """Base and tuned model as plain models: those that are loaded, unpacked, where they are whole models; else loaded with the adapter merged."""
     plain = tuned is None or tuned.adapter is None
     found = {name: member for name, member in members.items() if plain and name in ("base", "expert")}
@@ -185,16 +193,8 @@ def _pair(label: str, data: StudyData, weights: Mapping[str, Weights], members: 
 
 def _take(reading: Reading, subject: Outputs | Pair, inputs: Inputs, job: Job, place: Place, display: Display) -> Iterator[Entry]:
     """The entries of one reading's records, which are made where they are missing."""
-    names = reading.frames(subject, inputs)
-    if not names:
-        return
-    protocol = reading.protocol(inputs)
-    keys = {
-        (label, frame): content_key(frame=frame, protocol=protocol, seed=inputs.seed, **subject.causes(label))
-        for label in subject.labels
-        for frame in names
-    }
-    missing = [label for label in subject.labels if not all(has_record(place.records, keys[label, frame]) for frame in names)]
+    keys, protocol = keys_of(reading, subject, inputs), reading.protocol(inputs)
+    missing = missing_of(keys, place)
     if missing:
         first = reading.first_prompt(inputs) if job.group is not None and job.group.kind == "base" and job.run == place.study.runs[0] else None
         if first is not None:
@@ -219,13 +219,34 @@ def _take(reading: Reading, subject: Outputs | Pair, inputs: Inputs, job: Job, p
                     "threads": inputs.study.threads,
                 }
                 write_record(place.records, keys[label, frame], items, provenance)
-    for label in subject.labels:
-        reused = "" if label in missing else " · from its record"
-        display.say(f"{job.run} · {label} · {reading.name}: read{reused}")
+    for label in dict.fromkeys(label for label, _ in keys):
+        display.say(f"{job.run} · {label} · {reading.name}: {'read' if label in missing else 'from its record'}")
     for (label, frame), key in keys.items():
         yield Entry(label, frame, job.run, protocol, key)
 
 
-def _cost(weights: Mapping[str, Weights], members: Mapping[str, Member], names: list[str]) -> dict[str, Any]:
-    cards = [card for name in names if (card := tuning_summary(weights[name])) is not None]
-    return tuning_cost(cards) | serving_cost(members, names)
+def keys_of(reading: Reading, subject: Outputs | Pair, inputs: Inputs) -> dict[tuple[str, str], str]:
+    """The key of every record that the reading gives of the subject, by arm and frame."""
+    protocol, names = reading.protocol(inputs), reading.frames(subject, inputs)
+    return {
+        (label, frame): content_key(frame=frame, protocol=protocol, seed=inputs.seed, **subject.causes(label))
+        for label in subject.labels
+        for frame in names
+    }
+
+
+def missing_of(keys: Mapping[tuple[str, str], str], place: Place) -> list[str]:
+    """The arms of which some record is not there."""
+    return list(dict.fromkeys(label for (label, _), key in keys.items() if not has_record(place.records, key)))
+
+
+def costs_of(subject: Outputs | Pair) -> dict[str, dict[str, Any]]:
+    """What each arm cost to tune and costs to serve; of what is read inside a model nothing."""
+    if isinstance(subject, Pair):
+        return {}
+    found = {}
+    for arm, mixture in subject.mixtures.items():
+        names = list(active(mixture))
+        cards = [card for name in names if (card := tuning_summary(subject.sources[name])) is not None]
+        found[arm] = tuning_cost(cards) | serving_cost(subject.members, names)
+    return found

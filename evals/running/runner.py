@@ -10,7 +10,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any
@@ -159,10 +158,9 @@ def _in_processes(place: Place, display: Display, workers: int) -> Iterator[Star
     if method == "forkserver":
         context.set_forkserver_preload([__name__])  # the libraries are imported once for all workers
     with forwarding(display, context) as messages:
-        prepared = {"mp_context": context, "initializer": _prepare, "initargs": (messages, place.study.threads)}
-        executor = ProcessPoolExecutor(workers, **prepared)  # type: ignore[arg-type]
+        executor = ProcessPoolExecutor(workers, context, initializer=_prepare, initargs=(messages, place.study.threads))
         try:
-            yield partial(executor.submit, _perform_there, place)
+            yield lambda job, outcomes: executor.submit(_perform_there, place, job, outcomes)
         except BrokenProcessPool as error:
             raise UserError("jobs: a process has died, perhaps for want of memory; run the same command with --jobs 1, it goes on") from error
         finally:

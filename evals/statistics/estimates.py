@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from evals.statistics.intervals import Estimate, Interval, bootstrap_means, interval
-from probes.exposure import matched, matched_contrast, strata, unit_means, within_strata
-from probes.forgetting import FEW_LEVELS, familiarity
+from probes.knowledge.exposure import matched, matched_contrast, strata, unit_means, within_strata
+from probes.knowledge.familiarity import FEW_LEVELS, familiarity
 
 COLUMNS_AT_ONCE = 100  # bounds memory, not results
 

@@ -20,7 +20,7 @@ from scipy.linalg import hadamard, helmert
 from scipy.stats import chi2, norm, t
 from scipy.stats.qmc import Halton
 
-from probes.exposure import within_strata
+from probes.knowledge.exposure import within_strata
 
 DRAWS = 4000
 LEVEL = 0.95

@@ -26,7 +26,7 @@ UNKNOWN = Value(None)
 
 def value_of(interval: Interval) -> Value:
     """An interval whose numbers may be NaN or infinite: these become None."""
-    return Value(*map(finite, interval))
+    return Value(finite(interval.value), finite(interval.low), finite(interval.high))
 
 
 def values_of(intervals: Iterable[Interval]) -> list[Value]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from finetune.data import Item
+from finetune.items import Item
 from probes.world.sections.people import ATTRIBUTES
 from probes.world.types import World
 

@@ -15,14 +15,17 @@ from helpers import make_model, make_tokenizer
 from evals import cli
 from evals.harness.model import run_harness
 from finetune import data
-from finetune.data import CHAT, Item, Turn, chat_ids, encode_examples, prompt_ids, prompt_text
-from probes.activations import check_logits, last_and_subject, read_states
+from finetune.encoding import CHAT, chat_ids, encode_examples, prompt_ids, prompt_text
+from finetune.items import Item, Turn
+from probes.internals.activations import check_logits, last_and_subject, read_states
 from probes.inside import Prompts, read_inside
-from probes.knowledge import known
+from probes.internals.activations import check_logits, last_and_subject, read_states
+from probes.knowledge.candidates import known
 from probes.lens import Lens, first_tokens, fit_translators, read_lens
 from probes.patching import patch_subject
 from probes.restoration import restorations, restore
-from proxytune import Member, UserError
+from proxytune.member import Member
+from proxytune.errors import UserError
 
 GOOD = "{% for m in messages %}w5 {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w6{% endif %}"
 NESTED = "{% for a in range(99999) %}" * 4 + "{% set x = a %}" + "{% endfor %}" * 4
@@ -49,7 +52,7 @@ FAILING = {
 
 @pytest.mark.parametrize("name", FAILING)
 def test_a_chat_template_that_fails_is_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "CHAT_SECONDS", 0.1)
+    monkeypatch.setattr(encoding, "CHAT_SECONDS", 0.1)
     tokenizer = make_tokenizer()
     tokenizer.chat_template, words = FAILING[name]
     item = Item(question="w3", answer="w4", turns=(Turn(role="user", content="w7"),))
@@ -79,7 +82,7 @@ def test_a_template_that_works_is_left_alone_in_any_thread(monkeypatch: pytest.M
     thread.start()
     thread.join()
     assert found == [wanted]
-    monkeypatch.setattr(data, "CHAT_SECONDS", 0.05)
+    monkeypatch.setattr(encoding, "CHAT_SECONDS", 0.05)
     chat_ids(tokenizer, "w3")
     deadline = time.process_time() + 0.2
     while time.process_time() < deadline:  # no signal comes after a template that has ended

@@ -20,10 +20,10 @@ from evals.released.rescore import PASS
 from evals.study import MOST_NODES, Study, check_labels, expanded
 from evals.display.render import render
 from evals.commands.tune import Run, tune_one
-from finetune.data import check_prompt
+from finetune.encoding import check_prompt
 from finetune.recipe import LARGEST_RANK, LARGEST_SEED, Tuning
 from finetune.trainers import _check_targets
-from proxytune import UserError
+from proxytune.errors import UserError
 from proxytune.content import as_json
 from proxytune.errors import LONGEST, brief, shortened
 

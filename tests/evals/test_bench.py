@@ -11,7 +11,9 @@ from helpers import make_members
 
 from evals.commands.bench import Bench, bench_tables, run_bench, steps, three_passes
 from evals.display.render import draw
-from proxytune import ProxyTunedForCausalLM, UserError, proxy_tuning
+from proxytune.modeling import ProxyTunedForCausalLM
+from proxytune.errors import UserError
+from proxytune.mixture import proxy_tuning
 
 
 def test_the_reference_loop_is_generate() -> None:

@@ -18,16 +18,16 @@ import torch
 import yaml
 from helpers import make_model, make_tokenizer
 
-from evals.compare import run_study
+from evals.running.runner import run_study
 from evals.figures import draw_figures
 from evals.findings import Found
 from evals.running.progress import Display
 from evals.records import Record, read_record, write_record
-from evals.results import summarize
+from evals.results.summary import summarize
 from evals.study import Study, load_study
 from evals.display.render import render
 from evals.verdicts import verdict_rows
-from proxytune import UserError
+from proxytune.errors import UserError
 from proxytune.digests import DIGESTS
 
 TUNING = {"method": "full", "learning_rate": 3e-3, "epochs": 1, "batch_size": 8}

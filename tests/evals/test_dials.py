@@ -16,13 +16,15 @@ from evals.running.costs import serving_cost
 from evals.statistics.frontier import on_frontier
 from evals.data import material_for
 from evals.records import Record
-from evals.results import measured_costs, summarize
+from evals.results.costs import measured_costs
+from evals.results.summary import summarize
 from evals.selection import choose_dials
 from evals.study import Study
 from evals.display.render import make_tables, render
-from finetune.data import hold_out
-from proxytune import UserError, Weights, load_members
-from proxytune.packing import pack_linear_layers
+from finetune.items import hold_out
+from proxytune.errors import UserError
+from proxytune.member import Weights, load_members
+from proxytune.prepacked import prepack_linear_layers
 
 TUNING = {"method": "full", "learning_rate": 3e-3, "epochs": 1, "batch_size": 8}
 LORA = TUNING | {"method": "lora", "rank": 4}
@@ -163,7 +165,7 @@ def test_members_on_one_set_of_weights_read_it_once(lora_family: Path) -> None:
     expert, alone = (serving_cost(apart, [name])["flops_a_token"] for name in sources)
     assert expert - alone == 2 * sum(tensor.numel() for tensor in load_file(lora_family / "polite" / "adapter_model.safetensors").values())
     before = serving_cost(apart, ["antiexpert"])
-    pack_linear_layers(apart["antiexpert"].model)
+    prepack_linear_layers(apart["antiexpert"].model)
     assert serving_cost(apart, ["antiexpert"]) == before
 
 

@@ -22,14 +22,15 @@ from evals.data import Material
 from evals.records import read_record, write_record
 from evals.harness.responses import Responses
 from finetune.checkpoints import last_whole
-from finetune.data import encode_examples
-from finetune.frozen import read_frozen
+from finetune.encoding import encode_examples
 from finetune.pretraining import Pretraining
 from finetune.recipe import Tuning
+from finetune.reference import read_reference
 from probes.world import family as families
 from probes.world.family import build_family, find_family
 from probes.world.recipes import RECIPES as WORLDS
-from proxytune import UserError, load_member
+from proxytune.errors import UserError
+from proxytune.member import load_member
 from proxytune.digests import DIGESTS, check_whole, find_damage, is_whole, publish, seal
 from proxytune.member import Weights
 
@@ -350,15 +351,15 @@ def test_damaged_states_are_computed_again(folder: Path, tmp_path: Path, count: 
     member = load_member(folder / "small")
     rows = encode_examples(items(3), member.tokenizer, "{question}", "")
     given = [row["input_ids"] for row in rows]
-    right = read_frozen(member, rows, tmp_path / "states", "base").logits(given, member.model.device)
+    right = read_reference(member, rows, tmp_path / "states", "base").logits(given, member.model.device)
     (file,) = (tmp_path / "states").iterdir()
     whole = file.stat().st_mtime_ns
-    read_frozen(member, rows, tmp_path / "states", "base")
+    read_reference(member, rows, tmp_path / "states", "base")
     assert file.stat().st_mtime_ns == whole
     assert not caplog.records
     for place in each_damage(tmp_path / "states", count, [file]):
         caplog.clear()
-        logits = read_frozen(member, rows, tmp_path / "states", "base").logits(given, member.model.device)
+        logits = read_reference(member, rows, tmp_path / "states", "base").logits(given, member.model.device)
         assert (logits == right).all()
         assert caplog.records or place.stat().st_size  # a flip in the header's blanks may change nothing
     assert [kept.name for kept in (tmp_path / "states").iterdir()] == [file.name]

@@ -3,8 +3,8 @@ import pytest
 from scipy.stats import norm, rankdata, spearmanr, ttest_1samp
 
 from evals.statistics.intervals import bootstrap_means, interval
-from probes.exposure import matched, matched_contrast, needed, needed_seeds, rank_slope, strata, unit_means
-from proxytune import UserError
+from probes.knowledge.exposure import matched, matched_contrast, needed, needed_seeds, rank_correlation, strata, unit_means
+from proxytune.errors import UserError
 
 ONE = 1.96
 
@@ -48,10 +48,10 @@ def test_strata_are_those_of_equal_length_and_last_token() -> None:
 
 def test_one_stratum_without_covariates_is_spearman() -> None:
     values, popularity, _, _ = some_items()
-    contributions = rank_slope(values, popularity, np.zeros(len(values), int))
+    contributions = rank_correlation(values, popularity, np.zeros(len(values), int))
     expected = [spearmanr(column, np.log2(popularity + 1)).statistic for column in values.T]
     np.testing.assert_allclose(contributions.mean(axis=0), expected, atol=1e-12)
-    shuffled = rank_slope(values, np.random.default_rng(0).permutation(popularity), np.zeros(len(values), int))
+    shuffled = rank_correlation(values, np.random.default_rng(0).permutation(popularity), np.zeros(len(values), int))
     assert np.abs(shuffled.mean(axis=0) - expected).min() > 0.1
 
 
@@ -59,7 +59,7 @@ def test_one_stratum_without_covariates_is_spearman() -> None:
 def test_partial_slope_is_that_of_residuals_of_a_plain_regression(covariates_used: int) -> None:
     values, popularity, groups, covariates = some_items()
     covariates = covariates[:, :covariates_used]
-    contributions = rank_slope(values, popularity, groups, covariates if covariates_used else None)
+    contributions = rank_correlation(values, popularity, groups, covariates if covariates_used else None)
     design = np.column_stack([dummies(groups), *(rankdata(column) for column in covariates.T)])
     for column, found in zip(values.T, contributions.mean(axis=0), strict=True):
         left, right = residuals(rankdata(column), design), residuals(rankdata(np.log2(popularity + 1)), design)
@@ -70,11 +70,11 @@ def test_partial_slope_is_that_of_residuals_of_a_plain_regression(covariates_use
 
 def test_columns_are_read_alone_and_those_without_variation_are_nan() -> None:
     values, popularity, groups, covariates = some_items()
-    together = rank_slope(values, popularity, groups, covariates)
+    together = rank_correlation(values, popularity, groups, covariates)
     for column in range(values.shape[1]):
-        np.testing.assert_allclose(rank_slope(values[:, [column]], popularity, groups, covariates)[:, 0], together[:, column], atol=1e-10)
+        np.testing.assert_allclose(rank_correlation(values[:, [column]], popularity, groups, covariates)[:, 0], together[:, column], atol=1e-10)
     values[:, 0], values[:, 1], values[:, 2], values[7, 3] = 3.7, groups, covariates[:, 0], np.nan
-    odd = rank_slope(values, popularity, groups, covariates)
+    odd = rank_correlation(values, popularity, groups, covariates)
     assert np.isnan(odd[:, :4]).all()
     np.testing.assert_allclose(odd[:, 4:], together[:, 4:], atol=1e-10)
 
@@ -100,8 +100,8 @@ def test_items_that_take_no_part_change_nothing() -> None:
     values, popularity, groups, covariates = some_items()
     more = np.vstack([values, np.full((1, values.shape[1]), 1e9)])
     alone = np.append(groups, 77)
-    slopes = rank_slope(more, np.append(popularity, 1e9), alone, np.vstack([covariates, [[1e9, 1e9]]]))
-    np.testing.assert_array_equal(slopes[:-1], rank_slope(values, popularity, groups, covariates))
+    slopes = rank_correlation(more, np.append(popularity, 1e9), alone, np.vstack([covariates, [[1e9, 1e9]]]))
+    np.testing.assert_array_equal(slopes[:-1], rank_correlation(values, popularity, groups, covariates))
     contrast = np.where(popularity > 20, 1, -1)
     contrasts = matched_contrast(more, np.append(contrast, 1), alone)
     np.testing.assert_array_equal(contrasts[:-1], matched_contrast(values, contrast, groups))
@@ -115,11 +115,11 @@ def test_nothing_to_compare_is_an_error() -> None:
         matched_contrast(values, np.where(groups == 0, 1, -1), groups)
     for confounded in (groups.astype(float), np.full(len(groups), 5.0)):
         with pytest.raises(UserError, match="popularity: nothing of it varies over 240"):
-            rank_slope(values, confounded, groups)
+            rank_correlation(values, confounded, groups)
     with pytest.raises(UserError, match="popularity: nothing"):
-        rank_slope(values, popularity, groups, popularity[:, None])
+        rank_correlation(values, popularity, groups, popularity[:, None])
     with pytest.raises(UserError, match="varies over 0 items"):
-        rank_slope(values, popularity, np.arange(len(values)))
+        rank_correlation(values, popularity, np.arange(len(values)))
 
 
 def test_spread_of_contributions_is_that_of_the_jackknife() -> None:
@@ -127,7 +127,7 @@ def test_spread_of_contributions_is_that_of_the_jackknife() -> None:
     contrast = np.where(popularity > 20, 1, -1)
     count = len(values)
     for contributions, without in (
-        (rank_slope(values, popularity, groups, covariates), lambda k: rank_slope(values[k], popularity[k], groups[k], covariates[k])),
+        (rank_correlation(values, popularity, groups, covariates), lambda k: rank_correlation(values[k], popularity[k], groups[k], covariates[k])),
         (matched_contrast(values, contrast, groups), lambda k: matched_contrast(values[k], contrast[k], groups[k])),
     ):
         left_out = np.stack([without(np.arange(count) != item).mean(axis=0) for item in range(count)])
@@ -137,7 +137,7 @@ def test_spread_of_contributions_is_that_of_the_jackknife() -> None:
 
 def test_bootstrap_of_contributions_is_the_normal_interval() -> None:
     values, popularity, groups, covariates = some_items(items=400)
-    contributions = rank_slope(values, popularity, groups, covariates)
+    contributions = rank_correlation(values, popularity, groups, covariates)
     estimate = bootstrap_means([contributions.T])
     for column, (low, high) in enumerate(zip(*ends(contributions), strict=True)):
         found = interval(estimate.value[column], estimate.draws[column])
@@ -153,9 +153,9 @@ def coverage(slope: float, items: int, size_of_strata: int, repeats: int = 80, c
     for _ in range(repeats):
         popularity = generator.normal(size=items)
         values = normal * popularity[:, None] + (1 - normal**2) ** 0.5 * generator.normal(size=(items, columns))
-        low, high = ends(taken(rank_slope(values, popularity, groups)))
+        low, high = ends(taken(rank_correlation(values, popularity, groups)))
         covered.append((low < slope) & (slope < high))
-        low, high = ends(taken(rank_slope(values, generator.permutation(popularity), groups)))
+        low, high = ends(taken(rank_correlation(values, generator.permutation(popularity), groups)))
         wrong.append((low < slope) & (slope < high))
     return float(np.mean(covered)), float(np.mean(wrong))
 
@@ -189,13 +189,13 @@ def test_arms_on_the_same_items_are_paired() -> None:
     popularity, groups = generator.normal(size=300), generator.integers(0, 3, 300)
     base = generator.normal(size=(300, 400)) + 0.5 * popularity[:, None]
     tuned = base + 0.1 * generator.normal(size=(300, 400))
-    slopes = [rank_slope(values, popularity, groups) for values in (base, tuned)]
+    slopes = [rank_correlation(values, popularity, groups) for values in (base, tuned)]
     low, high = ends(slopes[1] - slopes[0])
     loss = np.mean([arm.mean(axis=0) for arm in slopes], axis=1)
     assert ((low < loss[1] - loss[0]) & (high > loss[1] - loss[0])).mean() == pytest.approx(0.95, abs=0.03)
     wide = [np.diff(ends(arm), axis=0).mean() for arm in slopes]
     assert (high - low).mean() < 0.2 * np.hypot(*wide)
-    assert not (rank_slope(base, popularity, groups) - slopes[0]).any()
+    assert not (rank_correlation(base, popularity, groups) - slopes[0]).any()
 
 
 def unequal_units(generator: np.random.Generator) -> tuple[np.ndarray, list[str]]:
@@ -280,7 +280,7 @@ def test_length_that_decides_both_is_matched_away() -> None:
     assert ((low < 0.01) & (high > 0.01)).mean() >= 0.88
     unmatched = ends(taken(matched_contrast(values, contrast, np.zeros(1200, int))))
     assert unmatched[0].min() > 0.05
-    slopes = [rank_slope(values - 0.01 * (contrast > 0)[:, None], popularity, by).mean() for by in (groups, np.zeros(1200, int))]
+    slopes = [rank_correlation(values - 0.01 * (contrast > 0)[:, None], popularity, by).mean() for by in (groups, np.zeros(1200, int))]
     assert abs(slopes[0]) < 0.02
     assert slopes[1] > 0.5
 
@@ -291,10 +291,10 @@ def test_covariate_that_carries_everything_leaves_no_slope() -> None:
     confidence = np.log2(popularity + 1) + generator.normal(size=1000)
     values = confidence[:, None] + generator.normal(size=(1000, 50))
     one = np.zeros(1000, int)
-    low, high = ends(rank_slope(values, popularity, one, confidence[:, None]))
+    low, high = ends(rank_correlation(values, popularity, one, confidence[:, None]))
     assert ((low < 0) & (high > 0)).mean() >= 0.88
-    assert ends(rank_slope(values, popularity, one))[0].min() > 0.5
+    assert ends(rank_correlation(values, popularity, one))[0].min() > 0.5
     unrelated = generator.normal(size=(1000, 1))
-    assert ends(rank_slope(values, popularity, one, unrelated))[0].min() > 0.5
+    assert ends(rank_correlation(values, popularity, one, unrelated))[0].min() > 0.5
     direct = values + 0.5 * np.log2(popularity + 1)[:, None]
-    assert ends(rank_slope(direct, popularity, one, confidence[:, None]))[0].min() > 0.1
+    assert ends(rank_correlation(direct, popularity, one, confidence[:, None]))[0].min() > 0.1

@@ -7,7 +7,9 @@ import torch
 from helpers import make_model, make_tokenizer
 
 from evals.commands.generate import Chat, Sources, load_mixture, read_prompts
-from proxytune import ProxyTunedForCausalLM, UserError, proxy_tuning
+from proxytune.modeling import ProxyTunedForCausalLM
+from proxytune.errors import UserError
+from proxytune.mixture import proxy_tuning
 from proxytune.explanation import explain
 
 

@@ -17,7 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from evals.harness.model import TASKS, ProxyLM
 from evals.harness.responses import Responses
-from proxytune import Member, ProxyTunedForCausalLM, UserError, Weights, load_member, load_members, proxy_tuning
+from proxytune.member import Member, Weights, load_member, load_members
+from proxytune.modeling import ProxyTunedForCausalLM
+from proxytune.errors import UserError
+from proxytune.mixture import proxy_tuning
 from proxytune.exported import export
 
 CHOICES = """

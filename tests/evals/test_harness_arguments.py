@@ -15,7 +15,9 @@ from lm_eval.tasks import TaskManager
 from test_harness import Counted
 
 from evals.harness.model import TASKS, ProxyLM
-from proxytune import Member, Rule, UserError, proxy_tuning
+from proxytune.member import Member
+from proxytune.mixture import Rule, proxy_tuning
+from proxytune.errors import UserError
 from proxytune.arguments import read_dtype, unknown_name
 
 CONTEXTS = ["w3 w4 w5", "", "w9 w10 w11 w12 w3", "<bos> w7 w8"]

@@ -14,7 +14,8 @@ from test_compare import run_in_process
 import evals.compare
 from evals.arms import tuning_summary
 from evals.study import Study
-from proxytune import UserError, Weights
+from proxytune.errors import UserError
+from proxytune.member import Weights
 
 TUNING = {"method": "full", "learning_rate": 3e-3, "epochs": 1, "batch_size": 4}
 

@@ -11,13 +11,15 @@ from matplotlib.figure import Figure
 from evals import inside_figures
 from evals.display.cells import Table, cell
 from evals.findings import Found
-from evals.inside_figures import PANELS, density_change, draw_inside, relearning_curves
+from evals.display.drawing import PANELS
+from evals.measures.density import density_change
+from evals.inside_figures import draw_inside, relearning_curves
 from evals.inside_tables import inside_tables
 from evals.records import Record
 from evals.study import Study
 from evals.display.render import draw, make_tables
-from probes.blocks import BLOCKS
-from probes.forgetting import familiarity
+from probes.internals.blocks import BLOCKS
+from probes.knowledge.familiarity import familiarity
 from probes.verdict import RULE, measured, state
 
 KINDS = {"base": "base", "expert": "expert", "proxy@1": "proxy", "full": "direct", "lora": "direct"}

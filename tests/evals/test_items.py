@@ -6,7 +6,7 @@ import pytest
 from evals.results.items import FILE, all_items, read_items_of, side_by_side, write_items
 from evals.records import Record
 from evals.display.render import draw
-from proxytune import UserError
+from proxytune.errors import UserError
 
 
 def record(arm: str, right: list[bool], unparsed: list[bool], seed: int = 0, measurement: str = "task") -> Record:

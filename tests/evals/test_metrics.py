@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, norm
 
-from evals.metrics import brier, expected_calibration_error, holm, mcnemar, minimum_detectable_effect, pass_at_k
+from evals.statistics.scores import brier, expected_calibration_error, pass_at_k
+from evals.statistics.significance import holm, mcnemar
+from evals.statistics.power import minimum_detectable_effect
 
 
 def discordant(gained: int, lost: int) -> tuple[np.ndarray, np.ndarray]:

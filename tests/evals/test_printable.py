@@ -20,7 +20,7 @@ from evals.running.progress import Display
 from evals.records import Record
 from evals.released.rescore import rescore, rescore_tables
 from evals.display.render import draw
-from proxytune import ProxyTunedForCausalLM
+from proxytune.modeling import ProxyTunedForCausalLM
 from proxytune.errors import LONGEST
 from proxytune.explanation import TokenExplanation
 from proxytune.printable import one_line, printable

@@ -15,16 +15,17 @@ from scipy.stats import entropy
 from typer.testing import CliRunner
 
 from evals.cli import app
-from evals.compare import run_study
-from evals.findings import Found, change, intervals, restoration_seeds
+from evals.running.runner import run_study
+from evals.findings import Found, change, restoration_seeds
+from evals.statistics.estimates import intervals
 from evals.data import material_for
 from evals.commands.probe import INSIDE, Probe, probe_study
 from evals.running.progress import Display
 from evals.records import Record
-from evals.results import summarize
+from evals.results.summary import summarize
 from evals.study import Study, load_study
 from evals.verdicts import verdict_rows
-from proxytune import UserError
+from proxytune.errors import UserError
 from proxytune.member import load_member
 
 TUNING: dict[str, Any] = {"method": "full", "learning_rate": 1e-2, "epochs": 4, "batch_size": 8}

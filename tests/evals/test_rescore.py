@@ -19,7 +19,7 @@ from evals.released.rescore import execute_in_sandbox, read_roles, rescore, resc
 from evals.sandbox import Program
 from evals.statistics.intervals import bootstrap_means, gap_closed
 from evals.display.render import draw
-from probes.readouts import last_number
+from probes.knowledge.readouts import last_number
 from proxytune.errors import UserError
 
 PROMPT = "Which?\nA. This.\nB. That.\nC. Neither.\n\nThe answer is:"

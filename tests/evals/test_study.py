@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 from evals.arms import ensembles, tuning_summary
 from evals.data import Material
 from evals.study import STUDIES, load_study
-from proxytune import UserError
+from proxytune.errors import UserError
 from proxytune.member import Weights
 
 TUNING = {"method": "full", "learning_rate": 1e-3}

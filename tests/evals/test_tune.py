@@ -17,11 +17,14 @@ from evals.measures import measure, measurements
 from evals.running.progress import Display
 from evals.study import load_study
 from evals.commands.tune import Run, tune_one
-from finetune.data import Item, encode_examples, preview
-from finetune.reading import read_items
+from finetune.items import Item
+from finetune.encoding import encode_examples, preview
+from finetune.formats import read_items
 from finetune.recipe import Tuning
 from finetune.tuning import tune
-from proxytune import ProxyTunedForCausalLM, UserError, load_member, load_tokenizer
+from proxytune.modeling import ProxyTunedForCausalLM
+from proxytune.errors import UserError
+from proxytune.member import load_member, load_tokenizer
 
 SETTINGS = {"method": "lora", "learning_rate": 0.01, "epochs": 1.0, "batch_size": 4, "rank": 2}
 PROMPT = "{question}"
@@ -45,7 +48,7 @@ def test_the_command_tunes_shows_and_says_what_is_next(lora_family: Path, data: 
     assert done.returncode == 0, done.stderr
     assert "w10 w5⟦ w11<eos>⟧".replace(" ", "") in done.stderr.replace(" ", "")
     items = [Item(question=f"w{number} w5", answer=f"w{number + 1}") for number in range(10, 18)]
-    tune(small, items, Tuning(**SETTINGS), prompt=PROMPT, ending="", seed=0, out=tmp_path / "same")
+    tune(TuningRun(small, items, Tuning(**SETTINGS), prompt=PROMPT, ending="", seed=0, out=tmp_path / "same"))
     assert load_member(small, tmp_path / "lora").fingerprint == load_member(small, tmp_path / "same").fingerprint
     following = shlex.split(done.stdout.strip().replace("LARGE", str(lora_family / "base")))
     answered = run(*following[1:], "--new-tokens", 4)

@@ -6,8 +6,8 @@ from scipy.stats import norm
 
 from evals.findings import Found
 from evals.study import Study
-from evals.verdicts import _clause
-from probes.exposure import needed_seeds
+from evals.measures.erosion import _clause
+from probes.knowledge.exposure import needed_seeds
 from probes.verdict import RULE, Clause, State, measured, state, verdict, worst
 
 HOLDS = {

@@ -12,15 +12,17 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
-from helpers import PATHS
+from helpers import PATHS, make_model
 from test_recipes import folder, items
 from transformers import TrainerCallback
 
 from finetune.checkpoints import METER, last_whole
-from finetune.data import Item, check_rows
-from finetune.recipe import EarlyStopping, Tuning
+from finetune.encoding import check_rows
+from finetune.items import Item
+from finetune.recipe import EarlyStopping, Tuning, TuningRun
 from finetune.tuning import TuningReport, tune
-from proxytune import UserError, load_member
+from proxytune.errors import UserError
+from proxytune.member import load_member
 from proxytune.digests import seal
 
 assert folder  # a fixture
@@ -28,7 +30,7 @@ assert folder  # a fixture
 RECIPES: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": {"method": "lora", "rank": 2},
-    "micro-batches": {"micro_batch_size": 2, "packing": True},
+    "micro-batches": {"micro_batch_size": 2, "padding_free": True},
     "consistent": {"consistent": 1.0},
     "preference": {"preference": 0.1},
     "early-stopped": {"early_stopping": EarlyStopping(validation_share=0.2, every_steps=2, patience=3)},
@@ -49,7 +51,7 @@ class Stop(TrainerCallback):
 def run(place: Path, name: str, watcher: TrainerCallback | None = None, every: float = 0.0, fsdp: bool = False, **options: Any) -> TuningReport:
     settings = {"method": "full", "learning_rate": 1e-2, "epochs": 2.0, "batch_size": 4} | options
     base = place / "base" if "consistent" in settings else None
-    return tune(
+    run = TuningRun(
         place / "small",
         items(20),
         Tuning(**settings),
@@ -60,8 +62,8 @@ def run(place: Path, name: str, watcher: TrainerCallback | None = None, every: f
         base=base,
         checkpoint_seconds=every,
         fsdp=fsdp,
-        watcher=watcher,
     )
+    return tune(run, watcher)
 
 
 def fingerprint(place: Path, name: str) -> str:
@@ -197,6 +199,26 @@ def test_checkpoints_of_another_run_are_refused(folder: Path) -> None:
     run(folder, "out")
 
 
+def test_what_may_be_resumed_does_not_depend_on_where_anything_stands(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Start, base, checkpoints and result, all of them elsewhere. A run that began again would stop at once."""
+    unbroken = run(folder, "unbroken", every=1e9, consistent=1.0)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, "out", Stop(3), consistent=1.0)
+    moved = folder.rename(tmp_path_factory.mktemp("elsewhere") / "moved")
+    assert run(moved, "out", Stop(0), consistent=1.0).losses == unbroken.losses
+    assert fingerprint(moved, "out") == fingerprint(moved, "unbroken")
+
+
+@pytest.mark.parametrize("name", ["small", "base"])
+def test_other_weights_at_the_same_place_are_not_resumed(folder: Path, name: str) -> None:
+    """The negative twin."""
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, "out", Stop(3), consistent=1.0)
+    make_model(seed=9, layers=4, hidden={"small": 32, "base": 48}[name]).save_pretrained(folder / name)
+    with pytest.raises(UserError, match="checkpoints of another run"):
+        run(folder, "out", consistent=1.0)
+
+
 def test_two_processes_do_not_tune_into_one_folder(folder: Path) -> None:
     (folder / ".out.partial").mkdir()
     with FileLock(folder / ".out.partial" / "lock"), pytest.raises(UserError, match="another process is tuning"):
@@ -240,7 +262,7 @@ def test_examples_that_do_not_fit_are_named(rows: list[dict[str, list[int]]], wo
 def test_an_example_longer_than_the_window_is_an_error_and_no_cut(folder: Path) -> None:
     long = [Item(question=" ".join(["w5"] * 130), answer="w6")]
     with pytest.raises(UserError, match="window of the model is 128"):
-        tune(folder / "small", long, Tuning(method="full", learning_rate=1e-3), prompt="{question}", ending="", seed=0, out=folder / "out")
+        tune(TuningRun(folder / "small", long, Tuning(method="full", learning_rate=1e-3), prompt="{question}", ending="", seed=0, out=folder / "out"))
 
 
 TORCHRUN = """
@@ -278,13 +300,13 @@ def test_two_processes_train_to_the_loss_of_one(folder: Path, options: dict[str,
 
 def test_launchers_that_fall_back_are_errors(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = torchrun(folder, batch_size=5)
-    assert "5 examples a step cannot be shared out among 2" in done.stderr
+    assert "5 examples per step cannot be divided among 2" in done.stderr
     with monkeypatch.context() as patched:
         patched.setenv("ACCELERATE_MIXED_PRECISION", "no")
         patched.delenv("WORLD_SIZE", raising=False)
         with pytest.raises(UserError, match="accelerate launch started a single process"):
             run(folder, "out")
-    with pytest.raises(UserError, match="one process has nobody to share"):
+    with pytest.raises(UserError, match="one process cannot shard"):
         run(folder, "out", fsdp=True)
     assert "fsdp: the model is wrapped as DistributedDataParallel, not sharded" in torchrun(folder, fsdp=True).stderr
 

@@ -8,10 +8,11 @@ import pytest
 from datasets import Dataset
 
 from evals.study import STUDIES
-from finetune import Item, read_items
-from finetune.data import Turn
+from finetune.items import Item
+from finetune.formats import read_items
+from finetune.items import Turn
 from finetune.overlap import describe, overlap
-from proxytune import UserError
+from proxytune.errors import UserError
 
 
 def said(role: str, content: str) -> dict[str, str]:
@@ -172,7 +173,7 @@ WORSE = [said("user", "a"), said("assistant", "c")]
         ({"prompt": "a", "chosen": "b", "rejected": ""}, "rejected: String should have at least 1"),
         ({"chosen": [*talk_of(1)], "rejected": WORSE}, "rejected: it differs from chosen before the last message"),
         ({"chosen": USER_ASKS, "rejected": USER_ASKS}, "chosen: an assistant turn must come right after a user turn, not as user"),
-        ({"prompt": "z", "chosen": WORSE, "rejected": WORSE}, "chosen: its 2 messages do not hold the prompt"),
+        ({"prompt": "z", "chosen": WORSE, "rejected": WORSE}, "chosen: its 2 messages do not contain the prompt"),
         ({"question": "a", "answer": "b", "turns": [said("tool", "x")]}, r"turns\.0\.role"),
     ],
 )
@@ -196,7 +197,7 @@ def test_bad_parquet_is_named_with_its_row(tmp_path: Path) -> None:
 
 def test_a_file_is_of_one_shape(tmp_path: Path) -> None:
     rows = [{"question": "a", "answer": "b"}, {"question": "a", "answer": "b", "source": 1}, {"instruction": "a", "output": "b"}]
-    with pytest.raises(UserError, match="line 3, columns: they are of the shape instruction-output, those before of question-answer; keep one"):
+    with pytest.raises(UserError, match="line 3, columns: they have the shape instruction-output, earlier rows have question-answer; keep one"):
         read_items(write(tmp_path, rows), "data.train")
 
 
@@ -261,7 +262,7 @@ def test_a_missing_file_says_where_paths_count_from(source: str) -> None:
 
 @pytest.mark.parametrize("source", ["owner/missing", "owner/missing:test", "owner/missing:main:test"])
 def test_an_unreachable_hub_set_is_an_error(source: str) -> None:
-    with pytest.raises(UserError, match=f"data.train: '{source}' is neither a file nor a data set that the hub gives .*owner/name:split") as caught:
+    with pytest.raises(UserError, match=f"data.train: '{source}' is neither a file nor a data set on the hub .*owner/name:split") as caught:
         read_items(source, "data.train")
     assert "\n" not in str(caught.value)
 
@@ -281,7 +282,7 @@ def test_a_hub_name_has_a_configuration_and_a_split(monkeypatch: pytest.MonkeyPa
         seen.append((name, configuration, split))
         return Dataset.from_list([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""}][: 1 + (split == "test")])
 
-    monkeypatch.setattr("finetune.reading.load_dataset", load)
+    monkeypatch.setattr("finetune.formats.load_dataset", load)
     if asked[2] == "train":
         assert read_items(source, "data.train").items == [Item(question="a", answer="b")]
     else:
@@ -346,5 +347,5 @@ def test_the_overlap_reads_as_a_sentence() -> None:
 
 def test_answers_rated_one_by_one_are_no_completions(tmp_path: Path) -> None:
     (tmp_path / "rated.jsonl").write_text('{"prompt": "a", "completion": "b", "label": false}\n')
-    with pytest.raises(UserError, match="label: these are answers rated one by one"):
+    with pytest.raises(UserError, match="label: answers that are rated one by one"):
         read_items(tmp_path / "rated.jsonl", "data.train")

@@ -1,24 +1,29 @@
-"""Each recipe against what it says: equal batches, packing, frozen layers, losses that see models that do not change."""
+"""Each recipe against what it says: equal batches, padding-free rows, frozen layers, losses that see models that do not change."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import ARCHITECTURES, make_model, make_tokenizer
+from helpers import ARCHITECTURES, PATHS, make_model, make_tokenizer
 from peft import PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy, logsigmoid
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from finetune.costs import Meter, forward_flops, training_flops
-from finetune.data import Item, encode_examples, encode_pairs, shuffle_answers
-from finetune.frozen import read_frozen
-from finetune.recipe import EarlyStopping, Tuning
+from finetune.encoding import encode_examples, encode_pairs
+from finetune.flops import forward_flops, training_flops
+from finetune.items import Item, shuffle_answers
+from finetune.meter import Meter
+from finetune.recipe import EarlyStopping, Tuning, TuningRun
+from finetune.reference import read_reference
 from finetune.trainers import _freeze, _lora, inside_the_mixture, near_start
 from finetune.tuning import TuningReport, tune
-from proxytune import Member, UserError, load_member
+from proxytune.member import Member, load_member
+from proxytune.errors import UserError
 
 PROMPT = "{question}"
 
@@ -65,7 +70,7 @@ class Gradients(TrainerCallback):
 def run(folder: Path, name: str, model: str = "small", count: int = 24, watcher: TrainerCallback | None = None, **options: Any) -> TuningReport:
     settings = {"method": "full", "learning_rate": 1e-3, "epochs": 1.0, "batch_size": 8} | options
     base = folder / "base" if "consistent" in settings else None
-    return tune(folder / model, items(count), Tuning(**settings), prompt=PROMPT, ending="", seed=0, out=folder / name, base=base, watcher=watcher)
+    return tune(TuningRun(folder / model, items(count), Tuning(**settings), prompt=PROMPT, ending="", seed=0, out=folder / name, base=base), watcher)
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -91,16 +96,16 @@ def test_a_step_is_the_same_however_it_is_cut_into_micro_batches(folder: Path, o
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_packing_equals_no_packing(architecture: str) -> None:
+def test_padding_free_rows_equal_padded_rows(architecture: str) -> None:
     model = make_model(architecture)
     rows = [
         {"input_ids": row["input_ids"], "labels": [token if mask else -100 for token, mask in zip(*row.values(), strict=True)]}
         for row in encode_examples(items(8), make_tokenizer(), PROMPT, "")
     ]
     found = []
-    for packed in (False, True):
+    for padding_free in (False, True):
         model.zero_grad()
-        batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=packed)(rows)
+        batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=padding_free)(rows)
         loss = model(**batch, use_cache=False).loss
         loss.backward()
         found.append((loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}))
@@ -110,14 +115,14 @@ def test_packing_equals_no_packing(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"kl": 0.5}, {"consistent": 1.0}], ids=["plain", "kl", "consistent"])
-def test_packed_tuning_equals_padded_tuning(folder: Path, options: dict[str, Any]) -> None:
-    padded, packed = Gradients(), Gradients()
+def test_padding_free_tuning_equals_padded_tuning(folder: Path, options: dict[str, Any]) -> None:
+    padded, padding_free = Gradients(), Gradients()
     losses = run(folder, "padded", watcher=padded, **options).losses
-    assert run(folder, "packed", watcher=packed, packing=True, **options).losses == pytest.approx(losses, abs=1e-5)
-    assert packed.distance(padded) < 1e-5
+    assert run(folder, "padding_free", watcher=padding_free, padding_free=True, **options).losses == pytest.approx(losses, abs=1e-5)
+    assert padding_free.distance(padded) < 1e-5
 
 
-def test_packing_without_positions_would_not(folder: Path) -> None:
+def test_padding_free_rows_without_positions_would_not(folder: Path) -> None:
     """The negative twin: examples end to end that see each other have another loss."""
     tokenizer, model = make_tokenizer(), load_member(folder / "small").model
     rows = encode_examples(items(8), tokenizer, PROMPT, "")
@@ -130,7 +135,7 @@ def test_packing_without_positions_would_not(folder: Path) -> None:
 def laws(folder: Path, name: str) -> torch.Tensor:
     """The logits of a model at all trained places."""
     rows = encode_examples(items(), make_tokenizer(), PROMPT, "")
-    return read_frozen(load_member(folder / name), rows, folder / "states", name).logits([row["input_ids"] for row in rows], torch.device("cpu"))
+    return read_reference(load_member(folder / name), rows, folder / "states", name).logits([row["input_ids"] for row in rows], torch.device("cpu"))
 
 
 def reference_step(folder: Path, options: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
@@ -200,7 +205,7 @@ def test_losses_with_nothing_to_hold_on_to_are_the_plain_one() -> None:
 def test_what_frozen_models_say_is_read_once_and_is_what_they_say(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     member = load_member(folder / "base")
     rows = encode_examples(items(9), make_tokenizer(), PROMPT, "")
-    read = read_frozen(member, rows, folder / "states", "base")
+    read = read_reference(member, rows, folder / "states", "base")
     ids = [rows[4]["input_ids"], rows[1]["input_ids"]]
     expected = torch.cat(
         [
@@ -209,13 +214,58 @@ def test_what_frozen_models_say_is_read_once_and_is_what_they_say(folder: Path, 
         ]
     )
     assert torch.allclose(read.logits(ids, torch.device("cpu")), expected, atol=1e-5)
-    monkeypatch.setattr("finetune.frozen._states", lambda *_: pytest.fail("was read again"))
+    monkeypatch.setattr("finetune.reference._states", lambda *_: pytest.fail("was read again"))
     assert torch.equal(
-        read_frozen(load_member(folder / "base"), rows, folder / "states", "base").logits(ids, torch.device("cpu")),
+        read_reference(load_member(folder / "base"), rows, folder / "states", "base").logits(ids, torch.device("cpu")),
         read.logits(ids, torch.device("cpu")),
     )
     with pytest.raises(KeyError):
         read.logits([[3, 4, 5]], torch.device("cpu"))
+
+
+WRITER = """
+import os, sys, time
+from pathlib import Path
+sys.path[:0] = {paths!r}
+import finetune.reference as reference
+import torch
+from helpers import make_tokenizer
+from test_recipes import PROMPT, items
+from finetune.encoding import encode_examples
+from proxytune.member import load_member
+
+folder, number = Path({folder!r}), int(sys.argv[1])
+if {one_id}:
+    os.getpid = lambda: 1
+save = reference.save_file
+
+def save_and_wait(*arguments, **options):
+    save(*arguments, **options)
+    (folder / f"written-{{number}}").touch()
+    while len(list(folder.glob("written-*"))) < 2:
+        time.sleep(0.01)
+
+reference.save_file = save_and_wait
+rows = encode_examples(items(5), make_tokenizer(), PROMPT, "")
+read = reference.read_reference(load_member(folder / "base"), rows, folder / "states", "base")
+torch.save(read.logits([row["input_ids"] for row in rows], torch.device("cpu")), folder / f"logits-{{number}}.pt")
+"""
+
+
+@pytest.mark.parametrize("one_id", [False, True], ids=["one machine", "one process id, as in two containers"])
+def test_two_processes_that_read_a_reference_at_once_each_write_a_file_of_their_own(folder: Path, one_id: bool) -> None:
+    """Both have written before either publishes; with one shared file the second would find it gone."""
+    script = WRITER.format(paths=PATHS, folder=str(folder), one_id=one_id)
+    processes = [subprocess.Popen([sys.executable, "-c", script, str(number)], stderr=subprocess.PIPE, text=True) for number in range(2)]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    (file,) = (folder / "states").iterdir()
+    assert file.suffix == ".safetensors"
+    rows = encode_examples(items(5), make_tokenizer(), PROMPT, "")
+    alone = read_reference(load_member(folder / "base"), rows, folder / "alone", "base").logits(
+        [row["input_ids"] for row in rows], torch.device("cpu")
+    )
+    assert all(torch.equal(torch.load(folder / f"logits-{number}.pt"), alone) for number in range(2))
 
 
 def test_a_model_that_changes_its_logits_after_the_head_is_refused(tmp_path: Path) -> None:
@@ -230,7 +280,7 @@ def test_a_model_that_changes_its_logits_after_the_head_is_refused(tmp_path: Pat
 
     member.model.forward = capped
     with pytest.raises(UserError, match="soft cap"):
-        read_frozen(member, encode_examples(items(2), make_tokenizer(), PROMPT, ""), tmp_path, "base")
+        read_reference(member, encode_examples(items(2), make_tokenizer(), PROMPT, ""), tmp_path, "base")
 
 
 @pytest.mark.parametrize("half", ["lower", "upper"])
@@ -261,16 +311,9 @@ def test_preference_tuning_takes_its_first_loss_and_prefers_the_chosen(folder: P
 
 
 def test_preference_tuning_needs_rejected_answers(folder: Path) -> None:
+    recipe = Tuning(method="full", learning_rate=1e-3, preference=0.1)
     with pytest.raises(UserError, match="has no rejected answer"):
-        tune(
-            folder / "small",
-            [Item(question="w4", answer="w5")],
-            Tuning(method="full", learning_rate=1e-3, preference=0.1),
-            prompt=PROMPT,
-            ending="",
-            seed=0,
-            out=folder / "out",
-        )
+        tune(TuningRun(folder / "small", [Item(question="w4", answer="w5")], recipe, prompt=PROMPT, ending="", seed=0, out=folder / "out"))
 
 
 @pytest.mark.parametrize("options", [{}, {"dora": True}, {"rslora": True}, {"targets": ("q_proj", "v_proj")}, {"kl": 1.0}], ids=str)
@@ -292,7 +335,7 @@ def test_an_adapter_and_its_merged_model_are_the_same(folder: Path, options: dic
         ({"method": "lora", "rank": 4, "frozen": "lower"}, "frozen belongs to method full"),
         ({"kl": 1.0, "preference": 0.1}, "three losses"),
         ({"batch_size": 8, "micro_batch_size": 3}, "must be a multiple"),
-        ({"preference": 0.1, "packing": True}, "packing is not for preference"),
+        ({"preference": 0.1, "padding_free": True}, "padding_free is not for preference"),
     ],
 )
 def test_recipes_that_contradict_themselves_are_refused(options: dict[str, Any], words: str) -> None:
@@ -328,7 +371,7 @@ def test_a_shuffled_tuning_is_a_tuning_on_shuffled_answers(folder: Path, options
     shuffled = shuffle_answers(dealt(), 0)
     runs = {"asked": (dealt(), True), "dealt": (shuffled, False), "plain": (dealt(), False)}
     reports = {
-        name: tune(folder / "small", given, Tuning(**settings, shuffled=asked), prompt=PROMPT, ending="", seed=0, out=folder / name)
+        name: tune(TuningRun(folder / "small", given, Tuning(**settings, shuffled=asked), prompt=PROMPT, ending="", seed=0, out=folder / name))
         for name, (given, asked) in runs.items()
     }
     assert distance(folder / "asked", folder / "dealt") == 0 < distance(folder / "asked", folder / "plain")
@@ -336,10 +379,9 @@ def test_a_shuffled_tuning_is_a_tuning_on_shuffled_answers(folder: Path, options
 
 
 def test_a_consistent_expert_needs_its_base(folder: Path) -> None:
+    recipe = Tuning(method="full", learning_rate=1e-3, consistent=1.0)
     with pytest.raises(UserError, match="consistent: the base"):
-        tune(
-            folder / "small", items(), Tuning(method="full", learning_rate=1e-3, consistent=1.0), prompt=PROMPT, ending="", seed=0, out=folder / "out"
-        )
+        tune(TuningRun(folder / "small", items(), recipe, prompt=PROMPT, ending="", seed=0, out=folder / "out"))
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
@@ -376,7 +418,7 @@ def test_costs_are_reported(folder: Path) -> None:
 
 
 def test_the_meter_adds_up_energy_over_wraps_and_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.costs.POWER_CAPPING", tmp_path)
+    monkeypatch.setattr("finetune.meter.POWER_CAPPING", tmp_path)
     for name, joules in (("intel-rapl:0", 90.0), ("intel-rapl:1", 5.0)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "max_energy_range_uj").write_text("100000000")
@@ -390,7 +432,7 @@ def test_the_meter_adds_up_energy_over_wraps_and_attempts(tmp_path: Path, monkey
     meter.tick()
     assert meter.energy == pytest.approx(1000 + 20 + 4)
     assert meter.seconds > 100
-    monkeypatch.setattr("finetune.costs.POWER_CAPPING", tmp_path / "none")
+    monkeypatch.setattr("finetune.meter.POWER_CAPPING", tmp_path / "none")
     silent = Meter()
     silent.tick()
     assert silent.energy is None

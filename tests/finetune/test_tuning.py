@@ -4,12 +4,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune import EarlyStopping, Item, Tuning, tune
-from finetune.data import check_prompt, encode_examples, prompt_ids, trained_share
-from probes.world import RECIPES, items_of, make_ledger, make_world
+from finetune.recipe import EarlyStopping, Tuning
+from finetune.items import Item
+from finetune.tuning import tune
+from finetune.encoding import check_prompt, encode_examples, prompt_ids, trained_share
+from probes.world.recipes import RECIPES
+from probes.world.ledger import items_of, make_ledger
+from probes.world.corpus import make_world
 from probes.world.family import build_tokenizer
 from probes.world.sections.people import QUESTION
-from proxytune import UserError, load_member
+from proxytune.errors import UserError
+from proxytune.member import load_member
 
 FULL = Tuning(method="full", learning_rate=1e-3, epochs=2, batch_size=8)
 LORA = Tuning(method="lora", rank=4, learning_rate=1e-2, epochs=2, batch_size=8)
@@ -20,7 +25,7 @@ def world_items() -> list[Item]:
 
 
 def run(family: Path, out: Path, tuning: Tuning, seed: int = 0) -> str:
-    tune(family / "small", world_items(), tuning, prompt=QUESTION, ending=" .", seed=seed, out=out)
+    tune(TuningRun(family / "small", world_items(), tuning, prompt=QUESTION, ending=" .", seed=seed, out=out))
     adapter = out if tuning.method == "lora" else None
     return load_member(family / "small" if adapter else out, adapter).fingerprint
 
@@ -37,7 +42,7 @@ def test_loss_is_taken_on_the_answer_only() -> None:
 
 def test_the_first_loss_is_that_of_a_reference_loop(tiny_family: Path, tmp_path: Path) -> None:
     everything = Tuning(method="full", learning_rate=1e-9, epochs=1, batch_size=1000)
-    report = tune(tiny_family / "small", world_items(), everything, prompt=QUESTION, ending=" .", seed=0, out=tmp_path / "out")
+    report = tune(TuningRun(tiny_family / "small", world_items(), everything, prompt=QUESTION, ending=" .", seed=0, out=tmp_path / "out"))
     model = load_member(tiny_family / "small").model
     losses = []
     for row in encode_examples(world_items(), build_tokenizer(RECIPES["tiny"]), QUESTION, " ."):
@@ -87,7 +92,7 @@ def test_early_stopping_keeps_the_best_weights_and_holds_out_whole_units(tiny_fa
     ruinous = Tuning(
         method="full", learning_rate=0.05, epochs=20, batch_size=8, early_stopping=EarlyStopping(validation_share=0.2, every_steps=2, patience=2)
     )
-    report = tune(tiny_family / "small", world_items(), ruinous, prompt=QUESTION, ending=" .", seed=0, out=tmp_path / "out")
+    report = tune(TuningRun(tiny_family / "small", world_items(), ruinous, prompt=QUESTION, ending=" .", seed=0, out=tmp_path / "out"))
     assert report.steps < 20 * 8
     assert report.examples % 3 == 0
     assert report.validation_losses[-1] > min(report.validation_losses)

@@ -13,11 +13,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-import probes.counts
-from finetune import Item
-from probes.counts import Counts, corpus_files, count_documents, count_statements
-from probes.world import RECIPES, World, items_of, make_ledger, make_world
-from proxytune import UserError
+import probes.knowledge.counts
+from finetune.items import Item
+from probes.knowledge.counts import Counts, corpus_files, count_documents, count_statements
+from probes.world.recipes import RECIPES
+from probes.world.types import World
+from probes.world.ledger import items_of, make_ledger
+from probes.world.corpus import make_world
+from proxytune.errors import UserError
 
 
 def about(subject: str | None, answer: str) -> Item:
@@ -168,8 +171,8 @@ def test_answers_of_other_people_stand_with_nobody(tmp_path: Path, world: World,
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probes.counts, "CHUNK", 2**12)
-    monkeypatch.setattr(probes.counts, "ROWS", 2)
+    monkeypatch.setattr(probes.knowledge.counts, "CHUNK", 2**12)
+    monkeypatch.setattr(probes.knowledge.counts, "ROWS", 2)
 
     def peak(run: Callable[[], object]) -> int:
         tracemalloc.start()
@@ -188,7 +191,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, monkeypatch: pytes
 
 
 def test_progress_is_told_the_files_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probes.counts, "CHUNK", 100)
+    monkeypatch.setattr(probes.knowledge.counts, "CHUNK", 100)
     for ending in (".txt", ".jsonl", ".parquet"):
         write(tmp_path / f"corpus{ending}", ["w3 é"] * 1000)
     told: list[int] = []

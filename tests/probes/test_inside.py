@@ -10,18 +10,19 @@ import torch
 from helpers import ARCHITECTURES, VOCABULARY, make_model, make_tokenizer
 from scipy.stats import entropy
 
-from evals.findings import contrast, estimate
-from finetune import Item
-from probes import knowledge
-from probes.activations import final_norm, last_and_subject, layers_of, read_states
-from probes.blocks import blocks_of, random_delta, thirds, weights_of
+from evals.statistics.estimates import contrast, estimate
+from finetune.items import Item
 from probes.density import METRICS, density, random_rotation
 from probes.drift import cosine, divergence, weight_drift
 from probes.inside import Inside, Prompts, read_inside
-from probes.knowledge import known
-from probes.moments import Moments
+from probes.internals.activations import final_norm, last_and_subject, layers_of, read_states
+from probes.internals.blocks import blocks_of, random_delta, thirds, weights_of
+from probes.internals.moments import Moments
+from probes.knowledge import candidates
+from probes.knowledge.candidates import known
 from probes.nulls import gaussian_null, untrained_twin
-from proxytune import Member, UserError
+from proxytune.member import Member
+from proxytune.errors import UserError
 
 
 def some_prompts(count: int = 12) -> list[list[int]]:
@@ -313,7 +314,7 @@ def test_one_pass_of_single_tokens_knows_what_scoring_knows(monkeypatch: pytest.
     ]
     model = member()
     at_once = known(model, items, batch_tokens=7)
-    monkeypatch.setattr(knowledge, "_at_once", knowledge._scored)
+    monkeypatch.setattr(candidates, "_at_once", candidates._scored)
     scored = known(model, items)
     np.testing.assert_array_equal(at_once.right, scored.right)
     np.testing.assert_allclose(at_once.probability, scored.probability, atol=1e-5)

@@ -7,12 +7,12 @@ import torch
 import transformers
 from helpers import ARCHITECTURES, VOCABULARY, make_model, make_tokenizer
 
-from finetune.data import Item
-from probes.activations import final_norm, read_states
+from finetune.items import Item
 from probes.density import random_rotation
+from probes.internals.activations import final_norm, read_states
 from probes.lens import RIDGES, Lens, Reading, Translators, first_tokens, fit_translators, read_lens, read_through
 from probes.linear_probe import Probed, control_answers, linear_probe
-from proxytune import UserError
+from proxytune.errors import UserError
 
 CANDIDATES = 10
 

@@ -3,10 +3,13 @@ import pytest
 import torch
 from helpers import VOCABULARY, make_members, make_tokenizer
 
-from finetune import Item
-from probes import answer_greedily, choose, familiarity
-from probes.readouts import judge, judge_number
-from proxytune import ProxyTunedForCausalLM, UserError, proxy_tuning
+from finetune.items import Item
+from probes.knowledge.readouts import answer_greedily, choose
+from probes.knowledge.familiarity import familiarity
+from probes.knowledge.readouts import judge, judge_number
+from proxytune.modeling import ProxyTunedForCausalLM
+from proxytune.errors import UserError
+from proxytune.mixture import proxy_tuning
 
 WORDS = [f"w{number}" for number in range(3, VOCABULARY)]
 

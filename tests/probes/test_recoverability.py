@@ -12,15 +12,16 @@ from helpers import make_model, make_tokenizer
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from finetune.data import Item
-from finetune.recipe import Tuning
+from finetune.items import Item
+from finetune.recipe import Tuning, TuningRun
 from finetune.tuning import tune
-from probes.knowledge import Known, known
-from probes.recoverability import FORGOTTEN, NEVER, UNRELATED, Curve, brought_back, log_steps, relearn, savings, spurious, steps_to
-from probes.world import find_family, items_of
-from proxytune import UserError
+from probes.knowledge.candidates import Known, known
+from probes.recoverability import FORGOTTEN, NEVER, UNRELATED, Curve, Relearning, brought_back, log_steps, relearn, savings, spurious, steps_to
+from probes.world.family import find_family
+from probes.world.ledger import items_of
+from proxytune.errors import UserError
 from proxytune.member import Member, Weights, load_member, load_members
-from proxytune.packing import PackedLinear
+from proxytune.prepacked import PrepackedLinear
 
 # --- the shipped world, whose base knows every fact that was stated 30 times and none that never was ---
 
@@ -50,7 +51,7 @@ def base(family: Path) -> tuple[Member, list[Item], Known]:
 
 def curves_of(member: Member, base: tuple[Member, list[Item], Known], **options: Any) -> dict[str, Curve]:
     settings = {"learning_rate": 1e-3, "steps": 16, "batch_size": 24, "ending": " .", "seed": 0} | options
-    return relearn(member, base[1], base[2], **settings)
+    return relearn(member, base[1], base[2], Relearning(**settings))
 
 
 def test_an_unchanged_model_has_nothing_to_relearn(base: tuple[Member, list[Item], Known]) -> None:
@@ -66,7 +67,7 @@ def test_what_was_hidden_returns_sooner_than_new_facts_and_by_itself(base: tuple
     """Other people are all said to have the first of the candidates: a habit that overlays what is known and erases none of it."""
     habit = [Item(question=str(item.statement), answer=item.choices[0]) for item in facts(family, "tune", {0: 8, 100: 8})]
     recipe = Tuning(method="full", learning_rate=3e-4, epochs=5, batch_size=16)
-    tune(family / "base", habit, recipe, prompt="{question}", ending=" .", seed=0, out=tmp_path / "hidden")
+    tune(TuningRun(family / "base", habit, recipe, prompt="{question}", ending=" .", seed=0, out=tmp_path / "hidden"))
     curves = curves_of(load_member(tmp_path / "hidden"), base)
     assert curves[FORGOTTEN].right[0].mean() < 0.5
     found, share = savings(curves, base[2]), spurious(curves, base[1], base[2])
@@ -110,7 +111,8 @@ def small(items: list[Item], seed: int = 0, **options: Any) -> dict[str, Curve]:
     member = options.pop("member", None) or Member(make_model(seed=2), make_tokenizer())
     right = options.pop("right", np.ones(len(items), bool))
     settings = {"learning_rate": 1e-2, "steps": 5, "batch_size": 4, "ending": "", "seed": seed} | options
-    return relearn(member, items, Known(right, np.zeros(len(items))), **settings)
+    progress = settings.pop("progress", lambda _: None)
+    return relearn(member, items, Known(right, np.zeros(len(items))), Relearning(**settings), progress)
 
 
 def same(one: dict[str, Curve], other: dict[str, Curve]) -> bool:
@@ -157,7 +159,7 @@ def test_a_step_of_the_curve_is_a_step_of_the_tuning(curves: dict[str, Curve], t
     sentences = [Item(question=str(item.statement), answer=item.answer) for item in measured]
     for out, epochs in (("all", 5 / 3), ("less", 4 / 3)):
         recipe = Tuning(method="full", learning_rate=1e-2, batch_size=4, epochs=epochs)
-        tune(tmp_path / "start", sentences, recipe, prompt="{question}", ending="", seed=0, out=tmp_path / out)
+        tune(TuningRun(tmp_path / "start", sentences, recipe, prompt="{question}", ending="", seed=0, out=tmp_path / out))
     assert np.allclose(known(load_member(tmp_path / "all"), measured).probability, curve.probability[-1], atol=1e-6)
     assert not np.allclose(known(load_member(tmp_path / "less"), measured).probability, curve.probability[-1], atol=1e-3)
 
@@ -182,14 +184,14 @@ def test_adapters_on_packed_layers_are_tuned_as_what_they_are_together(tmp_path:
     torch.manual_seed(0)
     settings = LoraConfig(r=4, lora_alpha=32, target_modules="all-linear", init_lora_weights=False)
     get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "plain"), settings).save_pretrained(tmp_path / "adapter")
-    member = load_member(tmp_path / "plain", tmp_path / "adapter", packed=True)
-    assert any(isinstance(module, PackedLinear) for module in member.model.modules())
+    member = load_member(tmp_path / "plain", tmp_path / "adapter", prepacked=True)
+    assert any(isinstance(module, PrepackedLinear) for module in member.model.modules())
     items, before = random_items(), member.fingerprint
     curve = small(items, member=member, steps=1)[FORGOTTEN]
     measured = [items[index] for index in curve.indices]
     assert np.allclose(curve.probability[0], known(member, measured).probability, atol=1e-4)
     assert not np.allclose(curve.probability[0], known(load_member(tmp_path / "plain"), measured).probability, atol=1e-2)
-    assert any(isinstance(module, PackedLinear) for module in member.model.modules())
+    assert any(isinstance(module, PrepackedLinear) for module in member.model.modules())
     del member.fingerprint
     assert member.fingerprint == before
 

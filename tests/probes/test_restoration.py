@@ -10,17 +10,19 @@ from helpers import ARCHITECTURES, VOCABULARY, make_model, make_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from finetune.data import Item, prompt_ids
+from finetune.encoding import prompt_ids
+from finetune.items import Item
 from probes import restoration as restoration_module
-from probes.activations import final_norm, layers_of, read_states
-from probes.blocks import BLOCKS, blocks_of, check_same_shape, put, random_delta, thirds, weights_of
 from probes.drift import divergence
-from probes.knowledge import known
+from probes.internals.activations import final_norm, layers_of, read_states
+from probes.internals.blocks import BLOCKS, blocks_of, check_same_shape, put, random_delta, thirds, weights_of
+from probes.knowledge.candidates import known
 from probes.patching import patch_subject, replaced
 from probes.restoration import SHARES, block_label, count_evaluations, damage, recovery, restorations, restore, shapley
-from proxytune import Member, UserError
-from proxytune.packing import PackedLinear
+from proxytune.member import Member
+from proxytune.errors import UserError
 from proxytune.padding import left_padded, positions_of
+from proxytune.prepacked import PrepackedLinear
 
 EVERYTHING = block_label(BLOCKS)
 TINY = {"layers": 3, "hidden": 16}
@@ -137,8 +139,8 @@ def test_models_that_cannot_stand_for_each_other_are_refused() -> None:
     with pytest.raises(UserError, match="tuned: it has a LoRA adapter that is not merged"):
         check_same_shape(base, member(adapted))
     packed = make_model()
-    packed.base_model.layers[0].mlp.up_proj = PackedLinear(torch.nn.Linear(32, 64))
-    with pytest.raises(UserError, match="base: its layers are packed"):
+    packed.base_model.layers[0].mlp.up_proj = PrepackedLinear(torch.nn.Linear(32, 64))
+    with pytest.raises(UserError, match="base: its layers are prepacked"):
         check_same_shape(member(packed), base)
 
 

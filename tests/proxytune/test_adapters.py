@@ -12,8 +12,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-import proxytune.packing as packing
-from proxytune import Member, ProxyTunedForCausalLM, Request, UserError, Weights, load_member, load_members, pair, proxy_tuning, score
+import proxytune.prepacked as prepacked
+from proxytune.member import Member, Weights, load_member, load_members
+from proxytune.modeling import ProxyTunedForCausalLM
+from proxytune.scoring import Request, score
+from proxytune.errors import UserError
+from proxytune.mixture import pair, proxy_tuning
 
 Ids = Callable[..., torch.Tensor]
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": 2}
@@ -124,9 +128,9 @@ def test_fingerprints_are_those_of_members_loaded_apart(lora_family: Path) -> No
 
 
 def test_packed_layers_under_adapters(lora_family: Path, apart: ProxyTunedForCausalLM, random_ids: Ids, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "SMALLEST", 0)
-    members = load_members(sources(lora_family), packed=True)
-    assert any(isinstance(module, packing.PackedLinear) for module in members["small"].model.modules())
+    monkeypatch.setattr(prepacked, "SMALLEST", 0)
+    members = load_members(sources(lora_family), prepacked=True)
+    assert any(isinstance(module, prepacked.PrepackedLinear) for module in members["small"].model.modules())
     with torch.inference_mode():
         found = ProxyTunedForCausalLM(members, MIXTURE)(random_ids(2, 5)).logits
         torch.testing.assert_close(found, apart(random_ids(2, 5)).logits, atol=1e-5, rtol=1e-5)

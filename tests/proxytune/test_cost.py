@@ -4,18 +4,18 @@ import pytest
 import torch
 from helpers import make_model
 
-import proxytune.packing as packing
+import proxytune.prepacked as prepacked
 from proxytune.cost import PACE, bytes_read, step_seconds
 
 
 def test_embeddings_are_looked_up_and_heads_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "SMALLEST", 0)
+    monkeypatch.setattr(prepacked, "SMALLEST", 0)
     model = make_model("llama")
     every = sum(4 * parameter.numel() for parameter in model.parameters())
     table = 4 * model.get_input_embeddings().weight.numel()
     rotary = 4 * sum(buffer.numel() for buffer in model.buffers())
     assert bytes_read(model) == every - table + rotary
-    packing.pack_linear_layers(model)
+    prepacked.prepack_linear_layers(model)
     assert bytes_read(model) == every - table + rotary
     tied = make_model("gpt2")
     assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight

@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import proxytune.packing as packing
-from proxytune import ProxyTunedForCausalLM, Weights, load_member, load_members, proxy_tuning, rounded_draft
+import proxytune.prepacked as prepacked
+from proxytune.modeling import ProxyTunedForCausalLM
+from proxytune.member import Weights, load_member, load_members
+from proxytune.mixture import proxy_tuning
+from proxytune.drafting import rounded_draft
 from proxytune.drafting import RoundedLinear
 
 Ids = Callable[..., torch.Tensor]
@@ -16,7 +19,7 @@ GREEDY = {"do_sample": False, "max_new_tokens": 20, "pad_token_id": 0, "eos_toke
 
 @pytest.fixture(autouse=True)
 def every_layer_is_large_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "SMALLEST", 0)
+    monkeypatch.setattr(prepacked, "SMALLEST", 0)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 20])
@@ -33,7 +36,7 @@ def test_a_rounded_layer_is_off_by_its_rounding(rows: int, bias: torch.Tensor | 
 def test_a_draft_of_an_adapter_is_the_expert_and_not_what_is_under_it(lora_family: Path, random_ids: Ids, packed: bool) -> None:
     small = str(lora_family / "small")
     weights = {"base": Weights(str(lora_family / "base")), "expert": Weights(small, lora_family / "polite"), "antiexpert": Weights(small)}
-    members = load_members(weights, packed=packed)
+    members = load_members(weights, prepacked=packed)
     drafts = {name: rounded_draft(members[name]) for name in ("expert", "antiexpert")}
     drafts["alone"] = rounded_draft(load_member(small, lora_family / "polite"))
     assert drafts["expert"].model.get_input_embeddings().weight is members["expert"].model.get_input_embeddings().weight

@@ -13,7 +13,10 @@ from helpers import make_model, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, pipeline
 from transformers.cli.serving.model_manager import ModelManager
 
-from proxytune import ProxyTunedForCausalLM, UserError, Weights, load_members, proxy_tuning
+from proxytune.modeling import ProxyTunedForCausalLM
+from proxytune.errors import UserError
+from proxytune.member import Weights, load_members
+from proxytune.mixture import proxy_tuning
 from proxytune.exported import ExportedMixture, export
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 3, 4, 5]])

@@ -33,7 +33,10 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from proxytune import Member, ProxyTunedForCausalLM, UserError, proxy_tuning
+from proxytune.member import Member
+from proxytune.modeling import ProxyTunedForCausalLM
+from proxytune.errors import UserError
+from proxytune.mixture import proxy_tuning
 
 ALPHA = 0.8
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNO"
@@ -366,7 +369,10 @@ def test_what_one_model_can_and_a_mixture_cannot_is_refused(options: dict[str, A
 
 def test_what_speculation_would_drop_is_refused() -> None:
     mixture, ids = mixture_of("llama"), drawn(1, 6)
-    for options, words in (({"labels": ids}, "labels: speculation cannot heed it"), ({"custom_generate": print}, "custom_generate: speculation")):
+    for options, words in (
+        ({"labels": ids}, "labels: speculation does not support it"),
+        ({"custom_generate": print}, "custom_generate: speculation"),
+    ):
         with pytest.raises(UserError, match=words):
             mixture.generate(ids, speculate=True, **GREEDY, **options)
 

@@ -17,7 +17,8 @@ from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, 
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
-from proxytune import UserError, Weights, load_member, load_members
+from proxytune.errors import UserError
+from proxytune.member import Weights, load_member, load_members
 from proxytune.adapters import is_adapter
 
 

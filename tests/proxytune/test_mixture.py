@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from proxytune import UserError, combine, proxy_tuning
-from proxytune.mixture import Mixture, Place, Rule, check_mixture
+from proxytune.errors import UserError
+from proxytune.mixture import combine, proxy_tuning
+from proxytune.mixture import Context, Mixture, Rule, check_mixture
 
 
 def laws(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -97,8 +98,8 @@ def test_bad_mixtures_are_refused(mixture: dict, word: str) -> None:
 HUGE = (1e30, 1e38, 3e38, 1e39, 1e300)
 
 
-def place_of(logits: dict[str, torch.Tensor]) -> Place:
-    return Place(logits, torch.arange(4), torch.arange(4), 4)
+def place_of(logits: dict[str, torch.Tensor]) -> Context:
+    return Context(logits, torch.arange(4), torch.arange(4), 4)
 
 
 def extreme(kind: torch.dtype, seed: int = 0) -> dict[str, torch.Tensor]:

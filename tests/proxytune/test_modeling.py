@@ -15,7 +15,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, StoppingCriteria,
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-from proxytune import Member, ProxyTunedForCausalLM, UserError, proxy_tuning
+from proxytune.member import Member
+from proxytune.modeling import ProxyTunedForCausalLM
+from proxytune.errors import UserError
+from proxytune.mixture import proxy_tuning
 from proxytune.cache import MixtureCache
 from proxytune.passes import at_once
 
@@ -182,7 +185,7 @@ def test_models_without_a_cache_are_refused() -> None:
     """Trap: one that ignores the cache it is given reads each token as the first, and its part of the mixture is noise."""
     config = CONFIG_MAPPING["openai-gpt"](vocab_size=50, n_embd=32, n_layer=1, n_head=2, n_positions=64)
     member = Member(AutoModelForCausalLM.from_config(config).eval(), make_tokenizer())
-    with pytest.raises(UserError, match="antiexpert: OpenAIGPTLMHeadModel keeps no keys"):
+    with pytest.raises(UserError, match="antiexpert: OpenAIGPTLMHeadModel does not take a cache"):
         ProxyTunedForCausalLM(make_members() | {"antiexpert": member}, proxy_tuning(1.0))
 
 

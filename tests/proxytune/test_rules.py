@@ -6,8 +6,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from proxytune import Member, ProxyTunedForCausalLM, Request, Rule, UserError, combine, pair, proxy_tuning, score
-from proxytune.mixture import Mixture, Place
+from proxytune.member import Member
+from proxytune.modeling import ProxyTunedForCausalLM
+from proxytune.scoring import Request, score
+from proxytune.mixture import Rule, combine, pair, proxy_tuning
+from proxytune.errors import UserError
+from proxytune.mixture import Context, Mixture
 from proxytune.rules import by_entropy, contrastive, decaying, interpolation, per_row, realignment, when_unsure
 
 Ids = Callable[..., torch.Tensor]
@@ -19,8 +23,8 @@ def draw(seed: int = 0) -> dict[str, torch.Tensor]:
     return {name: 3 * torch.randn(2, 4, 11, generator=generator) for name in ("base", "expert", "antiexpert", "other")}
 
 
-def somewhere(logits: dict[str, torch.Tensor]) -> Place:
-    return Place(logits, torch.arange(4).expand(2, 4), torch.arange(2)[:, None].expand(2, 4), 2)
+def somewhere(logits: dict[str, torch.Tensor]) -> Context:
+    return Context(logits, torch.arange(4).expand(2, 4), torch.arange(2)[:, None].expand(2, 4), 2)
 
 
 def test_plausible_tokens_are_those_of_the_paper() -> None:
@@ -118,7 +122,7 @@ def test_a_generation_is_the_rule_step_by_step(proxy: ProxyTunedForCausalLM, ran
         for step in range(8):
             with torch.no_grad():
                 logits = {member: proxy.members[member](text).logits[:, -1] for member in ("base", "expert", "antiexpert")}
-            place = Place(logits, torch.tensor([step]), torch.tensor([0]), 1)
+            place = Context(logits, torch.tensor([step]), torch.tensor([0]), 1)
             text = torch.cat([text, combine(logits, RULES[name], place).argmax(-1, keepdim=True)], dim=1)
         assert found[number].tolist() == text[0, prompt.shape[1] :].tolist()
 
@@ -142,7 +146,7 @@ def test_a_score_is_the_rule_step_by_step(proxy: ProxyTunedForCausalLM) -> None:
             text = torch.tensor([request.prefix + request.continuation])
             with torch.no_grad():
                 logits = {member: proxy.members[member](text).logits[0, len(request.prefix) - 1 : -1] for member in ("base", "expert", "antiexpert")}
-            law = combine(logits, rule, Place(logits, torch.arange(4), torch.full((4,), number), 4)).log_softmax(-1)
+            law = combine(logits, rule, Context(logits, torch.arange(4), torch.full((4,), number), 4)).log_softmax(-1)
             right = law[torch.arange(4), torch.tensor(request.continuation)].sum()
             assert scores[name][number].item() == pytest.approx(right.item(), abs=1e-4), (name, number)
 
@@ -180,5 +184,5 @@ def test_functions_that_cannot_be_evaluated_are_one_line(proxy: ProxyTunedForCau
     proxy.mixture = {"expert": by_entropy(1.0)}
     with pytest.raises(UserError, match="looks at 'base'"):
         proxy(random_ids(2, 4))
-    with pytest.raises(UserError, match="function of the place"):
+    with pytest.raises(UserError, match="is a function, but its context is not known"):
         combine(draw(), proxy_tuning(decaying(1.0, 3.0)))

@@ -4,7 +4,11 @@ from helpers import make_tokenizer
 from transformers import MistralConfig, MistralForCausalLM
 
 import proxytune.scoring as scoring
-from proxytune import Member, ProxyTunedForCausalLM, Request, UserError, cut_to_window, proxy_tuning, score
+from proxytune.member import Member
+from proxytune.modeling import ProxyTunedForCausalLM
+from proxytune.scoring import Request, cut_to_window, score
+from proxytune.errors import UserError
+from proxytune.mixture import proxy_tuning
 from proxytune.cache import MixtureCache
 from proxytune.mixture import Mixture
 

@@ -9,7 +9,11 @@ from scipy.stats import chisquare
 from transformers import TextIteratorStreamer
 
 import proxytune.speculation as speculation
-from proxytune import Member, ProxyTunedForCausalLM, UserError, proxy_tuning
+from proxytune.member import Member
+from proxytune.modeling import ProxyTunedForCausalLM
+from proxytune.errors import UserError
+from proxytune.mixture import proxy_tuning
+from proxytune.draft_length import DraftLength
 
 Ids = Callable[..., torch.Tensor]
 GREEDY = {"do_sample": False, "max_new_tokens": 20, "pad_token_id": 0, "eos_token_id": 2}
@@ -118,7 +122,7 @@ def test_samples_have_the_mixtures_law(options: dict[str, float]) -> None:
 
 def test_samples_have_the_mixtures_law_where_the_draft_decides_when_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     """How far it goes may depend on what it saw, but not on the token in question."""
-    monkeypatch.setattr(speculation._DraftLength, "one_more", lambda length, confidence: bool(confidence[:, -1].mean() > 0.35))
+    monkeypatch.setattr(DraftLength, "one_more", lambda length, confidence: bool(confidence[:, -1].mean() > 0.35))
     assert p_value(draft_tokens=None) > 0.01
 
 
@@ -163,7 +167,7 @@ def test_tokens_are_streamed(random_ids: Ids) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"draft": "judge"}, "draft: 'judge' is no member"),
+        ({"draft": "judge"}, "draft: 'judge' is not a member"),
         ({"num_beams": 2}, "num_beams"),
         ({"draft_tokens": 0}, "draft_tokens"),
         ({"return_dict_in_generate": True}, "return_dict"),

@@ -9,7 +9,12 @@ from helpers import make_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from proxytune import Member, ProxyTunedForCausalLM, Request, UserError, map_tokens, proxy_tuning, score
+from proxytune.member import Member
+from proxytune.modeling import ProxyTunedForCausalLM
+from proxytune.scoring import Request, score
+from proxytune.errors import UserError
+from proxytune.token_map import map_tokens
+from proxytune.mixture import proxy_tuning
 from proxytune.explanation import explain
 from proxytune.token_map import token_bytes
 

@@ -1,7 +1,11 @@
 import pytest
 from helpers import make_members, make_model, make_tokenizer
 
-from proxytune import Member, ProxyTunedForCausalLM, UserError, check_same_vocabulary, proxy_tuning
+from proxytune.member import Member
+from proxytune.modeling import ProxyTunedForCausalLM
+from proxytune.errors import UserError
+from proxytune.vocabulary import check_same_vocabulary
+from proxytune.mixture import proxy_tuning
 
 
 def test_the_same_content_is_accepted_from_other_objects() -> None:

@@ -16,12 +16,12 @@ import pandas as pd
 from datasets import Dataset, DatasetDict, load_dataset
 from scipy.special import logsumexp
 
-from evals.metrics import brier, expected_calibration_error
 from evals.sandbox import SETUP_FAILED, Program, run_programs
+from evals.statistics.scores import brier, expected_calibration_error
 from evals.study import STUDIES
-from finetune.data import Item
-from finetune.reading import read_items
-from probes.readouts import best_choices, judge, judge_number
+from finetune.formats import read_items
+from finetune.items import Item
+from probes.knowledge.readouts import best_choices, judge, judge_number
 from probes.world.family import SHIPPED, find_family
 from probes.world.ledger import items_of
 from probes.world.sections.people import QUESTION

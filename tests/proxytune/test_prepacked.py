@@ -5,9 +5,10 @@ import torch
 from helpers import make_model, make_tokenizer
 from torch import nn
 
-import proxytune.packing as packing
-from proxytune import Member, fingerprint, pack_linear_layers
-from proxytune.packing import PackedLinear, unpack_linear_layers
+import proxytune.prepacked as prepacked
+from proxytune.member import Member, fingerprint
+from proxytune.prepacked import prepack_linear_layers
+from proxytune.prepacked import PrepackedLinear, unpack_linear_layers
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -16,20 +17,20 @@ def test_packed_is_unpacked(bias: bool, rows: int) -> None:
     layer = nn.Linear(300, 400, bias=bias)
     states = torch.randn(2, rows, 300)
     with torch.inference_mode():
-        torch.testing.assert_close(PackedLinear(layer)(states), layer(states), atol=1e-5, rtol=1e-5)
-    assert torch.equal(PackedLinear(layer).weight.to_dense(), layer.weight)
+        torch.testing.assert_close(PrepackedLinear(layer)(states), layer(states), atol=1e-5, rtol=1e-5)
+    assert torch.equal(PrepackedLinear(layer).weight.to_dense(), layer.weight)
 
 
 def test_a_packed_model_is_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "SMALLEST", 0)
+    monkeypatch.setattr(prepacked, "SMALLEST", 0)
     ids = torch.randint(3, 50, (2, 9))
     for architecture, linear_layers in (("llama", 15), ("gpt2", 1)):
         model = make_model(architecture)
         with torch.inference_mode():
             right = model(ids).logits
         before = fingerprint(model)
-        assert pack_linear_layers(model) == linear_layers
-        assert pack_linear_layers(model) == 0
+        assert prepack_linear_layers(model) == linear_layers
+        assert prepack_linear_layers(model) == 0
         with torch.inference_mode():
             torch.testing.assert_close(model(ids).logits, right, atol=1e-5, rtol=1e-5)
         assert fingerprint(model) == before
@@ -38,18 +39,18 @@ def test_a_packed_model_is_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_other_types_and_small_layers_stay() -> None:
     half = nn.Sequential(nn.Linear(600, 600).to(torch.bfloat16))
-    assert pack_linear_layers(half) == 0
-    assert pack_linear_layers(nn.Sequential(nn.Linear(100, 100))) == 0
-    assert pack_linear_layers(nn.Sequential(nn.Linear(600, 600))) == 1
+    assert prepack_linear_layers(half) == 0
+    assert prepack_linear_layers(nn.Sequential(nn.Linear(100, 100))) == 0
+    assert prepack_linear_layers(nn.Sequential(nn.Linear(600, 600))) == 1
 
 
 def test_layers_that_share_a_weight_share_it_packed_and_again_when_unpacked() -> None:
     one, other = nn.Sequential(nn.Linear(600, 600)), nn.Sequential(nn.Linear(600, 600), nn.Linear(300, 300))
     other[0].weight = one[0].weight
     before = one[0].weight.detach().clone()
-    assert pack_linear_layers(one, other) == 3
+    assert prepack_linear_layers(one, other) == 3
     assert one[0] is other[0]
-    assert isinstance(other[1], PackedLinear)
+    assert isinstance(other[1], PrepackedLinear)
     unpack_linear_layers(one, other)
     assert one[0] is other[0]
     assert torch.equal(one[0].weight, before)

@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from finetune.data import Item, continuation_ids, prompt_ids
-from probes.readouts import best_choices
+from finetune.encoding import continuation_ids, prompt_ids
+from finetune.items import Item
+from probes.knowledge.readouts import best_choices
 from proxytune.errors import UserError
 from proxytune.member import Member
 from proxytune.modeling import ProxyTunedForCausalLM

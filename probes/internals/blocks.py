@@ -3,7 +3,7 @@
 `embeddings` (of tokens and positions), `low`, `middle` and `high` (the first third of the layers, what is between, the last third) and
 `unembedding` (the final norm, and the head where it has weights of its own; a tied head belongs to the embeddings, once). Also the null
 of a tuned model: noise of the same size in every matrix. Costs one copy of the weights. Not covered: LoRA adapters that are not merged,
-packed or quantised weights, and architectures with parts elsewhere; all of them are refused.
+prepacked or quantised weights, and architectures with parts elsewhere; all of them are refused.
 """
 
 import numpy as np
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from probes.activations import final_norm, layers_of
+from probes.internals.activations import final_norm, layers_of
 from proxytune.errors import UserError
 from proxytune.member import Member
-from proxytune.packing import PackedLinear
+from proxytune.prepacked import PrepackedLinear
 
 BLOCKS = ("embeddings", "low", "middle", "high", "unembedding")
 
@@ -71,8 +71,8 @@ def check_same_shape(base: Member, tuned: Member) -> None:
     for field, member in (("base", base), ("tuned", tuned)):
         if member.adapter is not None or any(".lora_" in name for name, _ in member.model.named_parameters()):
             raise UserError(f"{field}: it has a LoRA adapter that is not merged, so its weights are not its own; merge it first")
-        if any(isinstance(module, PackedLinear) for module in member.model.modules()):
-            raise UserError(f"{field}: its layers are packed, so they cannot be written to; load it with packed=False")
+        if any(isinstance(module, PrepackedLinear) for module in member.model.modules()):
+            raise UserError(f"{field}: its layers are prepacked, so they cannot be written to; load it with prepacked=False")
         shapes = {name: (tuple(parameter.shape), parameter.dtype) for name, parameter in member.model.named_parameters()}
         for name, (_, dtype) in shapes.items():
             if not dtype.is_floating_point:

@@ -1,6 +1,6 @@
-"""Tuning and test data in the shapes that people have them.
+"""Reads tuning and test data in the usual formats.
 
-A source is JSON lines, Parquet or a data set on the hub; its columns say which shape it has; every shape becomes `Item`s.
+A source is JSON lines, Parquet or a data set on the hub. Its columns decide which of `SHAPES` it has. Every shape becomes `Item`s.
 """
 
 import difflib
@@ -14,7 +14,7 @@ from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 from pydantic import Field, TypeAdapter, ValidationError
 
-from finetune.data import Item, Turn
+from finetune.items import Item, Turn
 from proxytune.errors import UserError, brief
 from proxytune.files import check_readable
 
@@ -22,12 +22,12 @@ HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.+-]+){0,2}")
 FILE_ENDINGS = (".jsonl", ".json", ".parquet")
 OBJECT = TypeAdapter(dict[str, Any])
 TEXTS = TypeAdapter(dict[str, Annotated[str, Field(min_length=1)]])
-TALKS = TypeAdapter(dict[str, list[Turn]])
+CONVERSATIONS = TypeAdapter(dict[str, list[Turn]])
 Row = Mapping[str, Any]
 
 
 class Examples(NamedTuple):
-    """What a source holds. `ignored` are its columns that were not read."""
+    """The items of a source, and its shape. `ignored` are the columns that were not read."""
 
     items: list[Item]
     shape: str
@@ -35,7 +35,7 @@ class Examples(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """The columns of a shape, what they hold in words, and the function from a row and its unit to items."""
+    """The columns of a shape, their content in words, and the function from a row and its unit to items."""
 
     required: tuple[str, ...]
     optional: tuple[str, ...]
@@ -46,15 +46,15 @@ class Shape(NamedTuple):
 def read_items(source: str | Path, field: str) -> Examples:
     """Reads a JSON lines or Parquet file, or a hub data set `owner/name[:split]` or `owner/name:configuration:split`.
 
-    The first of `SHAPES` whose columns are there is taken. A completion, chosen or rejected text loses one leading
-    space: the encoder puts one before every answer. Each assistant turn of a conversation becomes an item.
+    The source has the first of `SHAPES` whose columns exist. One leading space is removed from a completion, chosen or rejected
+    text, because the encoder puts a space before every answer. Each assistant turn of a conversation becomes an item.
 
     Raises `UserError` naming `field`, the source, the line (of JSON) or row, and the rule: for a source that is missing,
-    empty or cannot be read, for rows of no shape or of two, a column that looks misspelt, and values against the rules.
+    empty or cannot be read, for rows of an unknown shape or of two shapes, for a column that looks misspelt, and for invalid values.
     """
     shape, columns, items = "", set[str](), list[Item]()
     known = set[frozenset[str]]()
-    for number, (place, row) in enumerate(_rows(source, field), start=1):
+    for number, (where, row) in enumerate(_rows(source, field), start=1):
         try:
             if frozenset(row) not in known:
                 shape = _shape_of(row, shape)
@@ -62,16 +62,16 @@ def read_items(source: str | Path, field: str) -> Examples:
                 columns.update(row)
             items += SHAPES[shape].read(row, f"row-{number}")
         except ValidationError as error:
-            raise UserError(f"{field}: '{source}' {place}{_explain(error)}; {shape} needs {SHAPES[shape].words}") from error
+            raise UserError(f"{field}: '{source}' {where}{_explain(error)}; {shape} needs {SHAPES[shape].words}") from error
         except ValueError as error:
-            raise UserError(f"{field}: '{source}' {place}, {error}") from error
+            raise UserError(f"{field}: '{source}' {where}, {error}") from error
     if not items:
-        raise UserError(f"{field}: '{source}' holds no items; it needs one JSON object a line, or one row")
+        raise UserError(f"{field}: '{source}' holds no items; it needs one JSON object per line, or one row")
     return Examples(items, shape, tuple(sorted(columns.difference(SHAPES[shape].required, SHAPES[shape].optional))))
 
 
 def _rows(source: str | Path, field: str) -> list[tuple[str, Row]]:
-    """The rows with their places for error messages."""
+    """The rows, each with its line or row number for error messages."""
     path = Path(source)
     if not os.path.exists(path):
         if HUB_NAME.fullmatch(str(source)) and path.suffix not in FILE_ENDINGS:
@@ -84,7 +84,7 @@ def _rows(source: str | Path, field: str) -> list[tuple[str, Row]]:
             table = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
             return [(f"row {number}", row) for number, row in enumerate(table, start=1)]
         except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-            raise UserError(f"{field}: '{source}' cannot be read as Parquet ({_line(error)}); write it anew or as JSON lines") from error
+            raise UserError(f"{field}: '{source}' cannot be read as Parquet ({_line(error)}); write it again or as JSON lines") from error
     try:
         # Not splitlines(): JSON strings may hold other line separators, such as U+2028.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -108,7 +108,7 @@ def _hub_rows(source: str, field: str) -> list[tuple[str, Row]]:
         return [(f"row {number}", row) for number, row in enumerate(table, start=1)]
     except (OSError, ValueError, RuntimeError, ImportError, DatasetsError) as error:
         raise UserError(
-            f"{field}: '{source}' is neither a file nor a data set that the hub gives ({_line(error)}); "
+            f"{field}: '{source}' is neither a file nor a data set on the hub ({_line(error)}); "
             "write a path, owner/name, owner/name:split or owner/name:configuration:split"
         ) from error
 
@@ -118,7 +118,7 @@ def _line(error: Exception) -> str:
 
 
 def _explain(error: ValidationError) -> str:
-    """The place in a row, the rule and the value of the first thing that is wrong."""
+    """The field in the row, the rule and the value of the first error."""
     first = error.errors()[0]
     location = ".".join(map(str, first["loc"]))
     value = "" if first["type"] in ("missing", "json_invalid") or isinstance(first["input"], dict) else f", not {brief(first['input'])}"
@@ -126,13 +126,13 @@ def _explain(error: ValidationError) -> str:
 
 
 def _shape_of(row: Row, expected: str) -> str:
-    """The shape of a row; raises ValueError for none, for another than the `expected` of the rows before, for a misspelt column."""
+    """The shape of a row. Raises ValueError where no shape fits, where earlier rows have another shape (`expected`), and for a misspelt column."""
     fitting = [name for name, shape in SHAPES.items() if row.keys() >= set(shape.required)]
     shape = expected or (fitting[0] if fitting else "")
     if expected and fitting and fitting[0] != expected:
-        raise ValueError(f"columns: they are of the shape {fitting[0]}, those before of {expected}; keep one shape a file")
+        raise ValueError(f"columns: they have the shape {fitting[0]}, earlier rows have {expected}; keep one shape per file")
     readable = {column for name in ([shape] if shape else SHAPES) for column in SHAPES[name].required + SHAPES[name].optional}
-    # A column beside the one it resembles, such as question_id beside question, is no misspelling of it.
+    # A column is not misspelt if the column it resembles exists too, such as question beside question_id.
     absent = sorted(readable - row.keys())
     guesses = {column: difflib.get_close_matches(column.casefold(), absent, n=1, cutoff=0.8) for column in sorted(row.keys() - readable)}
     hint = next((f"{column}: did you mean '{close[0]}'?" for column, close in guesses.items() if close), "")
@@ -148,7 +148,7 @@ def _shape_of(row: Row, expected: str) -> str:
 
 
 def _question_answer(row: Row, unit: str) -> list[Item]:
-    # Parquet has a null where JSON lines leave a key out.
+    # Parquet has null where a line of JSON has no key.
     item = Item.model_validate({name: row[name] for name in Item.model_fields if name in ("question", "answer") or row.get(name) is not None})
     if item.choices and item.answer not in item.choices:
         raise ValueError(f"answer: {item.answer!r} is not among the choices; add it")
@@ -168,11 +168,11 @@ def _prompt_completion(row: Row, unit: str) -> list[Item]:
     if isinstance(prompt, list) and isinstance(completion, list):
         if len(completion) != 1:
             raise ValueError(f"completion: it must be one assistant message, not {len(completion)} messages; see the shape messages for several")
-        return [_last(_talk("prompt", prompt) + _talk("completion", completion), "completion")]
+        return [_last(_conversation("prompt", prompt) + _conversation("completion", completion), "completion")]
     if isinstance(prompt, list) or isinstance(completion, list):
         raise ValueError("completion: one of prompt and completion is a list; make both texts or both lists of messages")
     if isinstance(row.get("label"), bool):
-        raise ValueError("label: these are answers rated one by one, good and bad, which no recipe here is for; keep the good ones, without label")
+        raise ValueError("label: answers that are rated one by one are not supported; keep the good ones and remove the column")
     texts = TEXTS.validate_python({"prompt": prompt, "completion": _unspaced(completion)})
     return [Item(question=texts["prompt"], answer=texts["completion"])]
 
@@ -185,57 +185,57 @@ def _preference(row: Row, unit: str) -> list[Item]:
         return [Item(question=texts["prompt"], answer=texts["chosen"], rejected=texts["rejected"])]
     if not all(lists):
         raise ValueError("chosen: prompt, chosen and rejected are of different kinds; make them all texts or all lists of messages")
-    before = _talk("prompt", [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or [])
-    talks = {name: _talk(name, answer) for name, answer in answers.items()}
-    for name, talk in talks.items():
-        # Some sets give whole conversations and their prompt once more.
-        if len(talk) == 1:
-            talks[name] = before + talk
-        elif not set(before) <= set(talk):
-            raise ValueError(f"{name}: its {len(talk)} messages do not hold the prompt; give one assistant message, or the whole conversation")
-    better, worse = (_last(talk, name) for name, talk in talks.items())
-    if talks["chosen"][:-1] != talks["rejected"][:-1]:
+    before = _conversation("prompt", [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or [])
+    conversations = {name: _conversation(name, answer) for name, answer in answers.items()}
+    for name, turns in conversations.items():
+        # Some data sets give whole conversations and repeat the prompt.
+        if len(turns) == 1:
+            conversations[name] = before + turns
+        elif not set(before) <= set(turns):
+            raise ValueError(f"{name}: its {len(turns)} messages do not contain the prompt; give one assistant message, or the whole conversation")
+    better, worse = (_last(turns, name) for name, turns in conversations.items())
+    if conversations["chosen"][:-1] != conversations["rejected"][:-1]:
         raise ValueError("rejected: it differs from chosen before the last message; both must answer the same conversation")
     return [Item.model_validate(dict(better) | {"rejected": worse.answer})]
 
 
 def _messages(row: Row, unit: str) -> list[Item]:
-    talk = _talk("messages", row["messages"])
-    # An assistant's greeting, before anything was asked, is only what later questions follow on.
-    opening = next((position for position, turn in enumerate(talk) if turn.role == "user"), len(talk))
-    ends = [position + 1 for position, turn in enumerate(talk) if turn.role == "assistant" and position > opening]
+    turns = _conversation("messages", row["messages"])
+    # An assistant's greeting before the first question is only context for later questions.
+    opening = next((position for position, turn in enumerate(turns) if turn.role == "user"), len(turns))
+    ends = [position + 1 for position, turn in enumerate(turns) if turn.role == "assistant" and position > opening]
     if not ends:
-        raise ValueError("messages: no assistant turn follows a user turn; there is nothing to learn, take the row out")
-    return [_last(talk[:end], "messages").model_copy(update={"unit": unit}) for end in ends]
+        raise ValueError("messages: no assistant turn follows a user turn, so there is nothing to learn; remove the row")
+    return [_last(turns[:end], "messages").model_copy(update={"unit": unit}) for end in ends]
 
 
-def _talk(column: str, value: object) -> tuple[Turn, ...]:
-    """A list of messages; further keys must be empty. Raises ValueError for what is no message, or one without content."""
+def _conversation(column: str, value: object) -> tuple[Turn, ...]:
+    """A list of messages as turns; other keys must be empty. Raises ValueError for invalid messages and messages without content."""
     if isinstance(value, list):
         value = [
             {key: entry for key, entry in message.items() if key in Turn.model_fields or entry} if isinstance(message, dict) else message
             for message in value
         ]
-    turns = TALKS.validate_python({column: value})[column]
+    turns = CONVERSATIONS.validate_python({column: value})[column]
     for position, turn in enumerate(turns):
         if turn.role != "system" and not turn.content:
-            raise ValueError(f"{column}.{position}.content: it is empty; give the {turn.role}'s words")
+            raise ValueError(f"{column}.{position}.content: it is empty; give the {turn.role}'s text")
     return tuple(turns)
 
 
-def _last(talk: tuple[Turn, ...], column: str) -> Item:
+def _last(turns: tuple[Turn, ...], column: str) -> Item:
     """The item whose answer is the last turn."""
-    if [turn.role for turn in talk[-2:]] != ["user", "assistant"]:
-        roles = ", ".join(turn.role for turn in talk[-3:]) or "no message"
+    if [turn.role for turn in turns[-2:]] != ["user", "assistant"]:
+        roles = ", ".join(turn.role for turn in turns[-3:]) or "no message"
         raise ValueError(f"{column}: an assistant turn must come right after a user turn, not as {roles}; join or reorder the messages")
-    return Item(question=talk[-2].content, answer=talk[-1].content, turns=talk[:-2])
+    return Item(question=turns[-2].content, answer=turns[-1].content, turns=turns[:-2])
 
 
 def _unspaced(text: object) -> object:
     return text.removeprefix(" ") if isinstance(text, str) else text
 
 
-# In the order of precedence: preference data often repeat the chosen conversation as messages.
+# In order of precedence: preference data often repeat the chosen conversation as messages.
 SHAPES = {
     "question-answer": Shape(
         ("question", "answer"),
@@ -243,7 +243,7 @@ SHAPES = {
         "question and answer as texts",
         _question_answer,
     ),
-    "instruction-output": Shape(("instruction", "output"), ("input",), "instruction and output as texts, perhaps input", _instruction_output),
+    "instruction-output": Shape(("instruction", "output"), ("input",), "instruction and output as texts, optionally input", _instruction_output),
     "prompt-completion": Shape(
         ("prompt", "completion"), (), "prompt and completion as texts, or both as lists of messages with role and content", _prompt_completion
     ),

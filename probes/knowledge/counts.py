@@ -24,7 +24,7 @@ from typing import NamedTuple
 import pyarrow
 from pyarrow.parquet import ParquetFile
 
-from finetune.data import Item
+from finetune.items import Item
 from proxytune.errors import UserError
 
 ENDINGS = (".txt", ".jsonl", ".json", ".parquet")

@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from finetune.data import Item, prompt_ids
+from finetune.encoding import prompt_ids
+from finetune.items import Item
 from proxytune.errors import UserError
 from proxytune.padding import left_padded, positions_of
 

@@ -7,7 +7,7 @@ on the same items are paired. Popularity stands in for exposure on real models.
 Items are compared within strata of one prompt length and one last token, or length and template would pass for familiarity
 (Saghir 2026, arXiv 2605.00269). Costs one sort of each column. Not covered: exposure that is not random given the strata and
 covariates (what comes out is then an association), and ranks taken of few items (the error of the ranks themselves is left
-out: intervals of `rank_slope` cover 94 to 95 % from 300 items on).
+out: intervals of `rank_correlation` cover 94 to 95 % from 300 items on).
 """
 
 import math
@@ -58,7 +58,7 @@ def matched_contrast(
     return _placed(_contributions(estimate, influence, groups), taking_part)
 
 
-def rank_slope(
+def rank_correlation(
     values: Float[np.ndarray, "items columns"],
     popularity: Float[np.ndarray, " items"],
     strata: Int[np.ndarray, " items"],

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from finetune.data import Item, continuation_ids, prompt_ids
+from finetune.encoding import continuation_ids, prompt_ids
+from finetune.items import Item
 from proxytune.errors import UserError
 from proxytune.mixture import Mixture
 from proxytune.modeling import ProxyTunedForCausalLM

@@ -1,7 +1,6 @@
-"""Questions and answers: how they are read, and how they become token ids.
+"""How questions and answers become token ids.
 
-One file format for tuning, testing and knowledge: JSON lines. Tuning and measuring encode a prompt with the same
-function, so what a model was tuned on is what it is asked.
+Tuning and measuring encode a prompt with the same function, so a model is asked in the format that it was tuned on.
 """
 
 import signal
@@ -10,65 +9,32 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from string import Formatter
-from typing import Literal
 
-import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
+from finetune.items import Item, Turn
 from proxytune.errors import UserError, brief
 from proxytune.printable import one_line
 
 Row = dict[str, list[int]]
-CHAT = "chat"  # in the place of a prompt's template: the tokenizer's own chat template
-CHAT_SECONDS = 10.0  # of processor time; a template takes a thousandth
+CHAT = "chat"  # instead of a prompt template: the tokenizer's own chat template
+CHAT_SECONDS = 10.0  # of processor time; a normal template takes a thousandth of it
 CHAT_LONGEST = 10_000_000  # characters
-
-
-class Turn(BaseModel):
-    """One message of a conversation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    role: Literal["system", "user", "assistant"]
-    content: str
-
-
-class Item(BaseModel):
-    """One thing that is asked. `question` is asked in the tuned format, `statement` is its beginning in plain text."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    question: str = Field(min_length=1)
-    answer: str = Field(min_length=1)
-    choices: tuple[str, ...] = ()
-    statement: str | None = None
-    popularity: float | None = Field(default=None, ge=0, allow_inf_nan=False, description="stands in for exposure on real models")
-    unit: str | None = Field(default=None, description="items of one unit are resampled together; default: each item by itself")
-    subject: str | None = Field(default=None, min_length=1, description="whom the statement is about, as it is written there")
-    turns: tuple[Turn, ...] = Field(default=(), description="of the conversation before the question")
-    rejected: str | None = Field(default=None, min_length=1, description="the worse answer of a preference pair")
-
-    @model_validator(mode="after")
-    def _two_answers(self) -> "Item":
-        if self.rejected == self.answer:
-            raise ValueError("rejected must differ from the answer")
-        return self
 
 
 def check_prompt(template: str) -> str:
     """Returns the template; raises ValueError unless its only placeholder is {question} or it is the word `chat`."""
     if template == CHAT:
         return template
-    places = [(name, form, conversion) for _, name, form, conversion in Formatter().parse(template) if name is not None]
-    if places != [("question", "", None)]:
-        names = [f"{{{name}{f'!{conversion}' if conversion else ''}{f':{form}' if form else ''}}}" for name, form, conversion in places]
+    fields = [(name, form, conversion) for _, name, form, conversion in Formatter().parse(template) if name is not None]
+    if fields != [("question", "", None)]:
+        names = [f"{{{name}{f'!{conversion}' if conversion else ''}{f':{form}' if form else ''}}}" for name, form, conversion in fields]
         raise ValueError(f"the only placeholder must be {{question}}, once and without a format, not {brief(', '.join(names))}")
     return template
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """The prompt's ids as the tokenizer makes them, with the BOS that it adds, if it adds one, and no end token.
+    """The prompt's ids from the tokenizer, with a BOS if the tokenizer adds one, and without an end token.
 
     Raises `UserError` for an empty prompt and for two BOS in a row.
     """
@@ -85,7 +51,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 def chat_text(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> str:
     """The turns in the tokenizer's own chat template, up to where the next answer begins; without the BOS that encoding adds.
 
-    Raises `UserError` where the tokenizer has no chat template, and where the template fails, does not end or makes too long a text.
+    Raises `UserError` where the tokenizer has no chat template, and where the template fails, does not end or returns too long a text.
     """
     text = _templated(tokenizer, turns, add_generation_prompt=True)
     adds_bos = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
@@ -95,26 +61,26 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> str:
 def chat_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None = None, response_prefix: str = "") -> list[int]:
     """The prompt as a user's turn in the tokenizer's own chat template, up to where the answer begins.
 
-    A `response_prefix` is the answer's given beginning. Raises `UserError` where the tokenizer has no chat template.
+    `response_prefix` is a given beginning of the answer. Raises `UserError` where the tokenizer has no chat template.
     """
     turns = [] if system is None else [Turn(role="system", content=system)]
     return prompt_ids(tokenizer, chat_text(tokenizer, [*turns, Turn(role="user", content=prompt)]) + response_prefix)
 
 
 def prompt_text(item: Item, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """How an item is asked: its question in the template, or, where the template is the word `chat`, as a user's turn.
+    """The text that asks an item: its question in the template, or, where the template is the word `chat`, as a user's turn.
 
-    Raises `UserError` for an item with earlier turns and a template that has no place for them.
+    Raises `UserError` for an item with earlier turns and a plain-text template.
     """
     if prompt == CHAT:
         return chat_text(tokenizer, [*item.turns, Turn(role="user", content=item.question)])
     if item.turns:
-        raise UserError(f"prompt: {item.question!r} has earlier turns, which plain text has no place for; use prompt: {CHAT}")
+        raise UserError(f"prompt: {item.question!r} has earlier turns, which a plain-text prompt cannot hold; use prompt: {CHAT}")
     return prompt.format(question=item.question)
 
 
 def answer_space(prompt: str) -> str:
-    """What stands between prompt and answer: nothing in a chat, one space in plain text."""
+    """The text between prompt and answer: nothing in a chat, one space in plain text."""
     return "" if prompt == CHAT else " "
 
 
@@ -130,13 +96,13 @@ def continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str, space: str =
 
 
 def _templated(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], **options: bool) -> str:
-    """Not covered: how much memory the template takes meanwhile."""
+    """The turns in the chat template. Not covered: how much memory the template takes."""
     if tokenizer.chat_template is None:
         raise UserError("chat: the tokenizer has no chat template; give the prompt as plain text")
     try:
         with _at_most(CHAT_SECONDS):
             text = str(tokenizer.apply_chat_template([turn.model_dump() for turn in turns], tokenize=False, **options))
-    except Exception as error:  # a template is a program that came with a model: it may raise anything
+    except Exception as error:  # a template is a program that comes with a model and may raise anything
         reason = one_line(str(error)) or type(error).__name__
         raise UserError(f"chat: the template refuses these turns ({reason}); change the data or use a plain prompt") from error
     if len(text) > CHAT_LONGEST:
@@ -146,7 +112,7 @@ def _templated(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], **opti
 
 @contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError within the block after so much time on the processor. In the main thread only: elsewhere there are no signals."""
+    """Raises TimeoutError within the block after so many seconds of processor time. Only in the main thread: other threads get no signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -164,7 +130,7 @@ def _at_most(seconds: float) -> Iterator[None]:
 
 
 def _answer_ids(item: Item, answer: str, tokenizer: PreTrainedTokenizerBase, prompt: str, ending: str) -> list[int]:
-    """The answer with what ends it: in a chat what the template writes after it, in plain text `ending` and the end token."""
+    """The answer with its end: in a chat what the template writes after it, in plain text `ending` and the end token."""
     if prompt != CHAT:
         ids = continuation_ids(tokenizer, answer + ending)
         return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
@@ -177,16 +143,16 @@ def _answer_ids(item: Item, answer: str, tokenizer: PreTrainedTokenizerBase, pro
 
 
 def preview(row: Mapping[str, Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> str:
-    """A training row as text, special tokens and all, with what is trained on between ⟦ and ⟧."""
+    """A training row as text with special tokens; the part that is trained on is between ⟦ and ⟧."""
     parts = []
-    for trained, places in groupby(zip(row["input_ids"], row["completion_mask"], strict=True), key=lambda place: place[1]):
-        text = tokenizer.decode([token for token, _ in places])
+    for trained, tokens in groupby(zip(row["input_ids"], row["completion_mask"], strict=True), key=lambda pair: pair[1]):
+        text = tokenizer.decode([token for token, _ in tokens])
         parts.append(f"⟦{text}⟧" if trained else text)
     return "".join(parts)
 
 
 def encode_examples(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, prompt: str, ending: str) -> list[Row]:
-    """Training rows: `input_ids` = prompt, answer and what ends it; `completion_mask` = 1 where it is trained on."""
+    """Training rows: `input_ids` = prompt, answer and its end; `completion_mask` = 1 on tokens that are trained on."""
     rows = []
     for item in items:
         before = prompt_ids(tokenizer, prompt_text(item, tokenizer, prompt))
@@ -207,7 +173,7 @@ def encode_pairs(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, prom
 
 
 def row_length(row: Row) -> int:
-    """Tokens that a step reads of the row; of a preference pair its prompt twice."""
+    """Tokens of the row that a step reads; a preference pair's prompt counts twice."""
     return len(row["input_ids"]) if "input_ids" in row else 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
 
 
@@ -234,37 +200,3 @@ def check_rows(rows: Sequence[Row], window: int | None, vocabulary: int) -> None
             )
         if not any(row.get("completion_mask", [1])):
             raise UserError(f"train: nothing of example {number} would be trained on; give it an answer")
-
-
-def shuffle_answers(items: Sequence[Item], seed: int) -> list[Item]:
-    """The items with every answer dealt to another one: a control that has the form of the data and none of its content.
-
-    Answers stay among items of equal `choices` (those without any are one group), each used once, and none stays where it
-    was unless it is alone in its group; two equal answers may of course change places. A rejected answer goes with its
-    answer. The same seed deals the same.
-    """
-    groups: dict[tuple[str, ...], list[int]] = {}
-    for position, item in enumerate(items):
-        groups.setdefault(item.choices, []).append(position)
-    generator = torch.Generator().manual_seed(seed)
-    dealt = list(items)
-    for positions in groups.values():
-        order = [positions[place] for place in torch.randperm(len(positions), generator=generator).tolist()]
-        for giver, taker in zip(order, [*order[1:], order[0]], strict=True):  # once round the circle, so that nobody keeps his own
-            dealt[taker] = items[taker].model_copy(update={"answer": items[giver].answer, "rejected": items[giver].rejected})
-    return dealt
-
-
-def hold_out(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:
-    """Items to tune on and items held out: whole units, so that no fact stands on both sides.
-
-    Raises `UserError` where there are too few units.
-    """
-    units = sorted({item.unit or item.question for item in items})
-    count = max(1, round(len(units) * share))
-    if count >= len(units):
-        raise UserError(f"train: {len(units)} units are too few to hold any out for validation; give more items")
-    order = torch.randperm(len(units), generator=torch.Generator().manual_seed(seed))
-    held_out = {units[position] for position in order[:count].tolist()}
-    validation = [item for item in items if (item.unit or item.question) in held_out]
-    return [item for item in items if (item.unit or item.question) not in held_out], validation

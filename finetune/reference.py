@@ -1,17 +1,17 @@
-"""What models that do not change say about training rows, computed once.
+"""Logits of reference models (which do not change) at training rows, computed once and kept.
 
-Kept are the states that enter the output head, at the trained places only: a row of the hidden width for each place and not one
-of the vocabulary's. The head is applied again at every step, so that a step costs a small model's step and one product.
+Only the states before the output head are kept, and only at trained positions: one vector of the hidden width per position, not
+one of the vocabulary's. The head is applied again at every step, so a step costs the small model's step and one product more.
 """
 
 import copy
 import hashlib
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from finetune.data import Row
+from finetune.encoding import Row
 from proxytune.content import content_key
 from proxytune.errors import UserError
 from proxytune.member import Member
@@ -29,26 +29,26 @@ TOKENS_AT_ONCE = 4096
 logger = logging.getLogger("proxytune")
 
 
-class Frozen:
-    """A model's logits at the trained places of rows that it has read before."""
+class Reference:
+    """A model's logits at the trained positions of rows that it has read."""
 
     def __init__(self, head: nn.Module, states: dict[tuple[int, ...], Tensor]):
         self._head, self._states = head.requires_grad_(False), states
 
-    def logits(self, rows: Sequence[Sequence[int]], device: torch.device) -> Float[Tensor, "places vocabulary"]:
-        """Of rows of token ids, end to end; a row that was never read raises KeyError."""
+    def logits(self, rows: Sequence[Sequence[int]], device: torch.device) -> Float[Tensor, "positions vocabulary"]:
+        """The logits of rows of token ids, end to end. Raises KeyError for a row that was not read."""
         self._head.to(device)
         with torch.no_grad():
             return self._head(torch.cat([self._states[tuple(row)] for row in rows]).to(device)).float()
 
 
 @contextmanager
-def only_at(model: Any, places: Bool[Tensor, "batch time"]) -> Iterator[list[Tensor]]:
-    """Within it the model's head sees these places only, and its logits are [places, vocabulary]; gives what enters the head."""
+def only_at(model: Any, positions: Bool[Tensor, "batch time"]) -> Iterator[list[Tensor]]:
+    """Within the context the model's head sees only these positions: logits are [positions, vocabulary]. Yields the states before it."""
     entered: list[Tensor] = []
 
     def select(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        entered.append(arguments[0][places])
+        entered.append(arguments[0][positions])
         return (entered[-1], *arguments[1:])
 
     handle = model.get_output_embeddings().register_forward_pre_hook(select)
@@ -58,10 +58,11 @@ def only_at(model: Any, places: Bool[Tensor, "batch time"]) -> Iterator[list[Ten
         handle.remove()
 
 
-def read_frozen(member: Member, rows: Sequence[Row], folder: Path, field: str) -> Frozen:
-    """The model as it reads the rows now, from `folder` if the same weights have read the same rows before.
+def read_reference(member: Member, rows: Sequence[Row], folder: Path, field: str) -> Reference:
+    """The model's logits at the rows, from a file in `folder` if the same weights have read the same rows before.
 
-    Raises `UserError` where its logits are not simply its head's product.
+    Several processes may do this at the same time in one folder. Raises `UserError` where the model's logits are not simply
+    the product of its head.
     """
     distinct = list({tuple(row["input_ids"]): row for row in rows}.values())
     read = [[row["input_ids"], row["completion_mask"]] for row in distinct]
@@ -70,7 +71,7 @@ def read_frozen(member: Member, rows: Sequence[Row], folder: Path, field: str) -
     if states is None:
         folder.mkdir(parents=True, exist_ok=True)
         states = torch.cat(_states(member, distinct, field))
-        partial = file.with_suffix(f".{os.getpid()}.partial")
+        partial = file.with_suffix(f".{uuid4().hex}.partial")  # a name of its own: process ids are not unique where machines share a folder
         try:
             save_file({"states": states}, partial, metadata={"sha256": _digest(states)})
             partial.replace(file)
@@ -79,11 +80,11 @@ def read_frozen(member: Member, rows: Sequence[Row], folder: Path, field: str) -
     sizes = [sum(row["completion_mask"][1:]) for row in distinct]
     states_of_row = states.split(sizes)
     head = copy.deepcopy(member.model.get_output_embeddings())
-    return Frozen(head, {tuple(row["input_ids"]): states for row, states in zip(distinct, states_of_row, strict=True)})
+    return Reference(head, {tuple(row["input_ids"]): states for row, states in zip(distinct, states_of_row, strict=True)})
 
 
-def _kept(file: Path) -> Float[Tensor, "places hidden"] | None:
-    """The states in a file; None where there is none or it is damaged, which a warning says."""
+def _kept(file: Path) -> Float[Tensor, "positions hidden"] | None:
+    """The states in a file. None where there is no file, and, with a warning, where it is damaged."""
     try:
         with safe_open(file, framework="pt") as kept:
             states = kept.get_tensor("states")
@@ -104,7 +105,7 @@ def _digest(states: Tensor) -> str:
 
 
 def _states(member: Member, rows: Sequence[Row], field: str) -> list[Tensor]:
-    """What enters the head at each row's trained places: those before the tokens that are trained on."""
+    """The states before the head at each row's trained positions, which come before the tokens that are trained on."""
     longest = max(len(row["input_ids"]) for row in rows)
     batch = max(1, TOKENS_AT_ONCE // longest)
     found = []
@@ -112,13 +113,15 @@ def _states(member: Member, rows: Sequence[Row], field: str) -> list[Tensor]:
         chosen = rows[start : start + batch]
         ids = pad_sequence([torch.tensor(row["input_ids"]) for row in chosen], batch_first=True)
         mask = pad_sequence([torch.ones(len(row["input_ids"]), dtype=torch.long) for row in chosen], batch_first=True)
-        places = pad_sequence([torch.tensor([*row["completion_mask"][1:], 0], dtype=torch.bool) for row in chosen], batch_first=True)
-        ids, mask, places = (tensor.to(member.model.device) for tensor in (ids, mask, places))
-        with torch.inference_mode(), only_at(member.model, places) as entered:
+        positions = pad_sequence([torch.tensor([*row["completion_mask"][1:], 0], dtype=torch.bool) for row in chosen], batch_first=True)
+        ids, mask, positions = (tensor.to(member.model.device) for tensor in (ids, mask, positions))
+        with torch.inference_mode(), only_at(member.model, positions) as entered:
             logits = member.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         with torch.inference_mode():
             again = member.model.get_output_embeddings()(entered[0])
         if not torch.allclose(logits, again, atol=1e-4):
-            raise UserError(f"{field}: the model changes its head's logits afterwards (a soft cap, say), which kl and consistent do not cover")
+            raise UserError(
+                f"{field}: the model changes its head's logits afterwards (a soft cap, for example), which kl and consistent do not cover"
+            )
         found.append(entered[0].cpu().clone())
     return found

@@ -1,0 +1,74 @@
+"""Items: questions with their answers, for tuning, tests and probes; how they are held out and shuffled."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from proxytune.errors import UserError
+
+
+class Turn(BaseModel):
+    """One message of a conversation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class Item(BaseModel):
+    """One question. `question` is asked in the tuned format; `statement` is the beginning of a plain-text sentence that the answer ends."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    question: str = Field(min_length=1)
+    answer: str = Field(min_length=1)
+    choices: tuple[str, ...] = ()
+    statement: str | None = None
+    popularity: float | None = Field(default=None, ge=0, allow_inf_nan=False, description="stands in for exposure on real models")
+    unit: str | None = Field(default=None, description="items of one unit are resampled together; default: each item by itself")
+    subject: str | None = Field(default=None, min_length=1, description="whom the statement is about, as it is written there")
+    turns: tuple[Turn, ...] = Field(default=(), description="of the conversation before the question")
+    rejected: str | None = Field(default=None, min_length=1, description="the worse answer of a preference pair")
+
+    @model_validator(mode="after")
+    def _two_answers(self) -> "Item":
+        if self.rejected == self.answer:
+            raise ValueError("rejected must differ from the answer")
+        return self
+
+
+def shuffle_answers(items: Sequence[Item], seed: int) -> list[Item]:
+    """The items with their answers shuffled: a control that has the form of the data but not its content.
+
+    Answers are shuffled among items of equal `choices` (items without choices are one group). Each answer is used once, and no item
+    keeps its own answer unless it is alone in its group; two equal answers may be exchanged. A rejected answer moves with its answer.
+    The same seed gives the same order.
+    """
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for position, item in enumerate(items):
+        groups.setdefault(item.choices, []).append(position)
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = list(items)
+    for positions in groups.values():
+        order = [positions[index] for index in torch.randperm(len(positions), generator=generator).tolist()]
+        for giver, taker in zip(order, [*order[1:], order[0]], strict=True):  # one cycle, so that no item keeps its own answer
+            shuffled[taker] = items[taker].model_copy(update={"answer": items[giver].answer, "rejected": items[giver].rejected})
+    return shuffled
+
+
+def hold_out(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:
+    """Items to tune on and items held out. Units stay together, so that no fact is on both sides.
+
+    Raises `UserError` where there are too few units.
+    """
+    units = sorted({item.unit or item.question for item in items})
+    count = max(1, round(len(units) * share))
+    if count >= len(units):
+        raise UserError(f"train: {len(units)} units are too few to hold any out for validation; give more items")
+    order = torch.randperm(len(units), generator=torch.Generator().manual_seed(seed))
+    held_out = {units[position] for position in order[:count].tolist()}
+    validation = [item for item in items if (item.unit or item.question) in held_out]
+    return [item for item in items if (item.unit or item.question) not in held_out], validation

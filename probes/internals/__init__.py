@@ -1,0 +1,1 @@
+"""What happens inside a model: states at chosen tokens, parameters in blocks, moments of states."""
