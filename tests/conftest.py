@@ -43,6 +43,15 @@ def lora_family(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A base and a small model of one vocabulary."""
+    for name, seed, hidden in (("base", 1, 48), ("small", 2, 32)):
+        make_model(seed=seed, layers=4, hidden=hidden).save_pretrained(tmp_path / name)
+        make_tokenizer().save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+@pytest.fixture
 def random_ids() -> Callable[..., torch.Tensor]:
     def draw(*shape: int, seed: int = 0) -> torch.Tensor:
         return torch.randint(3, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))

@@ -9,8 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from helpers import make_model
-from test_study import GOOD, changed, load
+from helpers import GOOD, changed, load, make_model
 from typer.testing import CliRunner
 
 from evals.cli import app

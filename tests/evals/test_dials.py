@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import place_world, run_in_process
 from safetensors.torch import load_file
 from scipy.stats import binomtest
-from test_compare import place_world, run_in_process
 
 from evals.arms import tuning_summary
 from evals.costs import serving_cost

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_members
+from helpers import Counted, make_members
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -123,20 +123,6 @@ def test_what_is_too_long_is_cut_as_the_harness_cuts_it_and_said(tasks: TaskMana
     names = ["words_choice", "words_last", "words_rolling"]
     assert same(evaluate(ours, tasks, names), evaluate(theirs, tasks, names), names)
     assert "longer than the window of 8 tokens" in caplog.text
-
-
-class Counted:
-    """Counts how often a model is run."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        self.passes = 0
-        forward = ProxyTunedForCausalLM.member_logits
-
-        def counting(*arguments: Any, **options: Any) -> Any:
-            self.passes += 1
-            return forward(*arguments, **options)
-
-        monkeypatch.setattr(ProxyTunedForCausalLM, "member_logits", counting)
 
 
 def test_kept_answers_are_given_again_and_never_for_another_model(tasks: TaskManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_members, make_model, make_tokenizer
+from helpers import Counted, make_members, make_model, make_tokenizer
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import model_registry
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from test_harness import Counted
 
 from evals.harness import TASKS, ProxyLM
 from proxytune import Member, Rule, UserError, proxy_tuning

@@ -8,8 +8,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from helpers import make_model, make_tokenizer
-from test_compare import run_in_process
+from helpers import make_model, make_tokenizer, run_in_process
 
 import evals.compare
 from evals.arms import tuning_summary
