@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ARCHITECTURES, VOCABULARY, make_members, make_model, make_tokenizer
+from helpers import ARCHITECTURES, VOCABULARY, make_members, make_model, make_tokenizer, save_models
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -45,9 +45,7 @@ def lora_family(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A base and a small model of one vocabulary."""
-    for name, seed, hidden in (("base", 1, 48), ("small", 2, 32)):
-        make_model(seed=seed, layers=4, hidden=hidden).save_pretrained(tmp_path / name)
-        make_tokenizer().save_pretrained(tmp_path / name)
+    save_models(tmp_path)
     return tmp_path
 
 

@@ -5,6 +5,7 @@ What needs `evals` imports it within: scripts that tests start as processes of t
 
 import contextlib
 import copy
+import functools
 import gc
 import io
 import os
@@ -12,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,6 +104,13 @@ def items(count: int = 24) -> list[Item]:
     ]
 
 
+def save_models(place: Path) -> None:
+    """A base and a small model of one vocabulary."""
+    for name, seed, hidden in (("base", 1, 48), ("small", 2, 32)):
+        make_model(seed=seed, layers=4, hidden=hidden).save_pretrained(place / name)
+        make_tokenizer().save_pretrained(place / name)
+
+
 TUNINGS: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": {"method": "lora", "rank": 2},
@@ -142,6 +151,16 @@ def run_tuning(
         fsdp=fsdp,
         watcher=watcher,
     )
+
+
+@functools.cache
+def unbroken_tuning(recipe: str = "full", epochs: float = 2.0, learning_rate: float = 1e-2) -> tuple[TuningReport, str]:
+    """What an uninterrupted run of that recipe gives on the models of the fixture `folder`: its report and its result's fingerprint."""
+    with tempfile.TemporaryDirectory() as place:
+        save_models(Path(place))
+        options = TUNINGS[recipe] | {"epochs": epochs, "learning_rate": learning_rate}
+        report = run_tuning(Path(place), "unbroken", every=1e9, **options)
+        return report, fingerprint(Path(place), "unbroken")
 
 
 def fingerprint(place: Path, name: str) -> str:

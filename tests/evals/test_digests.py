@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import TUNINGS, Stop, fingerprint, items, run_tuning
+from helpers import TUNINGS, Stop, fingerprint, items, run_tuning, unbroken_tuning
 from transformers import TrainerCallback
 
 from evals.arms import _tuned
@@ -164,7 +164,7 @@ def stopped(place: Path, step: int, **options: Any) -> Path:
 
 
 def test_a_damaged_checkpoint_is_named_and_the_run_ends_the_same(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    unbroken = run_tuning(folder, "unbroken", every=1e9, epochs=1.0)
+    unbroken, right = unbroken_tuning(epochs=1.0)
     partial = stopped(folder, 4, epochs=1.0)
     kept = Path(shutil.copytree(partial, folder / "kept"))
     # The newest damaged: it goes on from the one before; both damaged: from the beginning; none: nothing is said.
@@ -181,7 +181,7 @@ def test_a_damaged_checkpoint_is_named_and_the_run_ends_the_same(folder: Path, c
         caplog.clear()
         resumed = run_tuning(folder, "out", epochs=1.0)
         assert resumed.losses == unbroken.losses
-        assert fingerprint(folder, "out") == fingerprint(folder, "unbroken")
+        assert fingerprint(folder, "out") == right
         assert len([record for record in caplog.records if "optimizer.pt are not those" in record.getMessage()]) == len(damaged)
         shutil.rmtree(folder / "out")
 
@@ -230,7 +230,7 @@ def dying_removal(steps: int) -> Callable[..., None]:
 @pytest.mark.parametrize("recipe", ["full", "early-stopped"])
 @pytest.mark.parametrize("steps", [7, pytest.param(range(0, 40, 3), marks=pytest.mark.slow)], ids=str)
 def test_a_kill_while_checkpoints_rotate(folder: Path, recipe: str, steps: int | range, monkeypatch: pytest.MonkeyPatch) -> None:
-    unbroken = run_tuning(folder, "unbroken", every=1e9, **TUNINGS[recipe])
+    unbroken, right = unbroken_tuning(recipe)
     for number in [steps] if isinstance(steps, int) else steps:
         with monkeypatch.context() as patched:
             patched.setattr("shutil.rmtree", dying_removal(number))
@@ -241,7 +241,7 @@ def test_a_kill_while_checkpoints_rotate(folder: Path, recipe: str, steps: int |
         resumed = run_tuning(folder, "out", **TUNINGS[recipe])
         assert resumed.losses == unbroken.losses
         assert resumed.validation_losses == unbroken.validation_losses
-        assert fingerprint(folder, "out") == fingerprint(folder, "unbroken")
+        assert fingerprint(folder, "out") == right
         shutil.rmtree(folder / "out")
         assert not partial.exists()
 
@@ -254,7 +254,7 @@ PAST_ITS_BEST = TUNINGS["early-stopped"] | {"learning_rate": 0.05, "epochs": 5.0
 )
 def test_a_best_checkpoint_that_is_gone_never_changes_the_end(folder: Path, gone: str) -> None:
     options = PAST_ITS_BEST
-    unbroken = run_tuning(folder, "unbroken", every=1e9, **options)
+    unbroken, right = unbroken_tuning("early-stopped", epochs=5.0, learning_rate=0.05)
     best = 2 * (1 + int(np.argmin(unbroken.validation_losses)))
     assert best < unbroken.steps - 2
     partial = stopped(folder, unbroken.steps - 1, every=1e9, **options)
@@ -270,28 +270,28 @@ def test_a_best_checkpoint_that_is_gone_never_changes_the_end(folder: Path, gone
         (partial / f"checkpoint-{newest}" / "optimizer.pt").unlink()
     resumed = run_tuning(folder, "out", every=1e9, **options)
     assert (resumed.losses, resumed.validation_losses) == (unbroken.losses, unbroken.validation_losses)
-    assert fingerprint(folder, "out") == fingerprint(folder, "unbroken")
+    assert fingerprint(folder, "out") == right
 
 
 def test_without_its_best_checkpoint_a_run_would_end_elsewhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative twin: other weights under the best checkpoint's name do change the end."""
     options = PAST_ITS_BEST
-    unbroken = run_tuning(folder, "unbroken", every=1e9, **options)
+    unbroken, right = unbroken_tuning("early-stopped", epochs=5.0, learning_rate=0.05)
     best = 2 * (1 + int(np.argmin(unbroken.validation_losses)))
     partial = stopped(folder, unbroken.steps - 1, every=1e9, **options)
     shutil.copy(folder / "small" / "model.safetensors", partial / f"checkpoint-{best}")
     seal(partial / f"checkpoint-{best}")
     run_tuning(folder, "out", every=1e9, **options)
-    assert fingerprint(folder, "out") != fingerprint(folder, "unbroken")
+    assert fingerprint(folder, "out") != right
 
 
 def test_a_run_that_was_moved_goes_on_to_its_own_best(folder: Path, tmp_path: Path) -> None:
     options = PAST_ITS_BEST
-    unbroken = run_tuning(folder, "unbroken", every=1e9, **options)
+    unbroken, right = unbroken_tuning("early-stopped", epochs=5.0, learning_rate=0.05)
     partial = stopped(folder, unbroken.steps - 1, every=1e9, **options)
     partial.rename(folder / ".moved.partial")
     run_tuning(folder, "moved", every=1e9, **options)
-    assert fingerprint(folder, "moved") == fingerprint(folder, "unbroken")
+    assert fingerprint(folder, "moved") == right
 
 
 def test_leftovers_of_a_killed_save_are_no_part_of_the_result(folder: Path) -> None:
