@@ -18,4 +18,4 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 def pytest_configure(config: pytest.Config) -> None:
     """Fixtures are for the processes that run tests: the one that only hands them out need not import torch first."""
     if hasattr(config, "workerinput") or not config.getoption("numprocesses") or not config.pluginmanager.has_plugin("xdist"):
-        config.pluginmanager.import_plugin("fixtures")
+        config.pluginmanager.import_plugin("shared_fixtures")
