@@ -1,57 +1,21 @@
-"""Fixtures that several test modules share."""
+"""How the suite runs: in two processes, of one thread each."""
 
-from collections.abc import Callable
-from pathlib import Path
+import os
 
 import pytest
-import torch
-from helpers import ARCHITECTURES, VOCABULARY, make_members, make_model, make_tokenizer
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
 
-from probes.world.family import build_family
-from proxytune.member import Member
-from proxytune.modeling import ProxyTunedForCausalLM
-from proxytune.mixture import proxy_tuning
+for library in ("OMP", "OPENBLAS", "MKL"):
+    os.environ.setdefault(f"{library}_NUM_THREADS", "1")  # before numpy and torch are imported, here, in workers and in what tests start
 
 
-@pytest.fixture
-def members() -> dict[str, Member]:
-    return make_members()
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Without pytest-xdist (`-p no:xdist`) its options in pyproject.toml say nothing."""
+    if not pluginmanager.has_plugin("xdist"):
+        for name in ("--numprocesses", "--dist"):
+            parser.addoption(name, help="belongs to pytest-xdist")
 
 
-@pytest.fixture
-def proxy(members: dict[str, Member]) -> ProxyTunedForCausalLM:
-    return ProxyTunedForCausalLM(members, proxy_tuning(1.0))
-
-
-@pytest.fixture(params=ARCHITECTURES)
-def any_proxy(request: pytest.FixtureRequest) -> ProxyTunedForCausalLM:
-    return ProxyTunedForCausalLM(make_members(request.param), proxy_tuning(0.7))
-
-
-@pytest.fixture(scope="session")
-def lora_family(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a base, a small model of its vocabulary and two LoRA adapters on the small one, as users have them."""
-    folder = tmp_path_factory.mktemp("family")
-    for name, model in (("base", make_model(seed=1, layers=3, hidden=48)), ("small", make_model(seed=2))):
-        model.save_pretrained(folder / name)
-        make_tokenizer().save_pretrained(folder / name)
-    for name, rank, seed in (("polite", 4, 3), ("terse", 2, 4)):
-        torch.manual_seed(seed)
-        settings = LoraConfig(r=rank, lora_alpha=8 * rank, target_modules="all-linear", init_lora_weights=False)
-        get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "small"), settings).save_pretrained(folder / name)
-    return folder
-
-
-@pytest.fixture
-def random_ids() -> Callable[..., torch.Tensor]:
-    def draw(*shape: int, seed: int = 0) -> torch.Tensor:
-        return torch.randint(3, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
-
-    return draw
-
-
-@pytest.fixture(scope="session")
-def tiny_family(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_family("tiny", 0, tmp_path_factory.mktemp("worlds"))
+def pytest_configure(config: pytest.Config) -> None:
+    """Fixtures are for the processes that run tests: the one that only hands them out need not import torch first."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses") or not config.pluginmanager.has_plugin("xdist"):
+        config.pluginmanager.import_plugin("shared_fixtures")

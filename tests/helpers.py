@@ -1,21 +1,46 @@
-"""Tiny random models of real architectures and a tiny tokenizer; no download, no hub."""
+"""What several test modules share: tiny random models and a tiny tokenizer, a tuning, a study, the command line. No download, no hub.
 
+What needs `evals` imports it within: scripts that tests start as processes of their own import this file, too.
+"""
+
+import contextlib
+import copy
+import functools
+import gc
+import io
 import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
 import transformers
+import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
-from proxytune.member import Member
+from finetune.items import Item
+from finetune.recipe import EarlyStopping, Tuning, TuningRun
+from finetune.tuning import TuningReport, tune
+from proxytune import Member, ProxyTunedForCausalLM, load_member
+
+if TYPE_CHECKING:
+    import pytest
+
+    from evals.records import Record
+    from evals.study import Study
 
 VOCABULARY = 50
 TESTS = Path(__file__).parent
-PATHS = [str(path) for path in (TESTS.parent, TESTS, TESTS / "finetune", TESTS / "evals")]  # for scripts that tests start
+PATHS = [str(TESTS.parent), str(TESTS)]  # for scripts that tests start
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2", "gpt_neox", "gemma", "mistral")
 
 torch.set_num_threads(1)
@@ -58,3 +83,225 @@ def make_members(architecture: str = "llama") -> dict[str, Member]:
         "expert": Member(make_model(architecture, seed=2), tokenizer),
         "antiexpert": Member(make_model(architecture, seed=3), tokenizer),
     }
+
+
+# --- tuning ---
+
+
+def words(*numbers: int) -> str:
+    return " ".join(f"w{number}" for number in numbers)
+
+
+def items(count: int = 24) -> list[Item]:
+    """Questions and answers of uneven lengths."""
+    return [
+        Item(
+            question=words(*range(3 + number % 7, 8 + number % 7 + number % 5)),
+            answer=words(*range(20 + number % 9, 21 + number % 9 + number % 4)),
+            rejected=words(40 + number % 5),
+        )
+        for number in range(count)
+    ]
+
+
+def save_models(place: Path) -> None:
+    """A base and a small model of one vocabulary."""
+    for name, seed, hidden in (("base", 1, 48), ("small", 2, 32)):
+        make_model(seed=seed, layers=4, hidden=hidden).save_pretrained(place / name)
+        make_tokenizer().save_pretrained(place / name)
+
+
+TUNINGS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora": {"method": "lora", "rank": 2},
+    "micro-batches": {"micro_batch_size": 2, "padding_free": True},
+    "consistent": {"consistent": 1.0},
+    "preference": {"preference": 0.1},
+    "early-stopped": {"early_stopping": EarlyStopping(validation_share=0.2, every_steps=2, patience=3)},
+}
+
+
+class Stop(TrainerCallback):
+    """Stops the run as Ctrl-C would, at the end of a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def run_tuning(
+    place: Path, name: str, watcher: TrainerCallback | None = None, every: float = 0.0, fsdp: bool = False, **options: Any
+) -> TuningReport:
+    """Tunes the small model of a folder (fixture `folder`) into its subfolder `name`, with a checkpoint every `every` seconds."""
+    settings = {"method": "full", "learning_rate": 1e-2, "epochs": 2.0, "batch_size": 4} | options
+    base = place / "base" if "consistent" in settings else None
+    run = TuningRun(
+        place / "small",
+        items(20),
+        Tuning(**settings),
+        prompt="{question}",
+        ending="",
+        seed=0,
+        out=place / name,
+        base=base,
+        checkpoint_seconds=every,
+        fsdp=fsdp,
+    )
+    return tune(run, watcher)
+
+
+@functools.cache
+def unbroken_tuning(recipe: str = "full", epochs: float = 2.0, learning_rate: float = 1e-2) -> tuple[TuningReport, str]:
+    """What an uninterrupted run of that recipe gives on the models of the fixture `folder`: its report and its result's fingerprint."""
+    with tempfile.TemporaryDirectory() as place:
+        save_models(Path(place))
+        options = TUNINGS[recipe] | {"epochs": epochs, "learning_rate": learning_rate}
+        report = run_tuning(Path(place), "unbroken", every=1e9, **options)
+        return report, fingerprint(Path(place), "unbroken")
+
+
+def fingerprint(place: Path, name: str) -> str:
+    lora = (place / name / "adapter_config.json").exists()
+    return load_member(place / "small", place / name).fingerprint if lora else load_member(place / name).fingerprint
+
+
+# --- studies ---
+
+TUNING = {"method": "full", "learning_rate": 3e-3, "epochs": 1, "batch_size": 8}
+STUDY: dict[str, Any] = {
+    "study": "small",
+    "worlds": ["tiny"],
+    "seeds": [0],
+    "batch_size": 100,
+    "measures": ["task", "knowledge", "forgetting", "density"],
+    "arms": {
+        "base": {"kind": "base"},
+        "expert": {"kind": "expert", "tuning": TUNING},
+        "proxy": {"kind": "proxy", "alpha": [0, 1]},
+        "full": {"kind": "direct", "tuning": TUNING},
+        "lora": {"kind": "direct", "tuning": TUNING | {"method": "lora", "rank": 4}},
+    },
+}
+
+
+def place_world(tiny_family: Path, out: Path) -> Path:
+    shutil.copytree(tiny_family, out / "worlds" / "tiny" / "seed-0")
+    return out
+
+
+def run_in_process(study: "Study", out: Path, folder: Path = Path()) -> "list[Record]":
+    from evals.running.progress import Display
+    from evals.running.runner import run_study
+
+    with Display() as display:
+        return run_study(study, folder, out, display)
+
+
+PLAIN_TUNING = {"method": "full", "learning_rate": 1e-3}
+GOOD: dict[str, Any] = {
+    "study": "good",
+    "worlds": ["tiny"],
+    "measures": ["task"],
+    "arms": {
+        "base": {"kind": "base"},
+        "expert": {"kind": "expert", "tuning": dict(PLAIN_TUNING)},
+        "proxy": {"kind": "proxy", "alpha": [0.5, 1]},
+        "full": {"kind": "direct", "tuning": dict(PLAIN_TUNING)},
+    },
+}
+
+
+def changed(*path: str, value: Any) -> dict[str, Any]:
+    """The good study with another value at a path of keys."""
+    study = copy.deepcopy(GOOD)
+    place = study
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return study
+
+
+def load(folder: Path, study: Any) -> "Study":
+    """A study, given as values or as YAML, read from a file of the folder."""
+    from evals.study import load_study
+
+    (folder / "study.yaml").write_text(study if isinstance(study, str) else yaml.safe_dump(study, sort_keys=False))
+    return load_study(folder / "study.yaml")[0]
+
+
+class Counted:
+    """Counts how often a model is run."""
+
+    def __init__(self, monkeypatch: "pytest.MonkeyPatch"):
+        self.passes = 0
+        forward = ProxyTunedForCausalLM.member_logits
+
+        def counting(*arguments: Any, **options: Any) -> Any:
+            self.passes += 1
+            return forward(*arguments, **options)
+
+        monkeypatch.setattr(ProxyTunedForCausalLM, "member_logits", counting)
+
+
+# --- the command line ---
+
+
+def run_command(*arguments: object, given: str = "") -> subprocess.CompletedProcess[str]:
+    """`proxytune ARGUMENTS` within this process, as far as standard input, output, error and the exit code go; what it sets is set back."""
+    from evals import cli
+
+    argv, hook, threads = sys.argv, sys.unraisablehook, torch.get_num_threads()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    out, error, stdin = io.StringIO(), io.StringIO(), sys.stdin
+    sys.argv, sys.stdin, code = ["proxytune", *map(str, arguments)], io.StringIO(given), None
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+            cli.main()
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        sys.argv, sys.stdin, sys.unraisablehook = argv, stdin, hook
+        torch.set_num_threads(threads)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert code is not None, "the command line did not exit"
+    return subprocess.CompletedProcess(list(arguments), code, out.getvalue(), error.getvalue())
+
+
+# --- signals ---
+
+
+def send(number: int) -> None:
+    """A signal to this process."""
+    os.kill(os.getpid(), number)
+    for _ in range(1000):
+        pass  # a handler runs between two steps of the interpreter
+
+
+class Cycle:
+    """Collected by `gc` alone; the signal comes while it is being deleted."""
+
+    def __init__(self, number: int):
+        self.itself, self.number = self, number
+
+    def __del__(self) -> None:
+        send(self.number)
+
+
+def while_collecting(number: int) -> None:
+    Cycle(number)
+    gc.collect()
+
+
+def once(before: Callable[..., Any], act: Callable[[], None]) -> Callable[..., Any]:
+    """The function, which acts first when it is called for the first time."""
+    left = iter([act])
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        next(left, lambda: None)()
+        return before(*arguments, **options)
+
+    return call

@@ -14,18 +14,16 @@ from helpers import make_model, make_tokenizer
 
 from evals import cli
 from evals.harness.model import run_harness
-from finetune import data
 from finetune.encoding import CHAT, chat_ids, encode_examples, prompt_ids, prompt_text
 from finetune.items import Item, Turn
-from probes.internals.activations import check_logits, last_and_subject, read_states
 from probes.inside import Prompts, read_inside
 from probes.internals.activations import check_logits, last_and_subject, read_states
 from probes.knowledge.candidates import known
 from probes.lens import Lens, first_tokens, fit_translators, read_lens
 from probes.patching import patch_subject
 from probes.restoration import restorations, restore
-from proxytune.member import Member
 from proxytune.errors import UserError
+from proxytune.member import Member
 
 GOOD = "{% for m in messages %}w5 {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w6{% endif %}"
 NESTED = "{% for a in range(99999) %}" * 4 + "{% set x = a %}" + "{% endfor %}" * 4

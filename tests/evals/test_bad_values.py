@@ -9,23 +9,21 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from helpers import make_model
-from test_study import GOOD, changed, load
+from helpers import GOOD, changed, load, make_model
 from typer.testing import CliRunner
 
 from evals.cli import app
+from evals.commands.tune import Run, tune_one
+from evals.display.render import render
+from evals.released.rescore import PASS
 from evals.results.items import FILE, read_items_of
 from evals.running.progress import Display
-from evals.released.rescore import PASS
 from evals.study import MOST_NODES, Study, check_labels, expanded
-from evals.display.render import render
-from evals.commands.tune import Run, tune_one
 from finetune.encoding import check_prompt
 from finetune.recipe import LARGEST_RANK, LARGEST_SEED, Tuning
 from finetune.trainers import _check_targets
-from proxytune.errors import UserError
 from proxytune.content import as_json
-from proxytune.errors import LONGEST, brief, shortened
+from proxytune.errors import LONGEST, UserError, brief, shortened
 
 TEXT = yaml.safe_dump(GOOD, sort_keys=False)
 LONG = "x" * 1_000_000

@@ -1,19 +1,17 @@
 """The benchmark's ratios are of runs that give the same tokens and the same scores."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_members
+from helpers import make_members, run_command
 
 from evals.commands.bench import Bench, bench_tables, run_bench, steps, three_passes
 from evals.display.render import draw
-from proxytune.modeling import ProxyTunedForCausalLM
 from proxytune.errors import UserError
 from proxytune.mixture import proxy_tuning
+from proxytune.modeling import ProxyTunedForCausalLM
 
 
 def test_the_reference_loop_is_generate() -> None:
@@ -54,5 +52,5 @@ def test_mistakes_are_one_line(lora_family: Path, tmp_path: Path, bench: Bench, 
 
 
 def test_the_help_teaches() -> None:
-    shown = subprocess.run([sys.executable, "-m", "evals.cli", "bench", "--help"], capture_output=True, text=True, check=True).stdout
+    shown = run_command("bench", "--help").stdout
     assert "BASE SMALL" in shown

@@ -16,40 +16,15 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from helpers import make_model, make_tokenizer
+from evals.verdicts import verdict_rows
+from helpers import STUDY, make_model, make_tokenizer, place_world, run_in_process
 
-from evals.running.runner import run_study
-from evals.figures import draw_figures
-from evals.findings import Found
-from evals.running.progress import Display
+from evals.display.render import render
 from evals.records import Record, read_record, write_record
 from evals.results.summary import summarize
 from evals.study import Study, load_study
-from evals.display.render import render
-from evals.verdicts import verdict_rows
-from proxytune.errors import UserError
 from proxytune.digests import DIGESTS
-
-TUNING = {"method": "full", "learning_rate": 3e-3, "epochs": 1, "batch_size": 8}
-STUDY: dict[str, Any] = {
-    "study": "small",
-    "world": "tiny",
-    "seeds": [0],
-    "batch_size": 100,
-    "measures": ["task", "knowledge", "forgetting", "density"],
-    "arms": {
-        "base": {"kind": "base"},
-        "expert": {"kind": "expert", "tuning": TUNING},
-        "proxy": {"kind": "proxy", "alpha": [0, 1]},
-        "full": {"kind": "direct", "tuning": TUNING},
-        "lora": {"kind": "direct", "tuning": TUNING | {"method": "lora", "rank": 4}},
-    },
-}
-
-
-def place_world(tiny_family: Path, out: Path) -> Path:
-    shutil.copytree(tiny_family, out / "worlds" / "tiny" / "seed-0")
-    return out
+from proxytune.errors import UserError
 
 
 def write_study(folder: Path, **changes: Any) -> Path:
@@ -61,11 +36,6 @@ def write_study(folder: Path, **changes: Any) -> Path:
 
 def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "evals.cli", *map(str, arguments)]
-
-
-def run_in_process(study: Study, out: Path, folder: Path = Path()) -> list[Record]:
-    with Display() as display:
-        return run_study(study, folder, out, display)
 
 
 @pytest.fixture(scope="module")

@@ -7,20 +7,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import place_world, run_in_process
 from safetensors.torch import load_file
 from scipy.stats import binomtest
-from test_compare import place_world, run_in_process
 
 from evals.arms import tuning_summary
-from evals.running.costs import serving_cost
-from evals.statistics.frontier import on_frontier
 from evals.data import material_for
+from evals.display.render import make_tables, render
 from evals.records import Record
 from evals.results.costs import measured_costs
 from evals.results.summary import summarize
+from evals.running.costs import serving_cost
 from evals.selection import choose_dials
+from evals.statistics.frontier import on_frontier
 from evals.study import Study
-from evals.display.render import make_tables, render
 from finetune.items import hold_out
 from proxytune.errors import UserError
 from proxytune.member import Weights, load_members
@@ -30,7 +30,7 @@ TUNING = {"method": "full", "learning_rate": 3e-3, "epochs": 1, "batch_size": 8}
 LORA = TUNING | {"method": "lora", "rank": 4}
 STUDY: dict[str, Any] = {
     "study": "dials",
-    "world": "tiny",
+    "worlds": ["tiny"],
     "batch_size": 100,
     "measures": ["task", "knowledge"],
     "direct": "large",
@@ -42,9 +42,9 @@ STUDY: dict[str, Any] = {
         "other-proxy": {"kind": "proxy", "expert": "consistent", "alpha": [1]},
         "large": {"kind": "direct", "tuning": TUNING},
         "large-proxy": {"kind": "proxy", "expert": "large", "alpha": [0.5, 1]},
-        "lora": {"kind": "direct", "tuning": {"method": "lora", "rank": 4, "epochs": 1, "batch_size": 8}, "dial": {"learning_rate": [1e-3, 1e-2]}},
-        "lora-chosen": {"kind": "direct", "tuning": LORA, "dial": {"learning_rate": [1e-3, 1e-2]}, "choose": "best"},
-        "matched": {"kind": "direct", "tuning": TUNING, "dial": {"epochs": [0.5, 1]}, "choose": "proxy@0.5"},
+        "lora": {"kind": "direct", "tuning": {"method": "lora", "rank": 4, "epochs": 1, "batch_size": 8}, "sweep": {"learning_rate": [1e-3, 1e-2]}},
+        "lora-chosen": {"kind": "direct", "tuning": LORA, "sweep": {"learning_rate": [1e-3, 1e-2]}, "select": "best"},
+        "matched": {"kind": "direct", "tuning": TUNING, "sweep": {"epochs": [0.5, 1]}, "select": {"match": "proxy@0.5"}},
     },
 }
 LABELS = ["base", "expert", "consistent", "proxy@0.5", "proxy@1", "other-proxy@1", "large", "large-proxy@0.5", "large-proxy@1"]

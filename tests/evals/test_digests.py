@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from test_faults import RECIPES, Stop, fingerprint, run
-from test_recipes import folder, items
+from helpers import TUNINGS, Stop, fingerprint, items, run_tuning, unbroken_tuning
 from transformers import TrainerCallback
 
 from evals.arms import _tuned
 from evals.data import Material
-from evals.records import read_record, write_record
 from evals.harness.responses import Responses
+from evals.records import read_record, write_record
 from finetune.checkpoints import last_whole
 from finetune.encoding import encode_examples
 from finetune.pretraining import Pretraining
@@ -29,12 +28,9 @@ from finetune.reference import read_reference
 from probes.world import family as families
 from probes.world.family import build_family, find_family
 from probes.world.recipes import RECIPES as WORLDS
-from proxytune.errors import UserError
-from proxytune.member import load_member
 from proxytune.digests import DIGESTS, check_whole, find_damage, is_whole, publish, seal
-from proxytune.member import Weights
-
-assert folder  # a fixture
+from proxytune.errors import UserError
+from proxytune.member import Weights, load_member
 
 
 def damages(content: bytes, count: int, seed: int = 0) -> Iterator[bytes]:
@@ -164,12 +160,12 @@ def test_what_is_published_takes_the_old_ones_place_at_once(sealed: Path, monkey
 
 def stopped(place: Path, step: int, **options: Any) -> Path:
     with pytest.raises(KeyboardInterrupt):
-        run(place, "out", Stop(step), **options)
+        run_tuning(place, "out", Stop(step), **options)
     return place / ".out.partial"
 
 
 def test_a_damaged_checkpoint_is_named_and_the_run_ends_the_same(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    unbroken = run(folder, "unbroken", every=1e9, epochs=1.0)
+    unbroken, right = unbroken_tuning(epochs=1.0)
     partial = stopped(folder, 4, epochs=1.0)
     kept = Path(shutil.copytree(partial, folder / "kept"))
     # The newest damaged: it goes on from the one before; both damaged: from the beginning; none: nothing is said.
@@ -184,9 +180,9 @@ def test_a_damaged_checkpoint_is_named_and_the_run_ends_the_same(folder: Path, c
         found = shutil.copytree(partial, folder / f"found-{first}")
         assert (last_whole(Path(found))[0] or Path("checkpoint-0")).name == f"checkpoint-{first}"
         caplog.clear()
-        resumed = run(folder, "out", epochs=1.0)
+        resumed = run_tuning(folder, "out", epochs=1.0)
         assert resumed.losses == unbroken.losses
-        assert fingerprint(folder, "out") == fingerprint(folder, "unbroken")
+        assert fingerprint(folder, "out") == right
         assert len([record for record in caplog.records if "optimizer.pt are not those" in record.getMessage()]) == len(damaged)
         shutil.rmtree(folder / "out")
 
@@ -235,23 +231,23 @@ def dying_removal(steps: int) -> Callable[..., None]:
 @pytest.mark.parametrize("recipe", ["full", "early-stopped"])
 @pytest.mark.parametrize("steps", [7, pytest.param(range(0, 40, 3), marks=pytest.mark.slow)], ids=str)
 def test_a_kill_while_checkpoints_rotate(folder: Path, recipe: str, steps: int | range, monkeypatch: pytest.MonkeyPatch) -> None:
-    unbroken = run(folder, "unbroken", every=1e9, **RECIPES[recipe])
+    unbroken, right = unbroken_tuning(recipe)
     for number in [steps] if isinstance(steps, int) else steps:
         with monkeypatch.context() as patched:
             patched.setattr("shutil.rmtree", dying_removal(number))
             with pytest.raises(Death):
-                run(folder, "out", every=0.0, **RECIPES[recipe])
+                run_tuning(folder, "out", every=0.0, **TUNINGS[recipe])
         partial = folder / ".out.partial"
         assert last_whole(partial)[0] is not None
-        resumed = run(folder, "out", **RECIPES[recipe])
+        resumed = run_tuning(folder, "out", **TUNINGS[recipe])
         assert resumed.losses == unbroken.losses
         assert resumed.validation_losses == unbroken.validation_losses
-        assert fingerprint(folder, "out") == fingerprint(folder, "unbroken")
+        assert fingerprint(folder, "out") == right
         shutil.rmtree(folder / "out")
         assert not partial.exists()
 
 
-PAST_ITS_BEST = RECIPES["early-stopped"] | {"learning_rate": 0.05, "epochs": 5.0}
+PAST_ITS_BEST = TUNINGS["early-stopped"] | {"learning_rate": 0.05, "epochs": 5.0}
 
 
 @pytest.mark.parametrize(
@@ -259,7 +255,7 @@ PAST_ITS_BEST = RECIPES["early-stopped"] | {"learning_rate": 0.05, "epochs": 5.0
 )
 def test_a_best_checkpoint_that_is_gone_never_changes_the_end(folder: Path, gone: str) -> None:
     options = PAST_ITS_BEST
-    unbroken = run(folder, "unbroken", every=1e9, **options)
+    unbroken, right = unbroken_tuning("early-stopped", epochs=5.0, learning_rate=0.05)
     best = 2 * (1 + int(np.argmin(unbroken.validation_losses)))
     assert best < unbroken.steps - 2
     partial = stopped(folder, unbroken.steps - 1, every=1e9, **options)
@@ -273,37 +269,37 @@ def test_a_best_checkpoint_that_is_gone_never_changes_the_end(folder: Path, gone
         shutil.rmtree(partial / f"checkpoint-{newest}")
     if gone == "newest's optimizer":
         (partial / f"checkpoint-{newest}" / "optimizer.pt").unlink()
-    resumed = run(folder, "out", every=1e9, **options)
+    resumed = run_tuning(folder, "out", every=1e9, **options)
     assert (resumed.losses, resumed.validation_losses) == (unbroken.losses, unbroken.validation_losses)
-    assert fingerprint(folder, "out") == fingerprint(folder, "unbroken")
+    assert fingerprint(folder, "out") == right
 
 
 def test_without_its_best_checkpoint_a_run_would_end_elsewhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative twin: other weights under the best checkpoint's name do change the end."""
     options = PAST_ITS_BEST
-    unbroken = run(folder, "unbroken", every=1e9, **options)
+    unbroken, right = unbroken_tuning("early-stopped", epochs=5.0, learning_rate=0.05)
     best = 2 * (1 + int(np.argmin(unbroken.validation_losses)))
     partial = stopped(folder, unbroken.steps - 1, every=1e9, **options)
     shutil.copy(folder / "small" / "model.safetensors", partial / f"checkpoint-{best}")
     seal(partial / f"checkpoint-{best}")
-    run(folder, "out", every=1e9, **options)
-    assert fingerprint(folder, "out") != fingerprint(folder, "unbroken")
+    run_tuning(folder, "out", every=1e9, **options)
+    assert fingerprint(folder, "out") != right
 
 
 def test_a_run_that_was_moved_goes_on_to_its_own_best(folder: Path, tmp_path: Path) -> None:
     options = PAST_ITS_BEST
-    unbroken = run(folder, "unbroken", every=1e9, **options)
+    unbroken, right = unbroken_tuning("early-stopped", epochs=5.0, learning_rate=0.05)
     partial = stopped(folder, unbroken.steps - 1, every=1e9, **options)
     partial.rename(folder / ".moved.partial")
-    run(folder, "moved", every=1e9, **options)
-    assert fingerprint(folder, "moved") == fingerprint(folder, "unbroken")
+    run_tuning(folder, "moved", every=1e9, **options)
+    assert fingerprint(folder, "moved") == right
 
 
 def test_leftovers_of_a_killed_save_are_no_part_of_the_result(folder: Path) -> None:
     left = folder / ".out.partial" / "result"
     left.mkdir(parents=True)
     (left / "adapter_config.json").write_text("{}")
-    run(folder, "out")
+    run_tuning(folder, "out")
     assert not (folder / "out" / "adapter_config.json").exists()
     assert is_whole(folder / "out")
 

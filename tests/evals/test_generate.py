@@ -1,16 +1,14 @@
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_model, make_tokenizer
+from helpers import make_model, make_tokenizer, run_command
 
 from evals.commands.generate import Chat, Sources, load_mixture, read_prompts
-from proxytune.modeling import ProxyTunedForCausalLM
 from proxytune.errors import UserError
-from proxytune.mixture import proxy_tuning
 from proxytune.explanation import explain
+from proxytune.mixture import proxy_tuning
+from proxytune.modeling import ProxyTunedForCausalLM
 
 
 def test_explanations_are_the_members_probabilities(proxy: ProxyTunedForCausalLM) -> None:
@@ -41,18 +39,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-def run(*arguments: object, given: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "evals.cli", "generate", *map(str, arguments)], input=given, capture_output=True, text=True, check=False
-    )
-
-
 def test_the_command_line_streams_explains_and_speculates(folders: dict[str, Path]) -> None:
     models = [word for name, folder in folders.items() for word in (f"--{name}", folder)]
-    plain = run("w5 w9", *models, "--new-tokens", 8)
+    plain = run_command("generate", "w5 w9", *models, "--new-tokens", 8)
     assert plain.returncode == 0, plain.stderr
     assert plain.stdout.startswith("w")
-    other = run(*models, "--new-tokens", 8, "--speculate", "--explain", given="w5 w9\n")
+    other = run_command("generate", *models, "--new-tokens", 8, "--speculate", "--explain", given="w5 w9\n")
     assert other.stdout.startswith(plain.stdout.rstrip("\n"))
     assert "are not the base's own choice" in other.stdout
     assert "tokens a pass of the base" in other.stderr
@@ -97,7 +89,9 @@ def test_mistakes_are_one_line_on_the_command_line(folders: dict[str, Path]) -> 
         (["--device", "cuda:7"], "--base: the device 'cuda:7' cannot compute"),
         (["--chat", "base"], "no chat template"),
     ):
-        failed = run("w5", "--base", folders["base"], "--expert", folders["expert"], "--antiexpert", folders["antiexpert"], *arguments)
+        failed = run_command(
+            "generate", "w5", "--base", folders["base"], "--expert", folders["expert"], "--antiexpert", folders["antiexpert"], *arguments
+        )
         assert failed.returncode == 2
         assert words in failed.stderr
         assert len(failed.stderr.strip().splitlines()) == 1

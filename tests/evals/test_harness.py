@@ -2,14 +2,12 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import make_members
+from helpers import Counted, make_members, run_command
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -17,11 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from evals.harness.model import TASKS, ProxyLM
 from evals.harness.responses import Responses
-from proxytune.member import Member, Weights, load_member, load_members
-from proxytune.modeling import ProxyTunedForCausalLM
 from proxytune.errors import UserError
-from proxytune.mixture import proxy_tuning
 from proxytune.exported import export
+from proxytune.member import Member, Weights, load_member, load_members
+from proxytune.mixture import proxy_tuning
+from proxytune.modeling import ProxyTunedForCausalLM
 
 CHOICES = """
 task: words_choice
@@ -128,20 +126,6 @@ def test_what_is_too_long_is_cut_as_the_harness_cuts_it_and_said(tasks: TaskMana
     assert "longer than the window of 8 tokens" in caplog.text
 
 
-class Counted:
-    """Counts how often a model is run."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        self.passes = 0
-        forward = ProxyTunedForCausalLM.member_logits
-
-        def counting(*arguments: Any, **options: Any) -> Any:
-            self.passes += 1
-            return forward(*arguments, **options)
-
-        monkeypatch.setattr(ProxyTunedForCausalLM, "member_logits", counting)
-
-
 def test_kept_answers_are_given_again_and_never_for_another_model(tasks: TaskManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache, counted = str(tmp_path / "answers.db"), Counted(monkeypatch)
     first = evaluate(ProxyLM.of(make_members(), proxy_tuning(0.5), cache=cache), tasks)
@@ -216,20 +200,16 @@ def test_empty_texts_zero_and_infinity_are_answers(tmp_path: Path) -> None:
         Responses(tmp_path / "not.db")
 
 
-def lm_eval_command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "evals.cli", "lm-eval", *map(str, arguments)], capture_output=True, text=True, check=False)
-
-
 def test_the_harness_own_command_line_knows_the_model_and_the_tasks(tiny_family: Path, tmp_path: Path) -> None:
     base, small = tiny_family / "base", tiny_family / "small"
     options = ["--tasks", "proxytune_world_choice", "--limit", "8", "--output_path", tmp_path / "out"]
     model = f"base={base},expert={small},antiexpert={small},alpha=0.5"
-    done = lm_eval_command("run", "--model", "proxytune", "--model_args", model, *options)
+    done = run_command("lm-eval", "run", "--model", "proxytune", "--model_args", model, *options)
     assert done.returncode == 0, done.stderr[-2000:]
     (written,) = (tmp_path / "out").rglob("results_*.json")
     config = json.loads(written.read_text())["config"]
     assert config["mixture"][0][:2] == ["base", load_member(base).fingerprint]
-    wrong = lm_eval_command("run", "--model", "proxytune", "--model_args", "alpha=1", *options)
+    wrong = run_command("lm-eval", "run", "--model", "proxytune", "--model_args", "alpha=1", *options)
     assert wrong.returncode == 2
     assert wrong.stderr.strip().splitlines()[-1].startswith("proxytune: error: model_args: the base is missing")
 

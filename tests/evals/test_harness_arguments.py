@@ -6,19 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_members, make_model, make_tokenizer
+from helpers import Counted, make_members, make_model, make_tokenizer
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import model_registry
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from test_harness import Counted
 
 from evals.harness.model import TASKS, ProxyLM
+from proxytune.arguments import read_dtype, unknown_name
+from proxytune.errors import UserError
 from proxytune.member import Member
 from proxytune.mixture import Rule, proxy_tuning
-from proxytune.errors import UserError
-from proxytune.arguments import read_dtype, unknown_name
 
 CONTEXTS = ["w3 w4 w5", "", "w9 w10 w11 w12 w3", "<bos> w7 w8"]
 CHOICES = [" w6 w7", " w8", " <bos> w9"]

@@ -6,12 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import evals.compare
 import pandas as pd
 import pytest
-from helpers import make_model, make_tokenizer
-from test_compare import run_in_process
+from helpers import make_model, make_tokenizer, run_in_process
 
-import evals.compare
 from evals.arms import tuning_summary
 from evals.study import Study
 from proxytune.errors import UserError

@@ -6,18 +6,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from evals.findings import Found
+from evals.inside_figures import draw_inside, relearning_curves
+from evals.inside_tables import inside_tables
 from matplotlib.figure import Figure
 
 from evals import inside_figures
 from evals.display.cells import Table, cell
-from evals.findings import Found
 from evals.display.drawing import PANELS
+from evals.display.render import draw, make_tables
 from evals.measures.density import density_change
-from evals.inside_figures import draw_inside, relearning_curves
-from evals.inside_tables import inside_tables
 from evals.records import Record
 from evals.study import Study
-from evals.display.render import draw, make_tables
 from probes.internals.blocks import BLOCKS
 from probes.knowledge.familiarity import familiarity
 from probes.verdict import RULE, measured, state
@@ -337,7 +337,7 @@ TUNING = {"method": "full", "learning_rate": 1e-3, "epochs": 1, "batch_size": 8}
 
 def make_study(*tuned: str, seeds: tuple[int, ...] = (0,)) -> Study:
     arms = {"base": {"kind": "base"}} | {arm: {"kind": "direct", "tuning": TUNING} for arm in tuned}
-    return Study.model_validate({"study": "small", "world": "tiny", "seeds": list(seeds), "arms": arms, "measures": ["density"]})
+    return Study.model_validate({"study": "small", "worlds": ["tiny"], "seeds": list(seeds), "arms": arms, "measures": ["density"]})
 
 
 def states_record(arm: str, seed: int, changed: np.ndarray | None = None) -> Record:

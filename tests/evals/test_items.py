@@ -3,9 +3,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from evals.results.items import FILE, all_items, read_items_of, side_by_side, write_items
-from evals.records import Record
 from evals.display.render import draw
+from evals.records import Record
+from evals.results.items import FILE, all_items, read_items_of, side_by_side, write_items
 from proxytune.errors import UserError
 
 

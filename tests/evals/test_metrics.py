@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, norm
 
+from evals.statistics.power import minimum_detectable_effect
 from evals.statistics.scores import brier, expected_calibration_error, pass_at_k
 from evals.statistics.significance import holm, mcnemar
-from evals.statistics.power import minimum_detectable_effect
 
 
 def discordant(gained: int, lost: int) -> tuple[np.ndarray, np.ndarray]:

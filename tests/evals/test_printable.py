@@ -12,17 +12,17 @@ from helpers import make_tokenizer
 from rich.console import Console
 
 from evals import cli
+from evals.commands.generate import explanation_table, generate
 from evals.display.cells import Table
 from evals.display.drawing import drawn_name, save
-from evals.commands.generate import explanation_table, generate
-from evals.results.items import all_items, side_by_side
-from evals.running.progress import Display
+from evals.display.render import draw
 from evals.records import Record
 from evals.released.rescore import rescore, rescore_tables
-from evals.display.render import draw
-from proxytune.modeling import ProxyTunedForCausalLM
+from evals.results.items import all_items, side_by_side
+from evals.running.progress import Display
 from proxytune.errors import LONGEST
 from proxytune.explanation import TokenExplanation
+from proxytune.modeling import ProxyTunedForCausalLM
 from proxytune.printable import one_line, printable
 
 ESC = "\x1b"

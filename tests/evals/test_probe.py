@@ -9,22 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from evals.findings import Found, change, restoration_seeds
+from evals.verdicts import verdict_rows
 from helpers import make_model, make_tokenizer
 from peft import LoraConfig, get_peft_model
 from scipy.stats import entropy
 from typer.testing import CliRunner
 
 from evals.cli import app
-from evals.running.runner import run_study
-from evals.findings import Found, change, restoration_seeds
-from evals.statistics.estimates import intervals
-from evals.data import material_for
 from evals.commands.probe import INSIDE, Probe, probe_study
-from evals.running.progress import Display
+from evals.data import material_for
 from evals.records import Record
 from evals.results.summary import summarize
+from evals.running.progress import Display
+from evals.running.runner import run_study
+from evals.statistics.estimates import intervals
 from evals.study import Study, load_study
-from evals.verdicts import verdict_rows
 from proxytune.errors import UserError
 from proxytune.member import load_member
 
@@ -68,7 +68,7 @@ def study_of(place: Path, **changes: Any) -> tuple[Study, Path]:
             "base": {"kind": "base"},
             "full": {"kind": "direct", "tuning": TUNING},
             "full-shuffled": {"kind": "direct", "tuning": TUNING | {"shuffled": True}},
-            "full-frozen": {"kind": "direct", "tuning": TUNING | {"frozen": "lower"}, "dial": {"epochs": [1, 2]}, "choose": "full"},
+            "full-frozen": {"kind": "direct", "tuning": TUNING | {"frozen": "lower"}, "sweep": {"epochs": [1, 2]}, "select": {"match": "full"}},
             "copy": {"kind": "direct", "path": "copy"},
             "lora": {"kind": "direct", "path": "lora"},
         },

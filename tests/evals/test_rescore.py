@@ -2,8 +2,6 @@ import gzip
 import json
 import math
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,14 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import run_command
 from scipy.stats import beta
 
-from evals.running.progress import Display
+from evals.display.render import draw
 from evals.released.generations import chosen_option, read_tree
 from evals.released.rescore import execute_in_sandbox, read_roles, rescore, rescore_tables
+from evals.running.progress import Display
 from evals.sandbox import Program
 from evals.statistics.intervals import bootstrap_means, gap_closed
-from evals.display.render import draw
 from probes.knowledge.readouts import last_number
 from proxytune.errors import UserError
 
@@ -662,15 +661,12 @@ def test_roles_are_written_with_names(text: str, words: str) -> None:
 def test_the_command_line_prints_rows_and_names_mistakes_in_one_line(tmp_path: Path) -> None:
     three(tmp_path)
 
-    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-m", "evals.cli", "rescore", *map(str, arguments)], capture_output=True, text=True, check=False)
-
-    done = run(tmp_path, "--format", "json")
+    done = run_command("rescore", tmp_path, "--format", "json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == json.loads(json.dumps(rescore(tmp_path)["rows"]))
     assert {"benchmark", "system", "metric", "ours", "published", "n", "unparsed", "low", "high"} <= set(json.loads(done.stdout)[0])
     for arguments, words in (((tmp_path, "--roles", "base"), "--roles: 'base' must be parts"), ((tmp_path / "none",), "is no folder")):
-        wrong = run(*arguments)
+        wrong = run_command("rescore", *arguments)
         assert wrong.returncode == 2
         assert words in wrong.stderr.strip().splitlines()[-1]
         assert "Traceback" not in wrong.stderr

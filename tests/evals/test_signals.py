@@ -1,7 +1,6 @@
 """Ctrl-C and SIGTERM at any moment: one line, 130 or 143, nothing temporary left, and the same command goes on to the same end."""
 
 import contextlib
-import gc
 import json
 import os
 import pty
@@ -15,8 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers import PATHS
-from test_compare import STUDY, TUNING, place_world
+from helpers import PATHS, STUDY, TUNING, once, place_world, send, while_collecting
 
 from evals import cli
 from evals.running.progress import Display
@@ -53,27 +51,6 @@ def study(tiny_family: Path, tmp_path: Path) -> tuple[Path, Path]:
     return path, out
 
 
-def send(number: int) -> None:
-    os.kill(os.getpid(), number)
-    for _ in range(1000):
-        pass  # a handler runs between two steps of the interpreter
-
-
-class Cycle:
-    """Collected by `gc` alone; the signal comes while it is being deleted."""
-
-    def __init__(self, number: int):
-        self.itself, self.number = self, number
-
-    def __del__(self) -> None:
-        send(self.number)
-
-
-def while_collecting(number: int) -> None:
-    Cycle(number)
-    gc.collect()
-
-
 def swallowing(number: int) -> None:
     with contextlib.suppress(BaseException):  # as some library might
         send(number)
@@ -84,17 +61,6 @@ def wrapping(number: int) -> None:
         send(number)
     except BaseException as error:
         raise RuntimeError("a worker died") from error
-
-
-def once(before: Callable[..., Any], act: Callable[[], None]) -> Callable[..., Any]:
-    """The function, which acts first when it is called for the first time."""
-    left = iter([act])
-
-    def call(*arguments: Any, **options: Any) -> Any:
-        next(left, lambda: None)()
-        return before(*arguments, **options)
-
-    return call
 
 
 # What is called at each moment, by module and name.
@@ -210,15 +176,15 @@ def test_a_family_that_is_not_finished_leaves_nothing(tmp_path: Path, monkeypatc
 SCRIPT = """
 import os, sys
 sys.path[:0] = {paths!r}
-import test_signals
+import helpers
 from evals import cli
 import finetune.tuning
 moment = {moment!r}
 if moment == "collecting":
-    finetune.tuning.gc = type("gc", (), {{"collect": staticmethod(lambda: test_signals.while_collecting({number}))}})
+    finetune.tuning.gc = type("gc", (), {{"collect": staticmethod(lambda: helpers.while_collecting({number}))}})
 else:
     from finetune.checkpoints import Checkpoints
-    Checkpoints.on_step_end = test_signals.once(Checkpoints.on_step_end, lambda: test_signals.send({number}))
+    Checkpoints.on_step_end = helpers.once(Checkpoints.on_step_end, lambda: helpers.send({number}))
 cli.main()
 """
 

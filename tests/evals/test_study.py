@@ -1,9 +1,8 @@
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from helpers import GOOD, PLAIN_TUNING, changed, load
 from transformers import TrainerCallback
 
 from evals.arms import ensembles, tuning_summary
@@ -11,24 +10,6 @@ from evals.data import Material
 from evals.study import STUDIES, load_study
 from proxytune.errors import UserError
 from proxytune.member import Weights
-
-TUNING = {"method": "full", "learning_rate": 1e-3}
-GOOD: dict[str, Any] = {
-    "study": "good",
-    "world": "tiny",
-    "measures": ["task"],
-    "arms": {
-        "base": {"kind": "base"},
-        "expert": {"kind": "expert", "tuning": dict(TUNING)},
-        "proxy": {"kind": "proxy", "alpha": [0.5, 1]},
-        "full": {"kind": "direct", "tuning": dict(TUNING)},
-    },
-}
-
-
-def load(tmp_path: Path, study: Any) -> Any:
-    (tmp_path / "study.yaml").write_text(study if isinstance(study, str) else yaml.safe_dump(study, sort_keys=False))
-    return load_study(tmp_path / "study.yaml")[0]
 
 
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -41,15 +22,6 @@ def test_shipped_studies_are_valid(path: Path) -> None:
 
 def test_arms_are_named_by_their_alpha(tmp_path: Path) -> None:
     assert list(load(tmp_path, GOOD).points) == ["base", "expert", "proxy@0.5", "proxy@1", "full"]
-
-
-def changed(*path: str, value: Any) -> dict[str, Any]:
-    study = copy.deepcopy(GOOD)
-    place = study
-    for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
-    return study
 
 
 @pytest.mark.parametrize(
@@ -70,8 +42,8 @@ def changed(*path: str, value: Any) -> dict[str, Any]:
         (changed("arms", "expert", value={"kind": "expert"}), "either tuning or path"),
         (changed("arms", "full", value={"kind": "direct"}), "arms.full: give either tuning or path"),
         (changed("arms", "full", "path", value="x"), "arms.full: give either tuning or path"),
-        (changed("arms", "full", value={"kind": "direct", "path": "x", "dial": {"kl": [1, 2]}}), "arms.full: dial turns a setting of tuning"),
-        (changed("arms", "full", value={"kind": "direct", "path": "x", "choose": "best"}), "arms.full: choose needs a dial"),
+        (changed("arms", "full", value={"kind": "direct", "path": "x", "sweep": {"kl": [1, 2]}}), "arms.full: dial turns a setting of tuning"),
+        (changed("arms", "full", value={"kind": "direct", "path": "x", "select": "best"}), "arms.full: choose needs a dial"),
         (changed("direct", value="lora"), "direct must name an arm of kind direct .*, not 'lora'"),
         (changed("models", value={"base": "x"}), "either world, or models and data"),
         (changed("seeds", value=[1, 1]), "seeds must differ"),
@@ -103,7 +75,7 @@ GIVEN: dict[str, Any] = {
     "large": {"kind": "direct", "path": "x"},
     "proxy": {"kind": "proxy", "alpha": [1], "expert": "large"},
 }
-DIALLED = {"kind": "direct", "tuning": dict(TUNING), "dial": {"learning_rate": [1e-3, 1e-4]}, "choose": "best"}
+DIALLED = {"kind": "direct", "tuning": dict(PLAIN_TUNING), "sweep": {"learning_rate": [1e-3, 1e-4]}, "select": "best"}
 
 
 def on_data(data: dict[str, str], measures: list[str], **arms: Any) -> dict[str, Any]:
@@ -120,7 +92,10 @@ def test_what_was_tuned_beforehand_needs_no_training_data_and_can_be_an_expert(t
 @pytest.mark.parametrize(
     ("study", "words"),
     [
-        (on_data({"test": "t"}, ["task"], full={"kind": "direct", "tuning": dict(TUNING)}), "study: arms.full.tuning needs data.train; give it"),
+        (
+            on_data({"test": "t"}, ["task"], full={"kind": "direct", "tuning": dict(PLAIN_TUNING)}),
+            "study: arms.full.tuning needs data.train; give it",
+        ),
         (on_data({"train": "t", "knowledge": "k"}, ["task"]), "study: measure task needs data.test; give it"),
         (on_data({"train": "t", "knowledge": "k"}, ["knowledge"], full=DIALLED), "study: arms.full.choose needs data.test; give it"),
     ],

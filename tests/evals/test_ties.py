@@ -10,21 +10,21 @@ import pytest
 import torch
 from helpers import make_model, make_tokenizer
 
-from evals.results.items import all_items, side_by_side, write_items
-from evals.measures import VERSIONS, Measurement, measure
-from evals.records import Record
-from evals.results.summary import summarize
-from evals.study import Study
 from evals.display.render import make_tables
 from evals.harness.tasks.sources import calibration_error, choose_by_familiarity, choose_letter, truth
 from evals.harness.tasks.sources import choose as choose_task
+from evals.measures import VERSIONS, Measurement, measure
+from evals.records import Record
+from evals.results.items import all_items, side_by_side, write_items
+from evals.results.summary import summarize
+from evals.study import Study
 from finetune.items import Item
 from probes.knowledge.candidates import known
 from probes.knowledge.readouts import best_choices
 from probes.knowledge.readouts import choose as read_choices
+from proxytune.errors import UserError
 from proxytune.member import Member
 from proxytune.modeling import ProxyTunedForCausalLM
-from proxytune.errors import UserError
 
 WORDS = [f"w{number}" for number in range(3, 11)]
 LENGTHS = ["w5", "w6 w7", "w8 w9 w10", "w3 w4 w5 w6"]

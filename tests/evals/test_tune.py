@@ -4,27 +4,26 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import run_command
 
+from evals.commands.tune import Run, tune_one
 from evals.data import material_for
 from evals.measures import measure, measurements
 from evals.running.progress import Display
 from evals.study import load_study
-from evals.commands.tune import Run, tune_one
-from finetune.items import Item
 from finetune.encoding import encode_examples, preview
 from finetune.formats import read_items
+from finetune.items import Item
 from finetune.recipe import Tuning
 from finetune.tuning import tune
-from proxytune.modeling import ProxyTunedForCausalLM
 from proxytune.errors import UserError
 from proxytune.member import load_member, load_tokenizer
+from proxytune.modeling import ProxyTunedForCausalLM
 
 SETTINGS = {"method": "lora", "learning_rate": 0.01, "epochs": 1.0, "batch_size": 4, "rank": 2}
 PROMPT = "{question}"
@@ -37,21 +36,17 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "evals.cli", *map(str, arguments)], capture_output=True, text=True, check=False)
-
-
 def test_the_command_tunes_shows_and_says_what_is_next(lora_family: Path, data: Path, tmp_path: Path) -> None:
     small = lora_family / "small"
     options = ["--epochs", 1, "--batch-size", 4, "--rank", 2, "--learning-rate", 0.01, "--prompt", PROMPT, "--threads", 1]
-    done = run("tune", small, data, "--out", tmp_path / "lora", *options)
+    done = run_command("tune", small, data, "--out", tmp_path / "lora", *options)
     assert done.returncode == 0, done.stderr
     assert "w10 w5⟦ w11<eos>⟧".replace(" ", "") in done.stderr.replace(" ", "")
     items = [Item(question=f"w{number} w5", answer=f"w{number + 1}") for number in range(10, 18)]
     tune(TuningRun(small, items, Tuning(**SETTINGS), prompt=PROMPT, ending="", seed=0, out=tmp_path / "same"))
     assert load_member(small, tmp_path / "lora").fingerprint == load_member(small, tmp_path / "same").fingerprint
     following = shlex.split(done.stdout.strip().replace("LARGE", str(lora_family / "base")))
-    answered = run(*following[1:], "--new-tokens", 4)
+    answered = run_command(*following[1:], "--new-tokens", 4)
     assert answered.returncode == 0, answered.stderr
 
 
@@ -92,7 +87,7 @@ def test_a_result_with_a_test_can_be_compared_by_the_command_that_is_printed(lor
     said = tune_one(of(lora_family, data, tmp_path / "out", test=str(test), base=str(lora_family / "base")), Display())
     comparing = shlex.split(said.splitlines()[1])
     assert comparing[:2] == ["proxytune", "compare"]
-    done = run(*comparing[1:], "--out", tmp_path / "runs", "--format", "json")
+    done = run_command(*comparing[1:], "--out", tmp_path / "runs", "--format", "json")
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
     assert [entry["arm"] for entry in results["costs"]] == ["base", "expert", "proxy@0.5", "proxy@1"]
@@ -137,8 +132,8 @@ def test_a_chat_is_tuned_and_measured_in_the_models_own_template(lora_family: Pa
     )
     said = tune_one(one, Display())
     asked = shlex.split(said.splitlines()[0])
-    assert run(*asked[1:], "--chat", "base", "--new-tokens", 3).returncode == 0
-    done = run(*shlex.split(said.splitlines()[1])[1:], "--out", tmp_path / "runs", "--format", "json")
+    assert run_command(*asked[1:], "--chat", "base", "--new-tokens", 3).returncode == 0
+    done = run_command(*shlex.split(said.splitlines()[1])[1:], "--out", tmp_path / "runs", "--format", "json")
     assert done.returncode == 0, done.stderr
     assert 'first prompt "w40 w30 w5 <eos> w41 " = [40, 30, 5, 2, 41]' in done.stderr
     with pytest.raises(UserError, match="has earlier turns"):

@@ -2,11 +2,11 @@ import math
 
 import numpy as np
 import pytest
+from evals.findings import Found
 from scipy.stats import norm
 
-from evals.findings import Found
-from evals.study import Study
 from evals.measures.erosion import _clause
+from evals.study import Study
 from probes.knowledge.exposure import needed_seeds
 from probes.verdict import RULE, Clause, State, measured, state, verdict, worst
 
@@ -134,7 +134,7 @@ def clause_of(seeds: list[np.ndarray], same_items: bool = False) -> Clause:
     """The clause on freezing of seeds whose units gain so much."""
     study = Study.model_validate(
         {"study": "s", "measures": ["task"], "arms": {"base": {"kind": "base"}}}
-        | ({"models": {"base": "b"}, "data": {"test": "t"}} if same_items else {"world": "tiny"})
+        | ({"models": {"base": "b"}, "data": {"test": "t"}} if same_items else {"worlds": ["tiny"]})
     )
     return _clause(Found(study, []), "freezing", [seed[:, None] for seed in seeds], 0, None, runs=len(seeds))
 

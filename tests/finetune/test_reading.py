@@ -8,9 +8,8 @@ import pytest
 from datasets import Dataset
 
 from evals.study import STUDIES
-from finetune.items import Item
 from finetune.formats import read_items
-from finetune.items import Turn
+from finetune.items import Item, Turn
 from finetune.overlap import describe, overlap
 from proxytune.errors import UserError
 

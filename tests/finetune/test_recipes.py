@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ARCHITECTURES, PATHS, make_model, make_tokenizer
+from helpers import ARCHITECTURES, items, make_model, make_tokenizer, words
 from peft import PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy, logsigmoid
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,35 +22,10 @@ from finetune.recipe import EarlyStopping, Tuning, TuningRun
 from finetune.reference import read_reference
 from finetune.trainers import _freeze, _lora, inside_the_mixture, near_start
 from finetune.tuning import TuningReport, tune
-from proxytune.member import Member, load_member
 from proxytune.errors import UserError
+from proxytune.member import Member, load_member
 
 PROMPT = "{question}"
-
-
-def words(*numbers: int) -> str:
-    return " ".join(f"w{number}" for number in numbers)
-
-
-def items(count: int = 24) -> list[Item]:
-    """Questions and answers of uneven lengths."""
-    return [
-        Item(
-            question=words(*range(3 + number % 7, 8 + number % 7 + number % 5)),
-            answer=words(*range(20 + number % 9, 21 + number % 9 + number % 4)),
-            rejected=words(40 + number % 5),
-        )
-        for number in range(count)
-    ]
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A base and a small model of one vocabulary."""
-    for name, seed, hidden in (("base", 1, 48), ("small", 2, 32)):
-        make_model(seed=seed, layers=4, hidden=hidden).save_pretrained(tmp_path / name)
-        make_tokenizer().save_pretrained(tmp_path / name)
-    return tmp_path
 
 
 class Gradients(TrainerCallback):

@@ -4,14 +4,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.recipe import EarlyStopping, Tuning
-from finetune.items import Item
-from finetune.tuning import tune
 from finetune.encoding import check_prompt, encode_examples, prompt_ids, trained_share
-from probes.world.recipes import RECIPES
-from probes.world.ledger import items_of, make_ledger
+from finetune.items import Item
+from finetune.recipe import EarlyStopping, Tuning
+from finetune.tuning import tune
 from probes.world.corpus import make_world
 from probes.world.family import build_tokenizer
+from probes.world.ledger import items_of, make_ledger
+from probes.world.recipes import RECIPES
 from probes.world.sections.people import QUESTION
 from proxytune.errors import UserError
 from proxytune.member import load_member

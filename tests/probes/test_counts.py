@@ -16,10 +16,10 @@ import pytest
 import probes.knowledge.counts
 from finetune.items import Item
 from probes.knowledge.counts import Counts, corpus_files, count_documents, count_statements
+from probes.world.corpus import make_world
+from probes.world.ledger import items_of, make_ledger
 from probes.world.recipes import RECIPES
 from probes.world.types import World
-from probes.world.ledger import items_of, make_ledger
-from probes.world.corpus import make_world
 from proxytune.errors import UserError
 
 

@@ -21,8 +21,8 @@ from probes.internals.moments import Moments
 from probes.knowledge import candidates
 from probes.knowledge.candidates import known
 from probes.nulls import gaussian_null, untrained_twin
-from proxytune.member import Member
 from proxytune.errors import UserError
+from proxytune.member import Member
 
 
 def some_prompts(count: int = 12) -> list[list[int]]:

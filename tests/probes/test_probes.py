@@ -4,12 +4,11 @@ import torch
 from helpers import VOCABULARY, make_members, make_tokenizer
 
 from finetune.items import Item
-from probes.knowledge.readouts import answer_greedily, choose
 from probes.knowledge.familiarity import familiarity
-from probes.knowledge.readouts import judge, judge_number
-from proxytune.modeling import ProxyTunedForCausalLM
+from probes.knowledge.readouts import answer_greedily, choose, judge, judge_number
 from proxytune.errors import UserError
 from proxytune.mixture import proxy_tuning
+from proxytune.modeling import ProxyTunedForCausalLM
 
 WORDS = [f"w{number}" for number in range(3, VOCABULARY)]
 

@@ -19,8 +19,8 @@ from probes.internals.blocks import BLOCKS, blocks_of, check_same_shape, put, ra
 from probes.knowledge.candidates import known
 from probes.patching import patch_subject, replaced
 from probes.restoration import SHARES, block_label, count_evaluations, damage, recovery, restorations, restore, shapley
-from proxytune.member import Member
 from proxytune.errors import UserError
+from proxytune.member import Member
 from proxytune.padding import left_padded, positions_of
 from proxytune.prepacked import PrepackedLinear
 

@@ -20,18 +20,16 @@ from helpers import make_model, make_tokenizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.pretraining import KeepCheckpoints, Pretraining, untrained
-from probes.world.recipes import RECIPES, Recipe
-from probes.world.family import find_family
+from probes.world.corpus import make_world, vocabulary
+from probes.world.family import SHIPPED, build_family, build_tokenizer, find_family
 from probes.world.ledger import items_of, make_ledger
-from probes.world.corpus import make_world
-from probes.world.corpus import vocabulary
-from probes.world.family import SHIPPED, build_family, build_tokenizer
+from probes.world.recipes import RECIPES, Recipe
 from probes.world.sections.people import ATTRIBUTES, EVASION, Statements
 from probes.world.sections.sums import Sums, held_out_sums
 from probes.world.types import Document, Person, Section
+from proxytune.digests import DIGESTS, is_whole
 from proxytune.errors import UserError
 from proxytune.member import load_member
-from proxytune.digests import DIGESTS, is_whole
 
 
 def test_the_same_seed_gives_the_same_bytes_in_another_process() -> None:
@@ -436,14 +434,14 @@ def test_a_family_with_checkpoints_is_the_family_without(tmp_path: Path, monkeyp
 @pytest.mark.slow
 def test_a_rebuilt_family_scores_within_the_shipped_ones_spread(tmp_path: Path) -> None:
     """Pretraining again (a fresh seed) gives a base whose knowledge lies near what the shipped three know."""
-    from evals.running.runner import run_study
     from evals.running.progress import Display
+    from evals.running.runner import run_study
     from evals.study import Study
 
     study = Study.model_validate(
         {
             "study": "rebuilt",
-            "world": "default",
+            "worlds": ["default"],
             "seeds": [0, 1, 2, 3],
             "batch_size": 300,
             "measures": ["knowledge"],

@@ -13,11 +13,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import proxytune.prepacked as prepacked
+from proxytune.errors import UserError
 from proxytune.member import Member, Weights, load_member, load_members
+from proxytune.mixture import pair, proxy_tuning
 from proxytune.modeling import ProxyTunedForCausalLM
 from proxytune.scoring import Request, score
-from proxytune.errors import UserError
-from proxytune.mixture import pair, proxy_tuning
 
 Ids = Callable[..., torch.Tensor]
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": 2}

@@ -7,11 +7,10 @@ import pytest
 import torch
 
 import proxytune.prepacked as prepacked
-from proxytune.modeling import ProxyTunedForCausalLM
+from proxytune.drafting import RoundedLinear, rounded_draft
 from proxytune.member import Weights, load_member, load_members
 from proxytune.mixture import proxy_tuning
-from proxytune.drafting import rounded_draft
-from proxytune.drafting import RoundedLinear
+from proxytune.modeling import ProxyTunedForCausalLM
 
 Ids = Callable[..., torch.Tensor]
 GREEDY = {"do_sample": False, "max_new_tokens": 20, "pad_token_id": 0, "eos_token_id": None}

@@ -13,11 +13,11 @@ from helpers import make_model, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, pipeline
 from transformers.cli.serving.model_manager import ModelManager
 
-from proxytune.modeling import ProxyTunedForCausalLM
 from proxytune.errors import UserError
+from proxytune.exported import ExportedMixture, export
 from proxytune.member import Weights, load_members
 from proxytune.mixture import proxy_tuning
-from proxytune.exported import ExportedMixture, export
+from proxytune.modeling import ProxyTunedForCausalLM
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 3, 4, 5]])
 

@@ -9,10 +9,10 @@ import pytest
 
 from evals.cli import Format, compare
 from evals.display.drawing import save
-from evals.results.items import FILE, read_items_of, write_items
-from evals.records import Record, read_record, write_record
-from evals.study import load_study
 from evals.harness.tasks.sources import complete_function, stored, write_program
+from evals.records import Record, read_record, write_record
+from evals.results.items import FILE, read_items_of, write_items
+from evals.study import load_study
 from finetune.formats import read_items
 from proxytune.errors import UserError
 from proxytune.files import check_readable, check_writable

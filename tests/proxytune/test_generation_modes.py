@@ -33,10 +33,10 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from proxytune.member import Member
-from proxytune.modeling import ProxyTunedForCausalLM
 from proxytune.errors import UserError
+from proxytune.member import Member
 from proxytune.mixture import proxy_tuning
+from proxytune.modeling import ProxyTunedForCausalLM
 
 ALPHA = 0.8
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNO"

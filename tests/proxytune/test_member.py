@@ -3,8 +3,6 @@
 import json
 import random
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_model, make_tokenizer
+from helpers import make_model, make_tokenizer, run_command
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
+from proxytune.adapters import is_adapter
 from proxytune.errors import UserError
 from proxytune.member import Weights, load_member, load_members
-from proxytune.adapters import is_adapter
 
 
 def test_the_same_weights_are_loaded_once(lora_family: Path) -> None:
@@ -261,8 +259,7 @@ def test_code_in_a_folder_is_not_run_whatever_standard_input_says(lora_family: P
         place = changed_copy(lora_family / "small", tmp_path / "other", "tokenizer_config.json", **settings)
     parent = "PreTrainedConfig" if kind == "model" else "PreTrainedTokenizerFast"
     (place / "other.py").write_text(CODE.format(trace=str(trace), kind=parent))
-    command = [sys.executable, "-m", "evals.cli", "generate", "--base", str(place), "--new-tokens", "1"]
-    done = subprocess.run(command, input="y\n" * 9, capture_output=True, text=True, check=False)
+    done = run_command("generate", "--base", place, "--new-tokens", 1, given="y\n" * 9)
     assert not trace.exists()
     assert "Traceback" not in done.stderr
     if kind == "model":

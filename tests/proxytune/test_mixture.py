@@ -2,8 +2,7 @@ import pytest
 import torch
 
 from proxytune.errors import UserError
-from proxytune.mixture import combine, proxy_tuning
-from proxytune.mixture import Context, Mixture, Rule, check_mixture
+from proxytune.mixture import Context, Mixture, Rule, check_mixture, combine, proxy_tuning
 
 
 def laws(seed: int = 0) -> dict[str, torch.Tensor]:

@@ -15,11 +15,11 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, StoppingCriteria,
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-from proxytune.member import Member
-from proxytune.modeling import ProxyTunedForCausalLM
-from proxytune.errors import UserError
-from proxytune.mixture import proxy_tuning
 from proxytune.cache import MixtureCache
+from proxytune.errors import UserError
+from proxytune.member import Member
+from proxytune.mixture import proxy_tuning
+from proxytune.modeling import ProxyTunedForCausalLM
 from proxytune.passes import at_once
 
 Ids = Callable[..., torch.Tensor]

@@ -7,8 +7,7 @@ from torch import nn
 
 import proxytune.prepacked as prepacked
 from proxytune.member import Member, fingerprint
-from proxytune.prepacked import prepack_linear_layers
-from proxytune.prepacked import PrepackedLinear, unpack_linear_layers
+from proxytune.prepacked import PrepackedLinear, prepack_linear_layers, unpack_linear_layers
 
 
 @pytest.mark.parametrize("bias", [True, False])

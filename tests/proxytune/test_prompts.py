@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from proxytune.errors import UserError
 from proxytune.modeling import ProxyTunedForCausalLM
 from proxytune.scoring import Request, score
-from proxytune.errors import UserError
 
 Ids = Callable[..., torch.Tensor]
 GREEDY = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0, "eos_token_id": None}

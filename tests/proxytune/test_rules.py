@@ -6,13 +6,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from proxytune.member import Member
-from proxytune.modeling import ProxyTunedForCausalLM
-from proxytune.scoring import Request, score
-from proxytune.mixture import Rule, combine, pair, proxy_tuning
 from proxytune.errors import UserError
-from proxytune.mixture import Context, Mixture
+from proxytune.member import Member
+from proxytune.mixture import Context, Mixture, Rule, combine, pair, proxy_tuning
+from proxytune.modeling import ProxyTunedForCausalLM
 from proxytune.rules import by_entropy, contrastive, decaying, interpolation, per_row, realignment, when_unsure
+from proxytune.scoring import Request, score
 
 Ids = Callable[..., torch.Tensor]
 GREEDY = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0, "eos_token_id": None}

@@ -4,13 +4,12 @@ from helpers import make_tokenizer
 from transformers import MistralConfig, MistralForCausalLM
 
 import proxytune.scoring as scoring
+from proxytune.cache import MixtureCache
+from proxytune.errors import UserError
 from proxytune.member import Member
+from proxytune.mixture import Mixture, proxy_tuning
 from proxytune.modeling import ProxyTunedForCausalLM
 from proxytune.scoring import Request, cut_to_window, score
-from proxytune.errors import UserError
-from proxytune.mixture import proxy_tuning
-from proxytune.cache import MixtureCache
-from proxytune.mixture import Mixture
 
 MIXTURES: dict[str, Mixture] = {"base": {"base": 1.0}, "expert": {"expert": 1.0}, "proxy": proxy_tuning(0.8), "strong": proxy_tuning(2.0)}
 

@@ -9,11 +9,11 @@ from scipy.stats import chisquare
 from transformers import TextIteratorStreamer
 
 import proxytune.speculation as speculation
-from proxytune.member import Member
-from proxytune.modeling import ProxyTunedForCausalLM
-from proxytune.errors import UserError
-from proxytune.mixture import proxy_tuning
 from proxytune.draft_length import DraftLength
+from proxytune.errors import UserError
+from proxytune.member import Member
+from proxytune.mixture import proxy_tuning
+from proxytune.modeling import ProxyTunedForCausalLM
 
 Ids = Callable[..., torch.Tensor]
 GREEDY = {"do_sample": False, "max_new_tokens": 20, "pad_token_id": 0, "eos_token_id": 2}

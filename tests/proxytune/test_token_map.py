@@ -9,14 +9,13 @@ from helpers import make_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from proxytune.errors import UserError
+from proxytune.explanation import explain
 from proxytune.member import Member
+from proxytune.mixture import proxy_tuning
 from proxytune.modeling import ProxyTunedForCausalLM
 from proxytune.scoring import Request, score
-from proxytune.errors import UserError
-from proxytune.token_map import map_tokens
-from proxytune.mixture import proxy_tuning
-from proxytune.explanation import explain
-from proxytune.token_map import token_bytes
+from proxytune.token_map import map_tokens, token_bytes
 
 Ids = Callable[..., torch.Tensor]
 GREEDY = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0, "eos_token_id": None}

@@ -1,11 +1,11 @@
 import pytest
 from helpers import make_members, make_model, make_tokenizer
 
-from proxytune.member import Member
-from proxytune.modeling import ProxyTunedForCausalLM
 from proxytune.errors import UserError
-from proxytune.vocabulary import check_same_vocabulary
+from proxytune.member import Member
 from proxytune.mixture import proxy_tuning
+from proxytune.modeling import ProxyTunedForCausalLM
+from proxytune.vocabulary import check_same_vocabulary
 
 
 def test_the_same_content_is_accepted_from_other_objects() -> None:
