@@ -133,7 +133,7 @@ def probe(
 @app.command()
 def items(
     folder: Annotated[Path, typer.Argument(help="Where proxytune compare wrote its results.")],
-    measure: Annotated[str, typer.Option(help="task, knowledge, forgetting/question or forgetting/choice.")] = "task",
+    measure: Annotated[str | None, typer.Option(help="What was asked; an unknown word lists what there is. Default: the first.")] = None,
     where: Annotated[str, typer.Option(help="Conditions: an arm and right, wrong or unparsed; 'full right, proxy@1 wrong'.")] = "",
     limit: Annotated[int, typer.Option(min=1, help="At most so many items.")] = 20,
     form: Annotated[Format, typer.Option("--format", help="How they go to standard output.")] = Format.table,

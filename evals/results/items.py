@@ -12,7 +12,7 @@ from proxytune.errors import UserError
 from proxytune.files import check_readable, check_writable
 
 FILE = "items.parquet"
-NEEDED = {"reading": str, "seed": int, "arm": str, "question": str, "answer": str, "text": str, "right": float, "unparsed": bool}
+NEEDED = {"reading": str, "world": str, "seed": int, "arm": str, "question": str, "answer": str, "text": str, "right": float, "unparsed": bool}
 STATES = ("right", "wrong", "unparsed")
 
 
@@ -20,7 +20,7 @@ def all_items(records: Sequence[Record]) -> pd.DataFrame:
     """One row an answer: reading, world, seed, arm, unit, question, answer, text, right (a share: 1/k in a tie of k), unparsed, tied."""
     columns = ["unit", "question", "answer", "text", "right", "unparsed", "tied"]
     frames = [
-        record.items.assign(reading=record.frame, world=record.world, seed=record.seed, arm=record.arm, tied=record.items.get("tied", False))
+        record.items.assign(reading=record.frame, world=record.world or "", seed=record.seed, arm=record.arm, tied=record.items.get("tied", False))
         for record in records
         if "text" in record.items
     ]
@@ -56,21 +56,22 @@ def read_items_of(folder: Path) -> pd.DataFrame:
         raise UserError(f"folder: '{folder / FILE}' holds other values than proxytune compare writes ({error}); run it again") from error
 
 
-def side_by_side(items: pd.DataFrame, measure: str, where: str, limit: int) -> Table:
-    """The items of a measurement for which every condition of `where` holds, with what the named arms said (all without any).
+def side_by_side(items: pd.DataFrame, measure: str | None, where: str, limit: int) -> Table:
+    """The items of a reading (None: the first) for which every condition of `where` holds, with what the named arms said (all without any).
 
-    A condition is an arm and right, wrong (a tie is) or unparsed: `full right, proxy@1 wrong`. Raises `UserError` for a measurement,
-    an arm or a state that is none.
+    A condition is an arm and right, wrong (a tie is) or unparsed: `full right, proxy@1 wrong`. Raises `UserError` for a reading, an
+    arm or a state that is none.
     """
-    measurements = list(items["reading"].unique())
-    if measure not in measurements:
-        raise UserError(f"--measure: there is none called '{measure}'; there are {', '.join(measurements)}")
+    readings = list(items["reading"].unique())
+    measure = readings[0] if measure is None else measure
+    if measure not in readings:
+        raise UserError(f"--measure: there is none called '{measure}'; there are {', '.join(readings)}")
     chosen = items[items["reading"] == measure]
     # Two items may ask the same of the same unit: their order tells them apart.
-    chosen = chosen.assign(number=chosen.groupby(["seed", "arm"], sort=False).cumcount())
+    chosen = chosen.assign(number=chosen.groupby(["world", "seed", "arm"], sort=False).cumcount())
     arms = list(chosen["arm"].unique())
     conditions = [_condition(part, arms) for part in where.split(",") if part.strip()]
-    index = ["seed", "number", "question", "answer"]
+    index = ["world", "seed", "number", "question", "answer"]
     wide = {name: chosen.pivot(index=index, columns="arm", values=name) for name in ("text", "right", "unparsed")}
     kept = pd.Series(True, index=wide["text"].index)
     for arm, state in conditions:
@@ -79,7 +80,7 @@ def side_by_side(items: pd.DataFrame, measure: str, where: str, limit: int) -> T
     shown = list(dict.fromkeys(arm for arm, _ in conditions)) or arms
     marks = wide["right"][kept].map(lambda right: "✓ " if right == 1 else "✗ ")
     found = marks[shown].astype(str) + wide["text"].loc[kept, shown].astype(str)
-    frame = found.reset_index().drop(columns="number").astype(str)
+    frame = found.reset_index().drop(columns="number" if items["world"].any() else ["world", "number"]).astype(str)
     note = f"{len(frame)} of {len(kept)} items{f', the first {limit} shown' if len(frame) > limit else ''}; ✓ right, ✗ wrong."
     return Table(f"{measure}: {where or 'all'}", frame.head(limit), note)
 

@@ -24,7 +24,7 @@ from evals.records import Record
 from evals.running.jobs import Place, Read, frame_of, perform
 from evals.running.plan import Job, plan
 from evals.running.progress import Display, Forwarded, forwarding
-from evals.study import Study
+from evals.study import Run, Study
 from proxytune.errors import UserError
 
 SMALL = 100_000_000  # parameters of all members together: below, jobs run side by side
@@ -79,8 +79,9 @@ def _run(place: Place, todo: Sequence[Job], display: Display, jobs: int | None) 
         for entry in read.entries
     ]
     order = {arm: position for position, arm in enumerate(study.arm_settings)}
+    frames = {frame: position for position, frame in enumerate(dict.fromkeys(record.frame for record in records))}
     runs = {run: position for position, run in enumerate(study.runs)}
-    records.sort(key=lambda record: (record.frame, order[record.arm], runs[record.world, record.seed]))  # type: ignore[index]
+    records.sort(key=lambda record: (frames[record.frame], order[record.arm], runs[Run(record.world, record.seed)]))
     return Finished(records, _costs(reads, order))
 
 
