@@ -24,6 +24,7 @@ from evals.records import Record
 from evals.running.jobs import Place, Read, frame_of, perform
 from evals.running.plan import Job, plan
 from evals.running.progress import Display, Forwarded, forwarding
+from evals.running.workers import worker_context
 from evals.study import Run, Study
 from proxytune.errors import UserError
 
@@ -154,10 +155,7 @@ def _here(place: Place, display: Display) -> Iterator[Start]:
 @contextmanager
 def _in_processes(place: Place, display: Display, workers: int) -> Iterator[Start]:
     """Jobs in processes of their own. However this one ends, none of them is left."""
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload([__name__])  # the libraries are imported once for all workers
+    context = worker_context()
     with forwarding(display, context) as messages:
         executor = ProcessPoolExecutor(workers, context, initializer=_prepare, initargs=(messages, place.study.threads))
         try:
