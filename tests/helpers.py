@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -35,6 +35,7 @@ from proxytune import Member, ProxyTunedForCausalLM, load_member
 if TYPE_CHECKING:
     import pytest
 
+    from evals.results.summary import Results
     from evals.running.runner import Finished
     from evals.study import Study
 
@@ -185,6 +186,14 @@ STUDY: dict[str, Any] = {
         "lora": {"kind": "direct", "tuning": TUNING | {"method": "lora", "rank": 4}},
     },
 }
+
+
+class Unbroken(NamedTuple):
+    """A study that ran from beginning to end: its folder, which no test may change, and what came out."""
+
+    out: Path
+    finished: "Finished"
+    results: "Results"
 
 
 def place_world(tiny_family: Path, out: Path) -> Path:
