@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -35,7 +35,8 @@ from proxytune import Member, ProxyTunedForCausalLM, load_member
 if TYPE_CHECKING:
     import pytest
 
-    from evals.records import Record
+    from evals.results.summary import Results
+    from evals.running.runner import Finished
     from evals.study import Study
 
 VOCABULARY = 50
@@ -187,17 +188,26 @@ STUDY: dict[str, Any] = {
 }
 
 
+class Unbroken(NamedTuple):
+    """A study that ran from beginning to end: its folder, which no test may change, and what came out."""
+
+    out: Path
+    finished: "Finished"
+    results: "Results"
+
+
 def place_world(tiny_family: Path, out: Path) -> Path:
     shutil.copytree(tiny_family, out / "worlds" / "tiny" / "seed-0")
     return out
 
 
-def run_in_process(study: "Study", out: Path, folder: Path = Path()) -> "list[Record]":
+def run_in_process(study: "Study", out: Path, folder: Path = Path()) -> "Finished":
+    """All of a study in this process."""
     from evals.running.progress import Display
     from evals.running.runner import run_study
 
     with Display() as display:
-        return run_study(study, folder, out, display)
+        return run_study(study, folder, out, display, jobs=1)
 
 
 PLAIN_TUNING = {"method": "full", "learning_rate": 1e-3}
