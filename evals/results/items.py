@@ -45,7 +45,9 @@ def read_items_of(folder: Path) -> pd.DataFrame:
         items = pd.read_parquet(folder / FILE)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"folder: '{folder}' holds no {FILE}; give the folder that proxytune compare wrote its results to") from error
-    missing = [name for name in NEEDED if name not in items]
+    missing = [name for name in (*NEEDED, "world") if name not in items]
+    if "measurement" in items and "reading" in missing:
+        raise UserError(f"folder: '{folder / FILE}' is of an older version (its column reading was called measurement); run the study again")
     if missing:
         raise UserError(
             f"folder: '{folder / FILE}' lacks the columns {', '.join(missing)}; give the folder that proxytune compare wrote its results to"
@@ -57,20 +59,21 @@ def read_items_of(folder: Path) -> pd.DataFrame:
 
 
 def side_by_side(items: pd.DataFrame, measure: str, where: str, limit: int) -> Table:
-    """The items of a measurement for which every condition of `where` holds, with what the named arms said (all without any).
+    """The items of a reading for which every condition of `where` holds, with what the named arms said (all without any).
 
-    A condition is an arm and right, wrong (a tie is) or unparsed: `full right, proxy@1 wrong`. Raises `UserError` for a measurement,
+    A condition is an arm and right, wrong (a tie is) or unparsed: `full right, proxy@1 wrong`. Raises `UserError` for a reading,
     an arm or a state that is none.
     """
-    measurements = list(items["reading"].unique())
-    if measure not in measurements:
-        raise UserError(f"--measure: there is none called '{measure}'; there are {', '.join(measurements)}")
+    readings = list(items["reading"].unique())
+    if measure not in readings:
+        raise UserError(f"--measure: there is none called '{measure}'; there are {', '.join(readings)}")
     chosen = items[items["reading"] == measure]
     # Two items may ask the same of the same unit: their order tells them apart.
-    chosen = chosen.assign(number=chosen.groupby(["seed", "arm"], sort=False).cumcount())
+    run = ["world", "seed"] if chosen["world"].nunique() > 1 else ["seed"]
+    chosen = chosen.assign(number=chosen.groupby([*run, "arm"], sort=False).cumcount())
     arms = list(chosen["arm"].unique())
     conditions = [_condition(part, arms) for part in where.split(",") if part.strip()]
-    index = ["seed", "number", "question", "answer"]
+    index = [*run, "number", "question", "answer"]
     wide = {name: chosen.pivot(index=index, columns="arm", values=name) for name in ("text", "right", "unparsed")}
     kept = pd.Series(True, index=wide["text"].index)
     for arm, state in conditions:
