@@ -35,7 +35,7 @@ from proxytune import Member, ProxyTunedForCausalLM, load_member
 if TYPE_CHECKING:
     import pytest
 
-    from evals.records import Record
+    from evals.running.runner import Finished
     from evals.study import Study
 
 VOCABULARY = 50
@@ -192,12 +192,13 @@ def place_world(tiny_family: Path, out: Path) -> Path:
     return out
 
 
-def run_in_process(study: "Study", out: Path, folder: Path = Path()) -> "list[Record]":
+def run_in_process(study: "Study", out: Path, folder: Path = Path()) -> "Finished":
+    """All of a study in this process."""
     from evals.running.progress import Display
     from evals.running.runner import run_study
 
     with Display() as display:
-        return run_study(study, folder, out, display)
+        return run_study(study, folder, out, display, jobs=1)
 
 
 PLAIN_TUNING = {"method": "full", "learning_rate": 1e-3}
