@@ -18,7 +18,7 @@ class Table(NamedTuple):
     note: str
 
 
-def cell(value: Value | None, scale: float = 1, digits: int = 1) -> str:
+def cell(value: Value | None, scale: int | float = 1, digits: int = 1) -> str:
     """`value [low, high]`, scaled; the value's note in its place where it has one; no interval where it has none; n/a without a value."""
     if value is not None and value.note:
         return value.note
