@@ -45,7 +45,9 @@ def read_items_of(folder: Path) -> pd.DataFrame:
         items = pd.read_parquet(folder / FILE)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"folder: '{folder}' holds no {FILE}; give the folder that proxytune compare wrote its results to") from error
-    missing = [name for name in NEEDED if name not in items]
+    missing = [name for name in (*NEEDED, "world") if name not in items]
+    if "measurement" in items and "reading" in missing:
+        raise UserError(f"folder: '{folder / FILE}' is of an older version (its column reading was called measurement); run the study again")
     if missing:
         raise UserError(
             f"folder: '{folder / FILE}' lacks the columns {', '.join(missing)}; give the folder that proxytune compare wrote its results to"
@@ -68,10 +70,11 @@ def side_by_side(items: pd.DataFrame, measure: str | None, where: str, limit: in
         raise UserError(f"--measure: there is none called '{measure}'; there are {', '.join(readings)}")
     chosen = items[items["reading"] == measure]
     # Two items may ask the same of the same unit: their order tells them apart.
-    chosen = chosen.assign(number=chosen.groupby(["world", "seed", "arm"], sort=False).cumcount())
+    run = ["world", "seed"] if chosen["world"].nunique() > 1 else ["seed"]
+    chosen = chosen.assign(number=chosen.groupby([*run, "arm"], sort=False).cumcount())
     arms = list(chosen["arm"].unique())
     conditions = [_condition(part, arms) for part in where.split(",") if part.strip()]
-    index = ["world", "seed", "number", "question", "answer"]
+    index = [*run, "number", "question", "answer"]
     wide = {name: chosen.pivot(index=index, columns="arm", values=name) for name in ("text", "right", "unparsed")}
     kept = pd.Series(True, index=wide["text"].index)
     for arm, state in conditions:
@@ -80,7 +83,7 @@ def side_by_side(items: pd.DataFrame, measure: str | None, where: str, limit: in
     shown = list(dict.fromkeys(arm for arm, _ in conditions)) or arms
     marks = wide["right"][kept].map(lambda right: "✓ " if right == 1 else "✗ ")
     found = marks[shown].astype(str) + wide["text"].loc[kept, shown].astype(str)
-    frame = found.reset_index().drop(columns="number" if items["world"].any() else ["world", "number"]).astype(str)
+    frame = found.reset_index().drop(columns="number").astype(str)
     note = f"{len(frame)} of {len(kept)} items{f', the first {limit} shown' if len(frame) > limit else ''}; ✓ right, ✗ wrong."
     return Table(f"{measure}: {where or 'all'}", frame.head(limit), note)
 
