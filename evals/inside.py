@@ -81,7 +81,7 @@ class Asked:
         statements = [str(item.statement) for item in self.items]
         return Prompts(
             ids=[prompt_ids(tokenizer, statement) for statement in statements],
-            places=last_and_subject(tokenizer, self.items, statements),
+            positions=last_and_subject(tokenizer, self.items, statements),
             answers=[continuation_ids(tokenizer, item.answer)[0] for item in self.items],
             contrast=familiarity([_number(item.popularity) for item in self.items]).contrast,
         )
