@@ -128,7 +128,7 @@ def test_weights_are_copies_and_are_put_back() -> None:
 def test_models_that_cannot_stand_for_each_other_are_refused() -> None:
     base = member(make_model())
     check_same_shape(base, member(make_model(seed=5)))
-    with pytest.raises(UserError, match=r"tuned: 'model.layers.2.\S+' is .*float32, in the base not there"):
+    with pytest.raises(UserError, match=r"tuned: 'model.layers.2.\S+' is .*float32, in the base missing"):
         check_same_shape(base, member(make_model(layers=3)))
     with pytest.raises(UserError, match=r"is \(50, 48\) of torch.float32, in the base \(50, 32\)"):
         check_same_shape(base, member(make_model(hidden=48)))
@@ -530,13 +530,13 @@ def test_candidates_that_begin_alike() -> None:
     [
         ({"subject": None}, "needs a statement and its subject"),
         ({"statement": None}, "needs a statement and its subject"),
-        ({"subject": "w9"}, "does not stand in the statement"),
-        ({"choices": ()}, "has none but its answer"),
+        ({"subject": "w9"}, "is not in the statement"),
+        ({"choices": ()}, "has only its answer"),
     ],
 )
 def test_items_that_cannot_be_patched_are_refused(change: dict, words: str) -> None:
     item = some_items(1)[0].model_copy(update=change)
     with pytest.raises(UserError, match=words):
         patch_subject(member(make_model()), member(make_model()), [item], batch_size=1)
-    with pytest.raises(UserError, match="one shape"):
+    with pytest.raises(UserError, match="same shape"):
         patch_subject(member(make_model()), member(make_model(layers=3)), some_items(1), batch_size=1)
