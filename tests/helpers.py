@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import pytest
 import torch
 import transformers
 import yaml
@@ -33,9 +34,8 @@ from finetune.tuning import TuningReport, tune
 from proxytune import Member, ProxyTunedForCausalLM, load_member
 
 if TYPE_CHECKING:
-    import pytest
-
     from evals.records import Record
+    from evals.sandbox import Verdict
     from evals.study import Study
 
 VOCABULARY = 50
@@ -235,7 +235,7 @@ def load(folder: Path, study: Any) -> "Study":
 class Counted:
     """Counts how often a model is run."""
 
-    def __init__(self, monkeypatch: "pytest.MonkeyPatch"):
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.passes = 0
         forward = ProxyTunedForCausalLM.member_logits
 
@@ -305,3 +305,25 @@ def once(before: Callable[..., Any], act: Callable[[], None]) -> Callable[..., A
         return before(*arguments, **options)
 
     return call
+
+
+# --- sandboxes ---
+
+try:
+    import pyseccomp
+except RuntimeError:  # libseccomp is missing
+    pyseccomp = None
+
+needs_bubblewrap = pytest.mark.skipif(
+    shutil.which("bwrap") is None or pyseccomp is None, reason="bubblewrap or libseccomp is not installed: no program can be run"
+)
+
+
+def cases(table: dict[str, Any]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", table.values(), ids=table.keys())
+
+
+def verdict(solution: str, test: str = "assert f() == 'refused'", entry_point: str = "f", setup: str = "", **options: Any) -> "Verdict":
+    from evals.sandbox import Program, run_programs
+
+    return run_programs([Program(solution, test, entry_point, setup)], **options)[0]
