@@ -275,7 +275,7 @@ def _exposure_table(summary: DensityFound, header: Header) -> list[Table]:
         "hundredths; partial: controlled for the model's own log-probability of the answer and for the words' frequency. E5 (energy in the top "
         f"5 % of coordinates): higher is sparser; effective rank: higher is denser. 95 % intervals, {over(header.runs)}."
     )
-    title = f"Density and exposure (last token, after layer {last} and the final norm)"
+    title = f"How density varies with exposure (last token, after layer {last} and the final norm)"
     return table(title, header.ordered([row.arm for row in rows]), columns, note, first="model")
 
 
@@ -342,7 +342,7 @@ def _change_table(summary: DensityFound, header: Header) -> list[Table]:
 def _matched(row: Change) -> str:
     if row.matched:
         return f"{row.matched} of {row.n} familiar and unfamiliar items have a counterpart of the same length and last token; these are compared."
-    return f"None of the {row.n} familiar and unfamiliar items has a counterpart of the same length and last token; they are compared unmatched."
+    return f"None of the {row.n} familiar and unfamiliar items has a counterpart of the same length and last token; they are compared as they are."
 
 
 def _heat_map(summary: DensityFound, header: Header) -> Iterator[Chart]:
