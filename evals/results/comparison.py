@@ -1,6 +1,6 @@
-"""What is compared across measures: the gap that an arm closes, differences between arms, and the frontier of gain and knowledge kept.
+"""The comparison across measures: the gap that an arm closes, differences between arms, and the frontier of task gain and knowledge kept.
 
-Which measure is a gain and which may be lost is declared by the measures (`Measure.role`).
+Each measure declares whether it is a gain or what may be lost (`Measure.role`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,9 +31,9 @@ def compare(records: Recorded) -> dict[str, list[Row]]:
     """The rows of `PARTS`. Each row names the arm and the measure; numbers are `value`, `low`, `high`.
 
     `gap_closed`: (arm - base) / (direct - base), uncapped and `capped` at 1; None where direct - base is within noise. `against_direct`: arm minus
-    direct. `contrasts`: the study's pairs, with McNemar's p by itself and corrected for all contrasts of the measure, and the least
-    difference that as many items find four times in five. `frontier`: each arm's gain and knowledge kept (arm minus base), whether no other
-    arm is as good at both and better at one, and in what share of the intervals' draws.
+    direct. `contrasts`: the study's pairs, with McNemar's p, uncorrected and corrected for all contrasts of the measure, and the least
+    difference that this number of items detects four times in five. `frontier`: each arm's gain and knowledge kept (arm minus base), whether no
+    other arm is at least as good at both and better at one, and in what share of the intervals' draws this is so.
     """
     study = records.study
     arms = list(study.arm_settings)
@@ -75,7 +75,7 @@ def _against_direct(study: Study, arms: Sequence[str], measure: str, estimate: E
 
 
 def _contrasts(study: Study, arms: Sequence[str], measure: str, share: Share) -> list[Row]:
-    """Tests take items as independent: there are none for units of several items, or for several seeds."""
+    """Tests assume independent items: they are left out if units have several items, or if there are several seeds."""
     pairs = [(arms.index(arm), arms.index(other)) for arm, other in study.contrasts]
     tests: list[Row] = [{"p": None, "p_holm": None, "detectable": None} for _ in pairs]
     frames = share.frames
@@ -124,7 +124,7 @@ def _frontier(study: Study, gains: tuple[str, Estimate], kepts: tuple[str, Estim
 
 
 def _share_of_draws(draws: np.ndarray, now: bool) -> float:
-    """By the distribution that agrees less with what was seen, as an interval is the wider of both."""
+    """The share from the distribution that agrees less with the observed value, as an interval is the wider of both."""
     shares = draws.mean(axis=-1)
     return float(shares.min() if now else shares.max())
 
@@ -133,7 +133,7 @@ def _share_of_draws(draws: np.ndarray, now: bool) -> float:
 
 
 def with_comparison(table: Table, measure: str, compared: dict[str, list[Row]]) -> Table:
-    """A measure's table by arm, with the columns of what compares its arms: the gap closed, and the difference from the direct arm."""
+    """A measure's table by arm, with columns for the gap closed and the difference from the direct arm."""
     columns: Columns = {}
     gaps = [row for row in compared["gap_closed"] if row["measure"] == measure]
     if gaps:
@@ -153,7 +153,7 @@ def comparison_tables(compared: dict[str, list[Row]]) -> list[Table]:
 
 
 def comparison_charts(compared: dict[str, list[Row]], header: Header) -> Iterator[Chart]:
-    """The frontier, whole and near its right end: a line for every arm through its settings, and a dotted step through the frontier."""
+    """The frontier, in full and near its right end: a line through the settings of every arm, and a dotted step line through the frontier."""
     rows = compared["frontier"]
     if not rows:
         return
@@ -197,7 +197,7 @@ def _frontier_table(rows: Sequence[Row]) -> list[Table]:
     frame["on the frontier"] = ["yes" if row["on_frontier"] else "" for row in rows]
     frame["in % of draws"] = [f"{row['share_of_draws'] * 100:.0f}" for row in rows]
     families = dict.fromkeys(row["family"] for row in rows if row["on_frontier"])
-    note = "In points; on the frontier: no other arm is at least as good at both and better at one. "
+    note = "In percentage points. On the frontier: no other arm is at least as good at both and better at one. "
     return [Table("Frontier", frame, f"{note}Arms with a setting on it: {', '.join(families)}. Draws: those of the intervals.")]
 
 
@@ -213,5 +213,5 @@ def _contrast_table(rows: Sequence[Row]) -> list[Table]:
         if tests:
             frame[f"p, {measure}"] = [f"{row['p']:.2g} ({row['p_holm']:.2g})" for row in tests]
             frame[f"detectable, {measure}"] = ["" if row["detectable"] is None else f"{row['detectable'] * 100:.1f}" for row in tests]
-    note = "Paired differences in points of per cent, 95 % intervals; p by McNemar's exact test (by Holm's correction for all contrasts)"
-    return [Table("Contrasts", frame, f"{note}; detectable: the least difference that so many items find four times in five.")]
+    note = "Paired differences in percentage points, 95 % intervals; p by McNemar's exact test (in parentheses: Holm's correction for all contrasts)"
+    return [Table("Contrasts", frame, f"{note}; detectable: the least difference that this number of items detects four times in five.")]

@@ -1,4 +1,4 @@
-"""What every arm said to every item, in one file, and the items on which arms part, side by side."""
+"""Every arm's answer to every item, in one file, and answers of several arms to the same items, side by side."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ STATES = ("right", "wrong", "unparsed")
 
 
 def all_items(records: Sequence[Record]) -> pd.DataFrame:
-    """One row an answer: reading, world, seed, arm, unit, question, answer, text, right (a share: 1/k in a tie of k), unparsed, tied."""
+    """One row per answer: reading, world, seed, arm, unit, question, answer, text, right (a share: 1/k in a tie of k), unparsed, tied."""
     columns = ["unit", "question", "answer", "text", "right", "unparsed", "tied"]
     frames = [
         record.items.assign(reading=record.frame, world=record.world or "", seed=record.seed, arm=record.arm, tied=record.items.get("tied", False))
@@ -30,7 +30,7 @@ def all_items(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def write_items(records: Sequence[Record], folder: Path) -> Path:
-    """Puts all items into one Parquet file, whole or not at all. Raises `UserError` where a link is in its place."""
+    """Writes all items into one Parquet file, complete or not at all. Raises `UserError` if a link is in its place."""
     partial = folder / f".{FILE}"
     for path in (folder / FILE, partial):
         check_writable(path, "out")
@@ -39,7 +39,7 @@ def write_items(records: Sequence[Record], folder: Path) -> Path:
 
 
 def read_items_of(folder: Path) -> pd.DataFrame:
-    """The file that `compare` has written. Raises `UserError` where there is none, or one of other columns."""
+    """The content of the file that `compare` has written. Raises `UserError` if there is none, or if columns are missing or hold other values."""
     check_readable(folder / FILE, "folder")
     try:
         items = pd.read_parquet(folder / FILE)
@@ -59,9 +59,10 @@ def read_items_of(folder: Path) -> pd.DataFrame:
 
 
 def side_by_side(items: pd.DataFrame, measure: str | None, where: str, limit: int) -> Table:
-    """The items of a reading (None: the first) for which every condition of `where` holds, with what the named arms said (all without any).
+    """The items of a reading (None: the first) for which every condition of `where` holds, with the answers of the named arms (of all arms if none is
+    named).
 
-    A condition is an arm and right, wrong (a tie is) or unparsed: `full right, proxy@1 wrong`. Raises `UserError` for a reading, an
+    A condition is an arm and right, wrong (ties are wrong) or unparsed: `full right, proxy@1 wrong`. Raises `UserError` for a reading, an
     arm or a state that is none.
     """
     readings = list(items["reading"].unique())
