@@ -1,4 +1,4 @@
-"""Study files of older versions: keys under their old names are still read, and a line says what each is called now."""
+"""Study files of older versions: keys under their old names are still read, and a warning names the new key."""
 
 import logging
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ logger = logging.getLogger("proxytune")
 
 
 def modernized(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a study file with every old key under its present name; what cannot be told is left for the validation to refuse."""
+    """The content of a study file with every old key under its new name; anything unexpected is left for the validation to refuse."""
     study = dict(content)
     if "world" in study and "worlds" not in study:
         study["worlds"] = [study.pop("world")]
