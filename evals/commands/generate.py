@@ -1,4 +1,4 @@
-"""`proxytune generate`: a mixture's answer to a prompt, streamed, and on request explained token by token."""
+"""`proxytune generate`: a mixture's answer to a prompt, streamed and, on request, explained token by token."""
 
 import math
 import sys
@@ -25,7 +25,7 @@ from proxytune.token_map import map_tokens
 
 @dataclass(frozen=True)
 class Sources:
-    """Which models, where they go, and in which type."""
+    """Which models, on which devices, and in which type."""
 
     base: str
     expert: str | None = None
@@ -38,7 +38,7 @@ class Sources:
 
 @dataclass(frozen=True)
 class Chat:
-    """Which members read the prompt in their chat template, after which system prompt, with which beginning of the answer."""
+    """Which members read the prompt in their chat template, with which system prompt and which beginning of the answer."""
 
     members: Sequence[str] = ()
     system: str | None = None
@@ -46,7 +46,7 @@ class Chat:
 
 
 def weights_of(sources: Sources) -> dict[str, Weights]:
-    """Where the members' weights are. Raises `UserError` where only one of expert and anti-expert is given, and for a token map without them."""
+    """The members' weights. Raises `UserError` if only one of expert and anti-expert is given, and for a token map without them."""
     expert, antiexpert, proxy_device = sources.expert, sources.antiexpert, sources.proxy_device or sources.device
     if (expert is None) != (antiexpert is None):
         raise UserError("--expert and --antiexpert: give both or neither; the anti-expert is the expert before it was tuned")
@@ -61,9 +61,9 @@ def weights_of(sources: Sources) -> dict[str, Weights]:
 
 
 def load_mixture(sources: Sources, alpha: float, drafting: bool = False) -> tuple[ProxyTunedForCausalLM, dict[str, Member]]:
-    """Loads base + alpha (expert - antiexpert); an expert that is a LoRA adapter goes on the anti-expert.
+    """Loads base + alpha (expert - antiexpert). An expert that is a LoRA adapter is loaded on the anti-expert.
 
-    For `drafting` on the CPU the expert has a copy in 8 bits beside it, 'draft'. Raises what `weights_of` and loading raise.
+    With `drafting` on the CPU, the member 'draft' is an 8-bit copy of the expert. Raises what `weights_of` and loading raise.
     """
     members = load_members(weights_of(sources), dtype=sources.dtype, prepacked=True)
     if drafting and "expert" in members and (sources.proxy_device or sources.device) == "cpu" and not sources.map_tokens:
@@ -76,7 +76,7 @@ def load_mixture(sources: Sources, alpha: float, drafting: bool = False) -> tupl
 
 
 def read_prompts(members: Mapping[str, Member], prompt: str, chat: Chat) -> dict[str, list[int]]:
-    """What each member reads. Raises `UserError` for a chat member that is none or whose tokenizer has no template."""
+    """Each member's prompt ids. Raises `UserError` for a chat member that does not exist or whose tokenizer has no template."""
     for name in chat.members:
         if name not in members:
             raise UserError(f"--chat: '{name}' is no member; the members are {', '.join(members)}")
@@ -84,7 +84,7 @@ def read_prompts(members: Mapping[str, Member], prompt: str, chat: Chat) -> dict
             raise UserError(f"--chat: the tokenizer of '{name}' has no chat template; leave it out")
     if not chat.members and (chat.system or chat.response_prefix):
         raise UserError("--system and --response-prefix: they belong to a chat template; say with --chat which member reads one")
-    # What drafts reads what the expert reads.
+    # The draft model has the same prompt as the expert.
     voices = {name: "expert" if name == "draft" else name for name in members}
     return {
         name: chat_ids(members[name].tokenizer, prompt, chat.system, chat.response_prefix)
@@ -95,7 +95,7 @@ def read_prompts(members: Mapping[str, Member], prompt: str, chat: Chat) -> dict
 
 
 class _Printed(TextStreamer):
-    """Prints what is no command to a terminal; a model may write such."""
+    """Prints text with control characters escaped: a model may generate terminal commands."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         super().on_finalized_text(printable(text, keep="\n\t"), stream_end)
@@ -111,11 +111,11 @@ def generate(
 ) -> list[int]:
     """Streams the answer to standard output; returns the base's prompt and the answer as ids. Greedy at temperature 0.
 
-    Raises `UserError` for a temperature that is not finite, and for one at which, or a model of which, no token has a probability.
+    Raises `UserError` for a temperature that is not finite, and if no token has a finite probability.
     """
     if not math.isfinite(temperature):
         raise UserError(f"--temperature: it must be a finite number, not {temperature}; 0 is greedy")
-    law = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     input_ids = torch.tensor([prompts["base"]], device=model.device)
     own = {name: [ids] for name, ids in prompts.items() if name in model.token_maps or ids != prompts["base"]}
     try:
@@ -129,18 +129,18 @@ def generate(
             streamer=_Printed(tokenizer, skip_prompt=True, skip_special_tokens=True),
             speculate=speculate,
             draft="draft" if "draft" in model.members else "expert",
-            **law,
+            **sampling,
         )
     except RuntimeError as error:
         if "probability tensor" not in str(error):
             raise
-        raise UserError(f"--temperature: at {temperature} no token has a finite probability; raise it, or take models that are not broken") from error
+        raise UserError(f"--temperature: at {temperature} no token has a finite probability; raise it, or use models that are not broken") from error
     sys.stdout.flush()
     return made[0].tolist()
 
 
 def explanation_table(explanations: list[TokenExplanation], tokenizer: PreTrainedTokenizerBase) -> Table:
-    """A row a token; those that the base alone would not have chosen are marked with what it would have."""
+    """One row per token. A token that the base alone would not have chosen is shown beside the base's choice."""
     names = list(explanations[0].members) if explanations else []
     frame = pd.DataFrame({"token": [repr(tokenizer.decode([entry.token])) for entry in explanations]}, dtype=str)
     for name in names:
