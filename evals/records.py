@@ -64,24 +64,32 @@ def write_record(folder: Path, key: str, items: pd.DataFrame, provenance: dict[s
 
 def read_record(folder: Path, key: str) -> tuple[pd.DataFrame, dict[str, Any]] | None:
     """The record's frame and provenance; None if there is no such record, or if it is damaged (it is then made again)."""
+    record = _whole(folder, key)
+    if record is None:
+        return None
+    table = pq.read_table(io.BytesIO(record))
+    return table.to_pandas(), json.loads(table.schema.metadata[PROVENANCE])
+
+
+def has_record(folder: Path, key: str) -> bool:
+    """Whether there is an undamaged record with this key."""
+    return _whole(folder, key) is not None
+
+
+def _whole(folder: Path, key: str) -> bytes | None:
+    """The bytes of an undamaged record; None if there is none, with a warning if it is damaged."""
     path = _path(folder, key)
     try:
         record = path.read_bytes()
         digest = pq.read_metadata(io.BytesIO(record)).metadata[DIGEST]
         if len(digest) == len(BLANK) and _digest(_filled(record, digest, BLANK)) == digest:
-            table = pq.read_table(io.BytesIO(record))
-            return table.to_pandas(), json.loads(table.schema.metadata[PROVENANCE])
+            return record
     except FileNotFoundError:
         return None
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
         pass
     logger.warning("the record '%s' is damaged; it is made again", path)
     return None
-
-
-def has_record(folder: Path, key: str) -> bool:
-    """Whether there is an undamaged record with this key."""
-    return read_record(folder, key) is not None
 
 
 def _digest(record: bytes) -> bytes:

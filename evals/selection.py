@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from evals.data import StudyData
+from evals.measures.registry import measures
 from evals.study import ArmSpec, Direct, Proxy, Study
 from finetune.items import hold_out
 from finetune.recipe import Tuning
@@ -39,7 +40,13 @@ def trial_study(study: Study) -> Study:
                 if isinstance(study.arms[matched], Proxy):
                     wanted[study.expert_of(matched)] = study.arms[study.expert_of(matched)]
     left_out = {"arms", "measures", "settings", "direct", "contrasts"}
-    return Study.model_validate(study.model_dump(exclude=left_out) | {"arms": wanted, "measures": ("task",)})
+    return Study.model_validate(study.model_dump(exclude=left_out) | {"arms": wanted, "measures": (gain_of(study),)})
+
+
+def gain_of(study: Study) -> str:
+    """The measure that says how good an arm is at what it is tuned for: the study's first one, or the first of all."""
+    gains = [name for name, measure in measures().items() if measure.role == "gain"]
+    return next((name for name in study.measures if name in gains), gains[0])
 
 
 def trial_data(study: Study, data: StudyData, seed: int) -> StudyData:

@@ -190,7 +190,7 @@ def speculative_decoding(
         drafted_count += drafted * int(running.sum())
         accepted_count += int(accepted[running].sum())
         decoding.length.learn(scores[running, :-1].softmax(-1).amax(-1), accepted[running])
-        # A row keeps those of the new ids that now stand before its last token. A row that has ended keeps none.
+        # A row keeps the new ids before its last token. A row that has ended keeps none.
         kept = rows.extend(new_ids[:, 1:], accepted, following)
         unkept = drafted + 1 - int(kept.max())
         if unkept:

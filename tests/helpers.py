@@ -8,19 +8,21 @@ import copy
 import functools
 import gc
 import io
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import pytest
 import torch
 import transformers
 import yaml
@@ -30,12 +32,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerC
 from finetune.items import Item
 from finetune.recipe import EarlyStopping, Tuning, TuningRun
 from finetune.tuning import TuningReport, tune
+from probes.internals.blocks import blocks_of
 from proxytune import Member, ProxyTunedForCausalLM, load_member
 
 if TYPE_CHECKING:
-    import pytest
-
-    from evals.records import Record
+    from evals.results.summary import Results
+    from evals.running.runner import Finished
+    from evals.sandbox import Verdict
     from evals.study import Study
 
 VOCABULARY = 50
@@ -187,17 +190,26 @@ STUDY: dict[str, Any] = {
 }
 
 
+class Unbroken(NamedTuple):
+    """A study that ran from beginning to end: its folder, which no test may change, and what came out."""
+
+    out: Path
+    finished: "Finished"
+    results: "Results"
+
+
 def place_world(tiny_family: Path, out: Path) -> Path:
     shutil.copytree(tiny_family, out / "worlds" / "tiny" / "seed-0")
     return out
 
 
-def run_in_process(study: "Study", out: Path, folder: Path = Path()) -> "list[Record]":
+def run_in_process(study: "Study", out: Path, folder: Path = Path()) -> "Finished":
+    """All of a study in this process."""
     from evals.running.progress import Display
     from evals.running.runner import run_study
 
     with Display() as display:
-        return run_study(study, folder, out, display)
+        return run_study(study, folder, out, display, jobs=1)
 
 
 PLAIN_TUNING = {"method": "full", "learning_rate": 1e-3}
@@ -235,7 +247,7 @@ def load(folder: Path, study: Any) -> "Study":
 class Counted:
     """Counts how often a model is run."""
 
-    def __init__(self, monkeypatch: "pytest.MonkeyPatch"):
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.passes = 0
         forward = ProxyTunedForCausalLM.member_logits
 
@@ -305,3 +317,120 @@ def once(before: Callable[..., Any], act: Callable[[], None]) -> Callable[..., A
         return before(*arguments, **options)
 
     return call
+
+
+# --- models that were changed ---
+
+
+def member_of(model: transformers.PreTrainedModel) -> Member:
+    return Member(model, make_tokenizer())
+
+
+def noisy(model: transformers.PreTrainedModel, sizes: dict[str, float], seed: int = 0) -> transformers.PreTrainedModel:
+    """A copy with noise in the blocks named, in units of each matrix's own size."""
+    result = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    blocks = blocks_of(model)
+    with torch.no_grad():
+        for block, size in sizes.items():
+            for name, parameter in result.named_parameters():
+                if name in blocks[block]:
+                    noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+                    parameter += size * parameter.square().mean().sqrt() * noise
+    return result
+
+
+def tied(architecture: str, tie: bool) -> transformers.PreTrainedModel:
+    config = copy.deepcopy(make_model(architecture, layers=4).config)
+    config.tie_word_embeddings = tie
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def flat(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([weights[name].flatten() for name in sorted(weights)])
+
+
+def items_about(count: int = 9) -> list[Item]:
+    """Statements of several lengths about w7 or w8, whose name is in the middle."""
+    drawn = torch.randint(10, VOCABULARY, (count, 6), generator=torch.Generator().manual_seed(1)).tolist()
+    items = []
+    for number, row in enumerate(drawn):
+        before, after = (" ".join(f"w{word}" for word in words) for words in (row[: 1 + number % 2], row[1 : 2 + number % 3]))
+        subject = f"w{7 + number % 2}"
+        choices = tuple(f"w{3 + (number + other) % 6}" for other in range(4))
+        items.append(Item(question=f"q{number}", answer=choices[2], choices=choices, statement=f"{before} {subject} {after}", subject=subject))
+    return items
+
+
+# --- released generations ---
+
+CHOICE_PROMPT = "Which?\nA. This.\nB. That.\nC. Neither.\n\nThe answer is:"
+
+
+def write_rows(folder: Path, name: str, rows: Sequence[Any] | Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = name.endswith(".jsonl")
+    (folder / name).write_text("\n".join(json.dumps(row) for row in rows) + "\n" if lines else json.dumps(rows))
+
+
+def math_items(outputs: Sequence[str], answers: Sequence[str]) -> list[dict[str, str]]:
+    return [
+        {"question": f"q{place}", "answer": answer, "model_output": output, "prediction": "not to be trusted"}
+        for place, (output, answer) in enumerate(zip(outputs, answers, strict=True))
+    ]
+
+
+def write_math(root: Path, system: str, right: Sequence[bool], published: float | None = None) -> None:
+    write_rows(root / "sums" / system, "predictions.jsonl", math_items(["so 7." if value else "so 8." for value in right], ["7"] * len(right)))
+    if published is not None:
+        write_rows(root / "sums" / system, "metrics.json", {"exact_match": published})
+
+
+def choice_items(outputs: Sequence[str], answers: str) -> list[dict[str, Any]]:
+    return [
+        {"Question": f"q{place}", "mc_prompt": CHOICE_PROMPT, "mc_answer_idx": answer, "mc_output": output, "parsed_output": "A", "correct": True}
+        for place, (output, answer) in enumerate(zip(outputs, answers, strict=True))
+    ]
+
+
+def row_of(results: Mapping[str, Any], metric: str, system: str = "raw") -> dict[str, Any]:
+    (row,) = [row for row in results["rows"] if (row["metric"], row["system"]) == (metric, system)]
+    return dict(row)
+
+
+def patterned(*parts: tuple[bool, int]) -> list[bool]:
+    return [value for value, times in parts for _ in range(times)]
+
+
+def three_systems(root: Path) -> dict[str, list[bool]]:
+    """Shares .2, .5 and .8 of 40: half of the gap is closed."""
+    systems = {"raw": patterned((True, 8), (False, 32)), "steered-1": patterned((True, 20), (False, 20)), "tuned": patterned((False, 8), (True, 32))}
+    for name, right in systems.items():
+        write_math(root, name, right, published=sum(right) / 40)
+    return systems
+
+
+# --- sandboxes ---
+
+try:
+    import pyseccomp
+except RuntimeError:  # libseccomp is missing
+    pyseccomp = None
+
+needs_bubblewrap = pytest.mark.skipif(
+    shutil.which("bwrap") is None or pyseccomp is None, reason="bubblewrap or libseccomp is not installed: no program can be run"
+)
+
+
+def cases(table: dict[str, Any]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", table.values(), ids=table.keys())
+
+
+def verdict(solution: str, test: str = "assert f() == 'refused'", entry_point: str = "f", setup: str = "", **options: Any) -> "Verdict":
+    from evals.sandbox import Program, run_programs
+
+    return run_programs([Program(solution, test, entry_point, setup)], **options)[0]

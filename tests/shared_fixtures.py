@@ -7,7 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from helpers import ARCHITECTURES, VOCABULARY, make_members, make_model, make_tokenizer, save_models
+from helpers import (
+    ARCHITECTURES,
+    STUDY,
+    VOCABULARY,
+    Unbroken,
+    make_members,
+    make_model,
+    make_tokenizer,
+    place_world,
+    run_in_process,
+    save_models,
+)
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -77,3 +88,17 @@ def random_ids() -> Callable[..., torch.Tensor]:
 def tiny_family(shared: Path) -> Path:
     with FileLock(shared / "tiny-family.lock"):
         return find_family("tiny", 0, shared / "worlds") or build_family("tiny", 0, shared / "worlds")
+
+
+@pytest.fixture(scope="session")
+def unbroken(tiny_family: Path, shared: Path) -> Unbroken:
+    """The small study, run once; the second process of the suite finds its records."""
+    from evals.results.summary import summarize
+    from evals.study import Study
+
+    study, out = Study.model_validate(STUDY), shared / "unbroken"
+    with FileLock(shared / "unbroken.lock"):
+        if not out.exists():
+            place_world(tiny_family, out)
+        finished = run_in_process(study, out)
+    return Unbroken(out, finished, summarize(study, finished.records, finished.costs))

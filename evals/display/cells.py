@@ -18,7 +18,7 @@ class Table(NamedTuple):
     note: str
 
 
-def cell(value: Value | None, scale: float = 1, digits: int = 1) -> str:
+def cell(value: Value | None, scale: int | float = 1, digits: int = 1) -> str:
     """`value [low, high]`, scaled. The value's note instead, if it has one; only the value, if it has no interval; n/a without a value."""
     if value is not None and value.note:
         return value.note

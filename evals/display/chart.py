@@ -79,13 +79,13 @@ class Chart:
     across: int = 3
 
 
-def scaled(value: Value, factor: float) -> Value:
+def scaled(value: Value, factor: int | float) -> Value:
     """The value in another unit, such as per cent instead of shares."""
     value_, low, high = (None if number is None else number * factor for number in (value.value, value.low, value.high))
     return replace(value, value=value_, low=low, high=high)
 
 
-def all_scaled(values: Sequence[Value], factor: float) -> tuple[Value, ...]:
+def all_scaled(values: Sequence[Value], factor: int | float) -> tuple[Value, ...]:
     return tuple(scaled(value, factor) for value in values)
 
 

@@ -148,17 +148,27 @@ class Density(Measure[DensityFound]):
 # What is concluded
 
 
-def density_change(records: Recorded, arm: str, site: str, place: str, states: Iterable[int]) -> list[np.ndarray]:
-    """For each seed, the units' contributions [units, 2] to familiar minus unfamiliar, averaged over the states: arm minus base, and random deltas
-    minus base."""
-    chosen = {"metric": METRIC, "site": site, "place": place, "state": list(states)}
+Where = tuple[str, str, Sequence[int]]  # a site, a place and the states that are averaged
+
+
+def density_change(records: Recorded, arm: str, places: Sequence[Where]) -> list[np.ndarray]:
+    """For each seed, units' contributions [units, 2 * places] to familiar minus unfamiliar: arm minus base at each place, then the same under
+    random deltas."""
     base = records.study.base_arm
     seeds = []
     for prompts, *frames in zip(records("prompts", base), records("states", base), records("states", arm), records("random", arm), strict=True):
-        before, after = (matrix(frame, len(prompts), **chosen)[0].mean(axis=1) for frame in frames[:2])
-        drawn = np.mean([matrix(frame, len(prompts), **chosen)[0].mean(axis=1) for frame in draws(frames[2])], axis=0)
-        seeds.append(contrast(prompts, np.stack([after - before, drawn - before], axis=1)))
+        before, after = (_means(frame, len(prompts), places) for frame in frames[:2])
+        drawn = np.mean([_means(frame, len(prompts), places) for frame in draws(frames[2])], axis=0)
+        seeds.append(contrast(prompts, np.hstack([after - before, drawn - before])))
     return seeds
+
+
+def _means(frame: pd.DataFrame, items: int, places: Sequence[Where]) -> np.ndarray:
+    """Effective rank [items, places], averaged over each place's states."""
+    values, names = matrix(frame, items, metric=METRIC)
+    of_column = list(zip(names["site"].astype(str), names["place"].astype(str), names["state"], strict=True))
+    columns = {name: position for position, name in enumerate(of_column)}
+    return np.stack([values[:, [columns[site, place, state] for state in states]].mean(axis=1) for site, place, states in places], axis=1)
 
 
 def draws(frame: pd.DataFrame) -> list[pd.DataFrame]:
@@ -226,15 +236,17 @@ def _ranks(records: Recorded, arm: str) -> Iterator[Rank]:
 
 def _changes(records: Recorded, arm: str) -> Iterator[Change]:
     frame = records("states", arm)[0]
-    blocks = {name: list(states) for name, states in thirds(layers_of(frame)).items() if len(states)}
+    sites = frame.loc[frame["metric"] == METRIC, "place"].unique()
+    blocks = [(name, list(states)) for name, states in thirds(layers_of(frame)).items() if len(states)]
+    rows = [(block, site, str(place), states) for place in sites for site in SITES for block, states in blocks]
+    both = records.estimate(density_change(records, arm, [(site, place, states) for _, site, place, states in rows]))
+    half = len(rows)
+    beyond = Estimate(both.value[:half] - both.value[half:], both.draws[:half] - both.draws[half:])
+    found = values_of([*intervals(both), *intervals(beyond)])
     n, counterparts = _counts(records("prompts", arm))
-    for place in frame["place"].unique():
-        for site in SITES:
-            for block, states in blocks.items():
-                both = records.estimate(density_change(records, arm, site, str(place), states))
-                less = Estimate(both.value[:1] - both.value[1:], both.draws[:1] - both.draws[1:])
-                change, random, beyond = values_of([*intervals(both), *intervals(less)])
-                yield Change(arm, block, site, str(place), change, random, beyond, n, counterparts)
+    for position, (block, site, place, _) in enumerate(rows):
+        change, random, beyond_random = (found[position + shift] for shift in (0, half, 2 * half))
+        yield Change(arm, block, site, place, change, random, beyond_random, n, counterparts)
 
 
 def _counts(frames: Sequence[pd.DataFrame]) -> tuple[int, int]:

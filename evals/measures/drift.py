@@ -154,7 +154,7 @@ def _weight_table(summary: Drifted, header: Header) -> list[Table]:
     return table("Drift of the weights", arms, {name: cells for name, cells in columns.items() if cells}, note)
 
 
-def _column(summary: Drifted, what: str, group: str, block: str, scale: float, digits: int) -> dict[str, str]:
+def _column(summary: Drifted, what: str, group: str, block: str, scale: int | float, digits: int) -> dict[str, str]:
     rows = [row for row in summary.blocks if (row.what, row.group, row.block) == (what, group, block)]
     return {row.arm: cell(row.value, scale, digits) for row in rows}
 

@@ -122,12 +122,12 @@ def tuning_runs(records: Recorded, arm: str) -> int:
 
 def _density(records: Recorded, arm: str, runs: int) -> list[Clause]:
     low = list(thirds(layers_of(records("states", arm)[0]))["low"])
-    seeds = density_change(records, arm, "residual", "last", low)
+    seeds = density_change(records, arm, [("residual", "last", low)])
     clauses = [_clause(records, "density", seeds, 0, None, runs), _clause(records, "density/random", seeds, 0, 1, runs)]
     twin = _shuffled(records.study, arm)
     if twin is None:
         return [*clauses, measured("density/shuffled", None, runs, note="no arm is the same with shuffled: true")]
-    others = density_change(records, twin, "residual", "last", low)
+    others = density_change(records, twin, [("residual", "last", low)])
     beside = [np.stack([one[:, 0], other[:, 0]], axis=1) for one, other in zip(seeds, others, strict=True)]
     return [*clauses, _clause(records, "density/shuffled", beside, 0, 1, runs, note=f"minus {twin}")]
 

@@ -56,7 +56,7 @@ class Inputs:
         statements, items = self.prompts("knowledge", "statement"), self.data.knowledge
         return Prompts(
             ids=[prompt_ids(self.tokenizer, statement) for statement in statements],
-            places=last_and_subject(self.tokenizer, items, statements),
+            positions=last_and_subject(self.tokenizer, items, statements),
             answers=[continuation_ids(self.tokenizer, item.answer)[0] for item in items],
             contrast=familiarity([float("nan") if item.popularity is None else item.popularity for item in items]).contrast,
         )

@@ -147,7 +147,7 @@ class Recoverability(Measure[RecoverabilityFound]):
                 if curve.name != NEVER:
                     marks.append(Series("level", all_scaled([curve.base], 100), group=WORDS[curve.name]))
             x_axis = Axis("steps of tuning on plain statements (log scale)", ticks)
-            panels.append(Panel(tuple(marks), row.arm, x_axis, Axis("right candidate's probability (%)", limits=(0, 100))))
+            panels.append(Panel(tuple(marks), row.arm, x_axis, Axis("right candidate's probability (%)", limits=(0.0, 100.0))))
         if panels:
             title = f"{header.title}: how fast knowledge returns, with 95 % bands"
             yield Chart("recoverability", title, tuple(panels), "dotted: what the base knows of the same facts", shared=True)

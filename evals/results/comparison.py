@@ -38,19 +38,19 @@ def compare(records: Recorded) -> dict[str, list[Row]]:
     study = records.study
     arms = list(study.arm_settings)
     found: dict[str, list[Row]] = {part: [] for part in PARTS}
-    shares: dict[str, Share] = {}
+    shares: dict[str, tuple[str, Estimate]] = {}
     for name in study.measures:
         measure = measures()[name]
         share = measure.share(records)
         if measure.role is None or share is None:
             continue
-        shares.setdefault(measure.role, share)
+        shares.setdefault(measure.role, (name, share.estimate))
         found["against_direct"] += _against_direct(study, arms, name, share.estimate)
         found["contrasts"] += _contrasts(study, arms, name, share)
         if measure.role == "gain":
             found["gap_closed"] += _gaps(study, arms, name, share.estimate)
     if {"gain", "kept"} <= set(shares):
-        found["frontier"] = _frontier(study, shares["gain"].estimate, shares["kept"].estimate)
+        found["frontier"] = _frontier(study, shares["gain"], shares["kept"])
     return found
 
 
@@ -108,14 +108,18 @@ def _gaps(study: Study, arms: Sequence[str], measure: str, estimate: Estimate) -
     return rows
 
 
-def _frontier(study: Study, gain: Estimate, kept: Estimate) -> list[Row]:
+def _frontier(study: Study, gains: tuple[str, Estimate], kepts: tuple[str, Estimate]) -> list[Row]:
+    (gain_measure, gain), (kept_measure, kept) = gains, kepts
     now, draws = on_frontier(gain.value, kept.value), on_frontier(gain.draws, kept.draws)
     base = list(study.arm_settings).index(study.base_arm)
     return [
-        {"arm": label, "family": point.arm, "setting": point.value, "on_frontier": bool(now[position])}
+        {"arm": label, "family": setting.arm, "setting": setting.value, "on_frontier": bool(now[position])}
         | {"share_of_draws": _share_of_draws(draws[position], bool(now[position]))}
-        | {"gain": _difference(gain, position, base), "kept": _difference(kept, position, base)}
-        for position, (label, point) in enumerate(study.arm_settings.items())
+        | {
+            "gain": {"measure": gain_measure} | _difference(gain, position, base),
+            "kept": {"measure": kept_measure} | _difference(kept, position, base),
+        }
+        for position, (label, setting) in enumerate(study.arm_settings.items())
     ]
 
 
@@ -158,7 +162,7 @@ def comparison_charts(compared: dict[str, list[Row]], header: Header) -> Iterato
     panels = []
     for near in (False, True):
         lines = [_family(near, [row for row in rows if row["family"] == family]) for family in dict.fromkeys(row["family"] for row in rows)]
-        x, y = Axis("task gain, arm minus base (points)"), Axis("knowledge, arm minus base (points)")
+        x, y = (Axis(f"{rows[0][name]['measure']}, arm minus base (points)") for name in ("gain", "kept"))
         title = "all arms; filled: on the frontier"
         if near:
             right, lowest = best[-1][0], min(y for x, y in best if x >= 0.75 * best[-1][0])
@@ -166,7 +170,9 @@ def comparison_charts(compared: dict[str, list[Row]], header: Header) -> Iterato
             y = Axis(y.label, limits=(lowest - 3, max(y for _, y in best) + 2))
             title = "the frontier's right end, with paired 95 % intervals"
         panels.append(Panel((step, *lines), title, x, y, zero=True))
-    yield Chart("frontier", f"{header.title}: task against knowledge", tuple(panels), paired=True, across=2)
+    yield Chart(
+        "frontier", f"{header.title}: {rows[0]['gain']['measure']} against {rows[0]['kept']['measure']}", tuple(panels), paired=True, across=2
+    )
 
 
 def _family(intervals: bool, rows: Sequence[Row]) -> Series:
@@ -186,8 +192,8 @@ def _frontier_table(rows: Sequence[Row]) -> list[Table]:
     if not rows:
         return []
     frame = pd.DataFrame({"arm": [row["arm"] for row in rows]})
-    frame["task gain"] = [cell(_value(row["gain"]), 100) for row in rows]
-    frame["knowledge, arm minus base"] = [cell(_value(row["kept"]), 100) for row in rows]
+    for name in ("gain", "kept"):
+        frame[f"{rows[0][name]['measure']}, arm minus base"] = [cell(_value(row[name]), 100) for row in rows]
     frame["on the frontier"] = ["yes" if row["on_frontier"] else "" for row in rows]
     frame["in % of draws"] = [f"{row['share_of_draws'] * 100:.0f}" for row in rows]
     families = dict.fromkeys(row["family"] for row in rows if row["on_frontier"])

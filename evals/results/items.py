@@ -12,7 +12,7 @@ from proxytune.errors import UserError
 from proxytune.files import check_readable, check_writable
 
 FILE = "items.parquet"
-NEEDED = {"reading": str, "seed": int, "arm": str, "question": str, "answer": str, "text": str, "right": float, "unparsed": bool}
+NEEDED = {"reading": str, "world": str, "seed": int, "arm": str, "question": str, "answer": str, "text": str, "right": float, "unparsed": bool}
 STATES = ("right", "wrong", "unparsed")
 
 
@@ -20,7 +20,7 @@ def all_items(records: Sequence[Record]) -> pd.DataFrame:
     """One row per answer: reading, world, seed, arm, unit, question, answer, text, right (a share: 1/k in a tie of k), unparsed, tied."""
     columns = ["unit", "question", "answer", "text", "right", "unparsed", "tied"]
     frames = [
-        record.items.assign(reading=record.frame, world=record.world, seed=record.seed, arm=record.arm, tied=record.items.get("tied", False))
+        record.items.assign(reading=record.frame, world=record.world or "", seed=record.seed, arm=record.arm, tied=record.items.get("tied", False))
         for record in records
         if "text" in record.items
     ]
@@ -45,7 +45,9 @@ def read_items_of(folder: Path) -> pd.DataFrame:
         items = pd.read_parquet(folder / FILE)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"folder: '{folder}' holds no {FILE}; give the folder that proxytune compare wrote its results to") from error
-    missing = [name for name in NEEDED if name not in items]
+    missing = [name for name in (*NEEDED, "world") if name not in items]
+    if "measurement" in items and "reading" in missing:
+        raise UserError(f"folder: '{folder / FILE}' is of an older version (its column reading was called measurement); run the study again")
     if missing:
         raise UserError(
             f"folder: '{folder / FILE}' lacks the columns {', '.join(missing)}; give the folder that proxytune compare wrote its results to"
@@ -56,21 +58,24 @@ def read_items_of(folder: Path) -> pd.DataFrame:
         raise UserError(f"folder: '{folder / FILE}' holds other values than proxytune compare writes ({error}); run it again") from error
 
 
-def side_by_side(items: pd.DataFrame, measure: str, where: str, limit: int) -> Table:
-    """The items of a reading for which every condition in `where` holds, with the answers of the named arms (of all arms if none is named).
+def side_by_side(items: pd.DataFrame, measure: str | None, where: str, limit: int) -> Table:
+    """The items of a reading (None: the first) for which every condition of `where` holds, with the answers of the named arms (of all arms if none is
+    named).
 
-    A condition is an arm and right, wrong (ties are wrong) or unparsed: `full right, proxy@1 wrong`. Raises `UserError` for an unknown
-    reading, arm or state.
+    A condition is an arm and right, wrong (ties are wrong) or unparsed: `full right, proxy@1 wrong`. Raises `UserError` for a reading, an
+    arm or a state that is none.
     """
-    measurements = list(items["reading"].unique())
-    if measure not in measurements:
-        raise UserError(f"--measure: there is none called '{measure}'; there are {', '.join(measurements)}")
+    readings = list(items["reading"].unique())
+    measure = readings[0] if measure is None else measure
+    if measure not in readings:
+        raise UserError(f"--measure: there is none called '{measure}'; there are {', '.join(readings)}")
     chosen = items[items["reading"] == measure]
-    # Two items may ask the same unit the same question: their order distinguishes them.
-    chosen = chosen.assign(number=chosen.groupby(["seed", "arm"], sort=False).cumcount())
+    # Two items may ask the same of the same unit: their order tells them apart.
+    run = ["world", "seed"] if chosen["world"].nunique() > 1 else ["seed"]
+    chosen = chosen.assign(number=chosen.groupby([*run, "arm"], sort=False).cumcount())
     arms = list(chosen["arm"].unique())
     conditions = [_condition(part, arms) for part in where.split(",") if part.strip()]
-    index = ["seed", "number", "question", "answer"]
+    index = [*run, "number", "question", "answer"]
     wide = {name: chosen.pivot(index=index, columns="arm", values=name) for name in ("text", "right", "unparsed")}
     kept = pd.Series(True, index=wide["text"].index)
     for arm, state in conditions:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def read_results(path: Path) -> Results:
     if schema != SCHEMA:
         raise UserError(f"results: '{path}' is of an older version (schema {brief(schema)}, not {SCHEMA}); run the study again")
     try:
-        header = TypeAdapter(Header).validate_python({name: content[name] for name in ("study", "seeds", "base", "kinds", "direct")})
+        header = TypeAdapter(Header).validate_python({part.name: content[part.name] for part in fields(Header)})
         known = measures()
         summaries = {name: TypeAdapter(known[name].summary).validate_python(summary) for name, summary in content["measures"].items()}
         compared = {part: content[part] for part in PARTS}

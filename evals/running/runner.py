@@ -24,7 +24,8 @@ from evals.records import Record
 from evals.running.jobs import Place, Read, frame_of, perform
 from evals.running.plan import Job, plan
 from evals.running.progress import Display, Forwarded, forwarding
-from evals.study import Study
+from evals.running.workers import worker_context
+from evals.study import Run, Study
 from proxytune.errors import UserError
 
 SMALL = 100_000_000  # parameters of all members together, up to which jobs run in parallel
@@ -79,8 +80,9 @@ def _run(place: Place, todo: Sequence[Job], display: Display, jobs: int | None) 
         for entry in read.entries
     ]
     order = {arm: position for position, arm in enumerate(study.arm_settings)}
+    frames = {frame: position for position, frame in enumerate(dict.fromkeys(record.frame for record in records))}
     runs = {run: position for position, run in enumerate(study.runs)}
-    records.sort(key=lambda record: (record.frame, order[record.arm], runs[record.world, record.seed]))  # type: ignore[index]
+    records.sort(key=lambda record: (frames[record.frame], order[record.arm], runs[Run(record.world, record.seed)]))
     return Finished(records, _costs(reads, order))
 
 
@@ -152,11 +154,8 @@ def _here(place: Place, display: Display) -> Iterator[Start]:
 
 @contextmanager
 def _in_processes(place: Place, display: Display, workers: int) -> Iterator[Start]:
-    """Jobs in worker processes. However this process ends, no worker is left."""
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload([__name__])  # the libraries are imported once for all workers
+    """Jobs in processes of their own. However this one ends, none of them is left."""
+    context = worker_context()
     with forwarding(display, context) as messages:
         executor = ProcessPoolExecutor(workers, context, initializer=_prepare, initargs=(messages, place.study.threads))
         try:

@@ -6,12 +6,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import evals.compare
 import pandas as pd
 import pytest
 from helpers import make_model, make_tokenizer, run_in_process
 
 from evals.arms import tuning_summary
+from evals.measures.answers import Generated
 from evals.study import Study
 from proxytune.errors import UserError
 from proxytune.member import Weights
@@ -48,7 +48,7 @@ def run(place: Path) -> dict[str, pd.DataFrame]:
             },
         }
     )
-    return {record.arm: record.items for record in run_in_process(study, place / "out", place)}
+    return {record.arm: record.items for record in run_in_process(study, place / "out", place).records}
 
 
 def edit(file: Path, **settings: Any) -> None:
@@ -102,7 +102,7 @@ def test_other_places_and_newer_files_of_the_same_content_are_not_measured_again
     for file in (tmp_path / "elsewhere").rglob("*.json"):
         os.utime(file, (1, 1))
     edit(tmp_path / "elsewhere" / "base" / "config.json", transformers_version="1.0", _name_or_path="x")
-    monkeypatch.setattr(evals.compare, "measure", None)
+    monkeypatch.setattr(Generated, "read", None)
     assert len(run(tmp_path / "elsewhere")) == 4
 
 

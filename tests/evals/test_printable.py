@@ -84,7 +84,7 @@ def test_a_cell_is_a_text_and_no_number() -> None:
 def test_items_show_what_questions_answers_arms_and_models_say(form: str) -> None:
     arms = ("base", ENCODED)
     frame = pd.DataFrame({"unit": ["u"], "question": [ENCODED], "answer": [ENCODED], "text": [ENCODED], "right": [True], "unparsed": [False]})
-    table = side_by_side(all_items([Record(arm, "task", 0, "", frame, {}) for arm in arms]), "task", "", 5)
+    table = side_by_side(all_items([Record(arm, "task", None, 0, "", frame) for arm in arms]), "task", "", 5)
     drawn = draw([table], form, 3000)
     assert not ACTING.search(drawn)
     assert not ACTING.search(json.dumps(table.frame.to_dict("records")))

@@ -1,6 +1,5 @@
 """Forced choice where a model prefers nothing, or where its scores are no numbers."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,17 @@ import pytest
 import torch
 from helpers import make_model, make_tokenizer
 
-from evals.display.render import make_tables
+from evals.data import StudyData
 from evals.harness.tasks.sources import calibration_error, choose_by_familiarity, choose_letter, truth
 from evals.harness.tasks.sources import choose as choose_task
-from evals.measures import VERSIONS, Measurement, measure
+from evals.measures.answers import Chosen, Divergence, Generated
+from evals.measures.forgetting import CHOICES, QUESTIONS
+from evals.measures.inputs import Inputs
+from evals.measures.knowledge import STATEMENTS
+from evals.measures.subjects import Outputs
 from evals.records import Record
 from evals.results.items import all_items, side_by_side, write_items
-from evals.results.summary import summarize
+from evals.results.summary import result_tables, summarize
 from evals.study import Study
 from finetune.items import Item
 from probes.knowledge.candidates import known
@@ -130,49 +133,56 @@ STUDY = Study.model_validate(
 )
 
 
-def records(place: int) -> list[Record]:
+READINGS = (Chosen("task", "test", "question"), CHOICES, STATEMENTS, QUESTIONS)
+
+
+def asked(place: int, folder: Path) -> Inputs:
+    """The items stand for both task and knowledge; a question is asked in the words of its statement."""
+    of = [item.model_copy(update={"question": item.statement}) for item in items(place)]
+    make_tokenizer().save_pretrained(folder)
+    return Inputs(STUDY, StudyData(str(folder), None, [], of, of, "{question}", "", 2, choose=True), seed=0)
+
+
+def records(place: int, folder: Path) -> list[Record]:
     """The base is decided, one arm prefers nothing, one is the base again; asked to choose, and to speak."""
-    found = []
-    for name, probe in (("task", "choose"), ("choice", "choose"), ("statement", "generate"), ("question", "generate")):
-        of = items(place)
-        measurement = Measurement(name, probe, of, [str(item.statement) for item in of], new_tokens=2)  # type: ignore[arg-type]
+    found, inputs = [], asked(place, folder)
+    for reading in READINGS:
         for arm, member in (("base", decided()), ("small", indifferent()), ("large", decided())):
-            model = ProxyTunedForCausalLM({"base": member}, {"base": 1.0})
-            frames = measure(measurement, model, member.tokenizer, {arm: {"base": 1.0}}, STUDY, lambda done: None)
-            found.append(Record(arm, name, 0, measurement.protocol, frames[arm], {}))
+            frames = reading.read(Outputs({"base": member}, {}, {arm: {"base": 1.0}}), inputs, lambda done: None)
+            found.append(Record(arm, reading.name, None, 0, reading.protocol(inputs), frames[arm][reading.name]))
     return found
 
 
 @pytest.mark.parametrize("place", [0, 3])
 def test_ties_are_counted_in_records_results_tables_and_items(place: int, tmp_path: Path) -> None:
-    made = records(place)
-    frames = {(record.arm, record.measurement): record.items for record in made}
+    made = records(place, tmp_path)
+    frames = {(record.arm, record.frame): record.items for record in made}
     assert frames["small", "task"]["right"].tolist() == [0.25] * 12
     assert frames["small", "task"]["right"].dtype == frames["base", "task"]["right"].dtype == float
     assert frames["small", "task"]["tied"].all() and not frames["base", "task"]["tied"].any()
-    assert frames["small", "statement"]["right"].dtype == bool and "tied" not in frames["small", "statement"]
-    results = summarize(STUDY, made)
-    task = {row["arm"]: row for row in results["rows"] if row["measure"] == "task"}
+    assert frames["small", "knowledge"]["right"].dtype == bool and "tied" not in frames["small", "knowledge"]
+    results = summarize(STUDY, made, {})
+    task = {row["arm"]: row for row in results.rows if row["measure"] == "task"}
     assert (task["small"]["value"], task["small"]["tied"], task["small"]["unparsed"]) == (0.25, 12, 0)
     assert task["base"]["tied"] == 0
     assert task["base"]["value"] == pytest.approx(frames["base", "task"]["right"].mean(), abs=1e-6)
-    assert all(("tied" in row) == row["measure"].startswith(("task", "forgetting/choice")) for row in results["rows"])
-    tables = {table.title.split(" ")[0] if table.title == "Task" else table.title: table.frame for table in make_tables(results)}
+    assert all(("tied" in row) == row["measure"].startswith(("task", "forgetting/choice")) for row in results.rows)
+    tables = {table.title: table.frame for table in result_tables(results)}
     assert tables["Task"].set_index("arm")["tied"].to_dict() == {"base": "0", "small": "12", "large": "0"}
     choosing, speaking = (next(frame for title, frame in tables.items() if words in title) for words in ("choosing among", "continuing a"))
     assert choosing.set_index("arm")["tied"].to_dict() == {"small": "12", "large": "0"}
     assert "tied" not in speaking
     # A tie is wrong in an exact test: only what the base has right parts the two.
-    contrasts = {entry["arm"]: entry for entry in results["contrasts"]}
+    contrasts = {entry["arm"]: entry for entry in results.compared["contrasts"]}
     right = int(frames["base", "task"]["right"].sum())
     assert contrasts["small"]["p"] == pytest.approx(min(1.0, 2 * 0.5**right))
     assert contrasts["small"]["value"] == pytest.approx(0.25 - right / 12, abs=1e-6)
     assert contrasts["large"]["p"] == 1
     said = pd.read_parquet(write_items(made, tmp_path))
     pd.testing.assert_frame_equal(said, all_items(made))
-    assert said.groupby(["measurement", "arm"])["tied"].sum().to_dict() == {
-        (name, arm): 12 * (arm == "small" and name in ("task", "choice"))
-        for name in ("task", "choice", "statement", "question")
+    assert said.groupby(["reading", "arm"])["tied"].sum().to_dict() == {
+        (name, arm): 12 * (arm == "small" and name in ("task", "forgetting/choice"))
+        for name in ("task", "forgetting/choice", "knowledge", "forgetting/question")
         for arm in ("base", "small", "large")
     }
     assert len(side_by_side(said, "task", "small wrong", 99).frame) == 12
@@ -181,15 +191,14 @@ def test_ties_are_counted_in_records_results_tables_and_items(place: int, tmp_pa
     assert set(side_by_side(said, "task", "", 99).frame["small"]) == {"✗ " + " / ".join(WORDS[:4])}
 
 
-def test_old_records_of_choices_are_made_again() -> None:
-    of = items(0)
-    measurement = Measurement("task", "choose", of, ["w5"] * 12)
-    now = measurement.protocol
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setitem(VERSIONS, "choose", 1)
-        assert replace(measurement).protocol != now
-    assert replace(measurement).protocol == now
-    assert VERSIONS["generate"] == VERSIONS["law"] == 1
+def test_old_records_of_choices_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, of_task = asked(0, tmp_path), READINGS[0]
+    now = of_task.protocol(inputs)
+    with monkeypatch.context() as patched:
+        patched.setattr(Chosen, "version", 1)
+        assert of_task.protocol(inputs) != now
+    assert of_task.protocol(inputs) == now
+    assert Generated.version == Divergence.version == 1
 
 
 def test_the_tasks_of_the_harness_count_a_tie_as_a_guess() -> None:

@@ -2,10 +2,10 @@ import math
 
 import numpy as np
 import pytest
-from evals.findings import Found
 from scipy.stats import norm
 
 from evals.measures.erosion import _clause
+from evals.results.recorded import Recorded
 from evals.study import Study
 from probes.knowledge.exposure import needed_seeds
 from probes.verdict import RULE, Clause, State, measured, state, verdict, worst
@@ -136,7 +136,7 @@ def clause_of(seeds: list[np.ndarray], same_items: bool = False) -> Clause:
         {"study": "s", "measures": ["task"], "arms": {"base": {"kind": "base"}}}
         | ({"models": {"base": "b"}, "data": {"test": "t"}} if same_items else {"worlds": ["tiny"]})
     )
-    return _clause(Found(study, []), "freezing", [seed[:, None] for seed in seeds], 0, None, runs=len(seeds))
+    return _clause(Recorded(study, []), "freezing", [seed[:, None] for seed in seeds], 0, None, runs=len(seeds))
 
 
 def exactly(mean: float, sd: float, count: int) -> np.ndarray:

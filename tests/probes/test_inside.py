@@ -103,7 +103,7 @@ def test_the_subjects_last_token_is_found() -> None:
     prompts = ["w3 w5 w6 w8", "w4 w5", "w3 w7"]
     assert last_and_subject(tokenizer, items, prompts) == [[-1, 2], [-1, 0], [-1, 1]]
     assert last_and_subject(tokenizer, [*items, Item(question="?", answer="w9")], [*prompts, "w3"]) == [[-1]] * 4
-    with pytest.raises(UserError, match="'w7' does not stand in"):
+    with pytest.raises(UserError, match="'w7' is not in"):
         last_and_subject(tokenizer, items[2:], ["w3 w8"])
 
 

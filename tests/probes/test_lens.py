@@ -206,7 +206,7 @@ def test_first_tokens_that_candidates_share() -> None:
     np.testing.assert_array_equal(reading.right[0], reading.right[1])
     assert not np.isnan(as_arrays(reading)[:, :2]).any()
     assert np.isnan(reading.share[2]).all() and np.isnan(reading.right[2]).all() and np.isfinite(reading.log_probability[2]).all()
-    with pytest.raises(UserError, match="'alone' has none but its answer"):
+    with pytest.raises(UserError, match="'alone' has only its answer"):
         first_tokens(tokenizer, [Item(question="alone", answer="w5", choices=("w5",))])
 
 
