@@ -18,7 +18,7 @@ from proxytune.token_map import map_tokens
 
 @dataclass(frozen=True)
 class Sources:
-    """Which models, where they go, and in which type."""
+    """Which models, on which devices, and in which type."""
 
     base: str
     expert: str | None = None
@@ -31,7 +31,7 @@ class Sources:
 
 @dataclass(frozen=True)
 class Chat:
-    """Which members read the prompt in their chat template, after which system prompt, with which beginning of the answer."""
+    """Which members read the prompt in their chat template, with which system prompt and which beginning of the answer."""
 
     members: Sequence[str] = ()
     system: str | None = None
@@ -39,7 +39,7 @@ class Chat:
 
 
 def weights_of(sources: Sources) -> dict[str, Weights]:
-    """Where the members' weights are. Raises `UserError` where only one of expert and anti-expert is given, and for a token map without them."""
+    """The members' weights. Raises `UserError` if only one of expert and anti-expert is given, and for a token map without them."""
     expert, antiexpert, proxy_device = sources.expert, sources.antiexpert, sources.proxy_device or sources.device
     if (expert is None) != (antiexpert is None):
         raise UserError("--expert and --antiexpert: give both or neither; the anti-expert is the expert before it was tuned")
@@ -54,9 +54,9 @@ def weights_of(sources: Sources) -> dict[str, Weights]:
 
 
 def load_mixture(sources: Sources, alpha: float, drafting: bool = False) -> tuple[ProxyTunedForCausalLM, dict[str, Member]]:
-    """Loads base + alpha (expert - antiexpert); an expert that is a LoRA adapter goes on the anti-expert.
+    """Loads base + alpha (expert - antiexpert). An expert that is a LoRA adapter is loaded on the anti-expert.
 
-    For `drafting` on the CPU the expert has a copy in 8 bits beside it, 'draft'. Raises what `weights_of` and loading raise.
+    With `drafting` on the CPU, the member 'draft' is an 8-bit copy of the expert. Raises what `weights_of` and loading raise.
     """
     members = load_members(weights_of(sources), dtype=sources.dtype, prepacked=True)
     if drafting and "expert" in members and (sources.proxy_device or sources.device) == "cpu" and not sources.map_tokens:
@@ -69,7 +69,7 @@ def load_mixture(sources: Sources, alpha: float, drafting: bool = False) -> tupl
 
 
 def read_prompts(members: Mapping[str, Member], prompt: str, chat: Chat) -> dict[str, list[int]]:
-    """What each member reads. Raises `UserError` for a chat member that is none or whose tokenizer has no template."""
+    """Each member's prompt ids. Raises `UserError` for a chat member that does not exist or whose tokenizer has no template."""
     for name in chat.members:
         if name not in members:
             raise UserError(f"--chat: '{name}' is no member; the members are {', '.join(members)}")
@@ -77,7 +77,7 @@ def read_prompts(members: Mapping[str, Member], prompt: str, chat: Chat) -> dict
             raise UserError(f"--chat: the tokenizer of '{name}' has no chat template; leave it out")
     if not chat.members and (chat.system or chat.response_prefix):
         raise UserError("--system and --response-prefix: they belong to a chat template; say with --chat which member reads one")
-    # What drafts reads what the expert reads.
+    # The draft model has the same prompt as the expert.
     voices = {name: "expert" if name == "draft" else name for name in members}
     return {
         name: chat_ids(members[name].tokenizer, prompt, chat.system, chat.response_prefix)

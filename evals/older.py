@@ -1,4 +1,4 @@
-"""Study files of older versions: keys under their old names are still read, and a line says what each is called now."""
+"""Study files of older versions: keys under their old names are still read, and a warning names the new key."""
 
 import logging
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ Hints = dict[str, str]  # the new spelling by the old one
 
 
 def modernized(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a study file with every old key under its present name. An old key beside its new one is left for the validation to refuse."""
+    """The content of a study file with every old key under its new name. An old key beside its new one is left for the validation to refuse."""
     study, hints = dict(content), Hints()
     if "world" in study and "worlds" not in study:
         study["worlds"] = [study.pop("world")]

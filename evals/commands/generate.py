@@ -1,4 +1,4 @@
-"""`proxytune generate`: a mixture's answer to a prompt, streamed, and on request explained token by token."""
+"""`proxytune generate`: a mixture's answer to a prompt, streamed and, on request, explained token by token."""
 
 import math
 import sys
@@ -16,7 +16,7 @@ from proxytune.printable import printable
 
 
 class _Printed(TextStreamer):
-    """Prints what is no command to a terminal; a model may write such."""
+    """Prints text with control characters escaped: a model may generate terminal commands."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         super().on_finalized_text(printable(text, keep="\n\t"), stream_end)
@@ -32,11 +32,11 @@ def generate(
 ) -> list[int]:
     """Streams the answer to standard output; returns the base's prompt and the answer as ids. Greedy at temperature 0.
 
-    Raises `UserError` for a temperature that is not finite, and for one at which, or a model of which, no token has a probability.
+    Raises `UserError` for a temperature that is not finite, and if no token has a finite probability.
     """
     if not math.isfinite(temperature):
         raise UserError(f"--temperature: it must be a finite number, not {temperature}; 0 is greedy")
-    law = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     input_ids = torch.tensor([prompts["base"]], device=model.device)
     own = {name: [ids] for name, ids in prompts.items() if name in model.token_maps or ids != prompts["base"]}
     try:
@@ -50,18 +50,18 @@ def generate(
             streamer=_Printed(tokenizer, skip_prompt=True, skip_special_tokens=True),
             speculate=speculate,
             draft="draft" if "draft" in model.members else "expert",
-            **law,
+            **sampling,
         )
     except RuntimeError as error:
         if "probability tensor" not in str(error):
             raise
-        raise UserError(f"--temperature: at {temperature} no token has a finite probability; raise it, or take models that are not broken") from error
+        raise UserError(f"--temperature: at {temperature} no token has a finite probability; raise it, or use models that are not broken") from error
     sys.stdout.flush()
     return made[0].tolist()
 
 
 def explanation_table(explanations: list[TokenExplanation], tokenizer: PreTrainedTokenizerBase) -> Table:
-    """A row a token; those that the base alone would not have chosen are marked with what it would have."""
+    """One row per token. A token that the base alone would not have chosen is shown beside the base's choice."""
     names = list(explanations[0].members) if explanations else []
     frame = pd.DataFrame({"token": [repr(tokenizer.decode([entry.token])) for entry in explanations]}, dtype=str)
     for name in names:

@@ -20,7 +20,7 @@ from evals import cli
 from evals.running.progress import Display
 from probes.world.recipes import RECIPES
 
-LINE = "proxytune: stopped; run the same command again, it goes on"
+LINE = "proxytune: stopped; run the same command again, it continues"
 
 
 @pytest.fixture

@@ -30,7 +30,10 @@ class Keeps(BaseStreamer):
 
 def test_what_speculation_would_drop_is_refused() -> None:
     mixture, ids = mixture_of("llama"), drawn(1, 6)
-    for options, words in (({"labels": ids}, "labels: speculation cannot heed it"), ({"custom_generate": print}, "custom_generate: speculation")):
+    for options, words in (
+        ({"labels": ids}, "labels: speculation does not support it"),
+        ({"custom_generate": print}, "custom_generate: speculation"),
+    ):
         with pytest.raises(UserError, match=words):
             mixture.generate(ids, speculate=True, **GREEDY, **options)
 
