@@ -77,3 +77,9 @@ def random_ids() -> Callable[..., torch.Tensor]:
 def tiny_family(shared: Path) -> Path:
     with FileLock(shared / "tiny-family.lock"):
         return find_family("tiny", 0, shared / "worlds") or build_family("tiny", 0, shared / "worlds")
+
+
+@pytest.fixture
+def no_report_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness would list the packages and compilers that are installed after every evaluation: five processes for each."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)

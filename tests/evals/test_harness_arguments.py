@@ -17,6 +17,8 @@ from evals.harness import TASKS, ProxyLM
 from proxytune import Member, Rule, UserError, proxy_tuning
 from proxytune.arguments import read_dtype, unknown_name
 
+pytestmark = pytest.mark.usefixtures("no_report_of_the_machine")
+
 CONTEXTS = ["w3 w4 w5", "", "w9 w10 w11 w12 w3", "<bos> w7 w8"]
 CHOICES = [" w6 w7", " w8", " <bos> w9"]
 
