@@ -117,8 +117,8 @@ def frame_of(place: Place, entry: Entry) -> Any:
 
 
 def tuning_of(job: Job, outcomes: Outcomes) -> Any:
-    """How a job tunes: as the study says, or as was selected."""
-    return job.tuning or next(choice for choice in outcomes.values() if isinstance(choice, Choice)).tuning
+    """How a job tunes: as the study says, or as the selection that it waits for."""
+    return job.tuning or next(choice for name in job.waits if isinstance(choice := outcomes[name], Choice)).tuning
 
 
 def _tune(job: Job, place: Place, data: StudyData, outcomes: Outcomes, display: Display) -> Weights:
