@@ -92,6 +92,11 @@ def inputs_of(place: Place, job: Job) -> Inputs:
     return _inputs(study.model_dump_json(), place.folder, place.worlds, job.run, job.trial)
 
 
+def forget_inputs() -> None:
+    """Before a study: files may have changed since the last study of this process."""
+    _inputs.cache_clear()
+
+
 @lru_cache(maxsize=1)
 def _inputs(study_as_json: str, folder: Path, worlds: Path, run: Run, trial: bool) -> Inputs:
     study = Study.model_validate_json(study_as_json)
@@ -120,8 +125,8 @@ def frame_of(place: Place, entry: Entry) -> Any:
 
 
 def tuning_of(job: Job, outcomes: Outcomes) -> Any:
-    """The recipe of a tuning job: from the study, or from the selection."""
-    return job.tuning or next(choice for choice in outcomes.values() if isinstance(choice, Choice)).tuning
+    """The recipe of a tuning job: from the study, or from the selection that it waits for."""
+    return job.tuning or next(choice for name in job.waits if isinstance(choice := outcomes[name], Choice)).tuning
 
 
 def _tune(job: Job, place: Place, data: StudyData, outcomes: Outcomes, display: Display) -> Weights:

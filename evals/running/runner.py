@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from evals.data import data_for
 from evals.records import Record
-from evals.running.jobs import Place, Read, frame_of, perform
+from evals.running.jobs import Place, Read, forget_inputs, frame_of, perform
 from evals.running.plan import Job, plan
 from evals.running.progress import Display, Forwarded, forwarding
 from evals.running.workers import worker_context
@@ -64,6 +64,7 @@ def run_study(study: Study, folder: Path, out: Path, display: Display, *, jobs: 
 
 def _run(place: Place, todo: Sequence[Job], display: Display, jobs: int | None) -> Finished:
     study = place.study
+    forget_inputs()
     parameters = 0
     if not study.worlds:  # mistakes in a user's data are reported once, before any work
         data = data_for(study, place.folder, study.runs[0], place.worlds, display.say)

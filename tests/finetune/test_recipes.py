@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ARCHITECTURES, items, make_model, make_tokenizer, words
+from helpers import ARCHITECTURES, PATHS, items, make_model, make_tokenizer, words
 from peft import PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy, logsigmoid
 from torch.utils.flop_counter import FlopCounterMode
