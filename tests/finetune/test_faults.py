@@ -275,7 +275,7 @@ def test_two_processes_train_to_the_loss_of_one(folder: Path, two_processes: tup
 
 def test_launchers_that_fall_back_are_errors(folder: Path, two_processes: tuple[Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
     _, said = two_processes
-    assert said["five"].startswith("error: ") and "5 examples a step cannot be shared out among 2" in said["five"]
+    assert said["five"].startswith("error: ") and "5 examples per step cannot be divided among 2" in said["five"]
     assert said["fsdp"].startswith("error: ") and "fsdp: the model is wrapped as DistributedDataParallel, not sharded" in said["fsdp"]
     with monkeypatch.context() as patched:
         patched.setenv("ACCELERATE_MIXED_PRECISION", "no")

@@ -204,8 +204,7 @@ from pathlib import Path
 sys.path[:0] = {paths!r}
 import finetune.reference as reference
 import torch
-from helpers import make_tokenizer
-from test_recipes import PROMPT, items
+from helpers import items, make_tokenizer
 from finetune.encoding import encode_examples
 from proxytune.member import load_member
 
@@ -221,7 +220,7 @@ def save_and_wait(*arguments, **options):
         time.sleep(0.01)
 
 reference.save_file = save_and_wait
-rows = encode_examples(items(5), make_tokenizer(), PROMPT, "")
+rows = encode_examples(items(5), make_tokenizer(), "{{question}}", "")
 read = reference.read_reference(load_member(folder / "base"), rows, folder / "states", "base")
 torch.save(read.logits([row["input_ids"] for row in rows], torch.device("cpu")), folder / f"logits-{{number}}.pt")
 """
