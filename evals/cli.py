@@ -184,9 +184,10 @@ def generate(
     """
     import torch
 
-    from evals.commands.generate import Chat, Sources, explanation_table, load_mixture, read_prompts
+    from evals.commands.generate import explanation_table
     from evals.commands.generate import generate as stream
     from evals.display.render import draw
+    from evals.mixtures import Chat, Sources, load_mixture, read_prompts
     from evals.running.progress import quieten_libraries
     from proxytune.explanation import explain as explain_tokens
 
@@ -295,8 +296,9 @@ def rescore(
     import json
 
     from evals.display.render import draw
-    from evals.released.rescore import execute_in_sandbox, read_roles, rescore_tables
+    from evals.released.rescore import execute_in_sandbox, read_roles
     from evals.released.rescore import rescore as score
+    from evals.released.tables import rescore_tables
     from evals.running.progress import Display
     from proxytune.printable import printable
 
@@ -335,7 +337,7 @@ def export(
     serve FOLDER --trust-remote-code` and any other tool that takes a causal language model. The members stay where they are. They are
     checked when they are loaded, and none of their own code is run.
     """
-    from evals.commands.generate import Sources, weights_of
+    from evals.mixtures import Sources, weights_of
     from proxytune.exported import export as write
     from proxytune.mixture import proxy_tuning
     from proxytune.printable import printable

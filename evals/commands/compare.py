@@ -1,5 +1,6 @@
 """`proxytune compare` and `proxytune probe`: run a study, print its tables, write results, figures and answers."""
 
+import gc
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from proxytune.files import check_writable
 
 def run_and_show(study: Study, folder: Path, out: Path, shown: Path, form: str, jobs: int | None, patient: bool) -> None:
     """Runs a study. Records go to `out`, results and figures to `shown`, tables to standard output."""
+    gc.freeze()  # trainers collect garbage often; they need not look through the libraries each time
     results_file, costs_file = shown / "results.json", shown / "costs.json"
     for path in (out / "study.json", results_file, costs_file, shown / FILE):
         check_writable(path, "out")  # before hours of work, not after

@@ -19,9 +19,9 @@ from lm_eval.models.utils import resolve_max_length
 from lm_eval.utils import simple_parse_args_string
 from transformers import PreTrainedTokenizerBase
 
-from evals.commands.generate import Sources, load_mixture
 from evals.harness.arguments import Arguments, check_generation, read_arguments
 from evals.harness.responses import Responses
+from evals.mixtures import Sources, load_mixture
 from proxytune.content import content_key
 from proxytune.errors import UserError, brief
 from proxytune.member import Member

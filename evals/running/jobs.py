@@ -196,7 +196,7 @@ def _pair(label: str, data: StudyData, members: Mapping[str, Member], tuned: Wei
 
 def _take(reading: Reading, subject: Outputs | Pair, inputs: Inputs, job: Job, place: Place, display: Display) -> Iterator[Entry]:
     """The entries of one reading's records; records that are missing are made."""
-    keys, protocol = keys_of(reading, subject, inputs), reading.protocol(inputs)
+    keys, protocol = keys_of(reading, subject, inputs), protocol_of(reading, inputs)
     missing = missing_of(keys, place)
     if missing:
         first = reading.first_prompt(inputs) if job.group is not None and job.group.kind == "base" and job.run == place.study.runs[0] else None
@@ -228,13 +228,18 @@ def _take(reading: Reading, subject: Outputs | Pair, inputs: Inputs, job: Job, p
         yield Entry(label, frame, job.run, protocol, key)
 
 
+def protocol_of(reading: Reading, inputs: Inputs) -> str:
+    """The reading's protocol, hashed once per process: it covers every item."""
+    return str(inputs.once(("protocol", reading), lambda: reading.protocol(inputs)))
+
+
 def keys_of(reading: Reading, subject: Outputs | Pair, inputs: Inputs) -> dict[tuple[str, str], str]:
     """The key of every record that the reading makes from the subject, by arm and frame.
 
     It is a hash of the frame's name, the protocol (`Reading.protocol`: everything that decides how arms are asked), the seed, and the subject's
     `causes` (fingerprints of the weights, with the mixture's coefficients).
     """
-    protocol, names = reading.protocol(inputs), reading.frames(subject, inputs)
+    protocol, names = protocol_of(reading, inputs), reading.frames(subject, inputs)
     return {
         (label, frame): content_key(frame=frame, protocol=protocol, seed=inputs.seed, **subject.causes(label))
         for label in subject.labels

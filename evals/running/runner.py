@@ -1,5 +1,6 @@
 """Runs a study: a job starts when the jobs it waits for have ended, in this process or in several. Results do not depend on how many."""
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -190,6 +191,7 @@ def _prepare(messages: Any, threads: int) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
+    gc.freeze()  # trainers collect garbage often; they need not look through the libraries each time
     torch.set_num_threads(threads)
     _display = Forwarded(messages)
     _display.__enter__()

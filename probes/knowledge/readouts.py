@@ -114,12 +114,13 @@ def choose(
 
     `space` is put between prompt and choice. Raises `UserError` for an item without choices, and for scores that are NaN.
     """
+    encoded = {choice: tuple(continuation_ids(tokenizer, choice, space)) for choice in dict.fromkeys(each for item in items for each in item.choices)}
     requests, owners = [], []
     for item, prompt in zip(items, prompts, strict=True):
         if not item.choices:
             raise UserError(f"choices: the item {item.question!r} has none; forced choice needs them in every item")
         prefix = tuple(prompt_ids(tokenizer, prompt))
-        requests += [Request(prefix, tuple(continuation_ids(tokenizer, choice, space))) for choice in item.choices]
+        requests += [Request(prefix, encoded[choice]) for choice in item.choices]
         owners.append(len(item.choices))
     lengths = torch.tensor([len(request.continuation) for request in requests])
     scores = score(model, requests, mixtures, batch_tokens=batch_tokens, progress=progress)

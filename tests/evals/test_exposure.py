@@ -116,9 +116,9 @@ def test_nothing_to_compare_is_an_error() -> None:
     for confounded in (groups.astype(float), np.full(len(groups), 5.0)):
         with pytest.raises(UserError, match="popularity: it does not vary over 240"):
             rank_correlation(values, confounded, groups)
-    with pytest.raises(UserError, match="popularity: nothing"):
+    with pytest.raises(UserError, match="popularity: it does not vary over"):
         rank_correlation(values, popularity, groups, popularity[:, None])
-    with pytest.raises(UserError, match="varies over 0 items"):
+    with pytest.raises(UserError, match="does not vary over 0 items"):
         rank_correlation(values, popularity, np.arange(len(values)))
 
 

@@ -17,7 +17,8 @@ from evals.display.cells import Table
 from evals.display.drawing import drawn_name, save
 from evals.display.render import draw
 from evals.records import Record
-from evals.released.rescore import rescore, rescore_tables
+from evals.released.rescore import rescore
+from evals.released.tables import rescore_tables
 from evals.results.items import all_items, side_by_side
 from evals.running.progress import Display
 from proxytune.errors import LONGEST

@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
-from evals.rescore import rescore
 from helpers import CHOICE_PROMPT, choice_items, row_of, three_systems, write_math, write_rows
 
 from evals.released.generations import chosen_option, read_tree
+from evals.released.rescore import rescore
 from probes.knowledge.readouts import last_number
 from proxytune.errors import UserError
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from evals.rescore import rescore
-from evals.tables import draw
 from helpers import choice_items, math_items, patterned, row_of, run_command, three_systems, write_math, write_rows
 from scipy.stats import beta
 
-from evals.released.rescore import execute_in_sandbox, read_roles, rescore_tables
+from evals.display.render import draw
+from evals.released.rescore import execute_in_sandbox, read_roles, rescore
+from evals.released.tables import rescore_tables
 from evals.running.progress import Display
 from evals.sandbox import Program
 from evals.statistics.intervals import bootstrap_means, gap_closed

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from helpers import ARCHITECTURES, equal, flat, make_model, member_of, noisy, tied
-from proxytune.prepacked import PrepackedLinear
 
 from probes.internals.activations import layers_of
 from probes.internals.blocks import BLOCKS, blocks_of, check_same_shape, put, random_delta, thirds, weights_of
 from proxytune import UserError
+from proxytune.prepacked import PrepackedLinear
 
 
 @pytest.mark.parametrize(("layers", "sizes"), [(1, (1, 0, 0)), (2, (1, 0, 1)), (3, (1, 1, 1)), (4, (1, 2, 1)), (6, (2, 2, 2)), (32, (10, 12, 10))])
