@@ -33,7 +33,7 @@ WHOLLY_SHOWN = ("e5", METRIC)  # at every site and place; other metrics only in 
 SHOWN = (("e5", "E5"), (METRIC, "effective rank"))
 UNTRAINED = "untrained"
 UNCHANGED = "unchanged by construction"
-LEFT_OUT = " Some of many layers are shown; all are in results.json."
+LEFT_OUT = " Some layers of many are shown; all are in results.json."
 FEW_STATES = 7  # columns that fit on a page
 
 
