@@ -149,7 +149,7 @@ def die(*_: object) -> None:
 def test_a_fault_of_ours_in_a_worker_is_no_mistake_of_a_user(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative twin; and a worker that is gone is one line."""
     study, folder = load_study(place / "study.yaml")
-    for act, error, words in ((faulty, ZeroDivisionError, "ours"), (die, UserError, "jobs: a process has died, .*--jobs 1, it goes on")):
+    for act, error, words in ((faulty, ZeroDivisionError, "ours"), (die, UserError, "jobs: a process has died, .*--jobs 1, it continues")):
         monkeypatch.setattr(runner, "_perform_there", act)
         with pytest.raises(error, match=words), Display() as display:
             run_study(study, folder, tmp_path / "out", display, jobs=2)
@@ -309,7 +309,7 @@ def test_a_signal_stops_all_processes_with_one_line(place: Path, tmp_path: Path,
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
     printed, said = process.communicate(timeout=60)
     assert (process.returncode, printed) == (128 + number, "")
-    assert said.splitlines()[-1] == "proxytune: stopped; run the same command again, it goes on"
+    assert said.splitlines()[-1] == "proxytune: stopped; run the same command again, it continues"
     assert "Traceback" not in said and "Error" not in said
     assert wait_until(lambda: not of_session(process.pid), 10), of_session(process.pid)
 
