@@ -149,7 +149,7 @@ def die(*_: object) -> None:
 def test_a_fault_of_ours_in_a_worker_is_no_mistake_of_a_user(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative twin; and a worker that is gone is one line."""
     study, folder = load_study(place / "study.yaml")
-    for act, error, words in ((faulty, ZeroDivisionError, "ours"), (die, UserError, "jobs: a process has died, .*--jobs 1, it goes on")):
+    for act, error, words in ((faulty, ZeroDivisionError, "ours"), (die, UserError, "jobs: a process has died, .*--jobs 1, it continues")):
         monkeypatch.setattr(runner, "_perform_there", act)
         with pytest.raises(error, match=words), Display() as display:
             run_study(study, folder, tmp_path / "out", display, jobs=2)
