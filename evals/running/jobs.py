@@ -89,6 +89,11 @@ def inputs_of(place: Place, job: Job) -> Inputs:
     return _inputs(study.model_dump_json(), place.folder, place.worlds, job.run, job.trial)
 
 
+def forget_inputs() -> None:
+    """Before a study: files may have changed since the last one of this process."""
+    _inputs.cache_clear()
+
+
 @lru_cache(maxsize=1)
 def _inputs(study_as_json: str, folder: Path, worlds: Path, run: Run, trial: bool) -> Inputs:
     study = Study.model_validate_json(study_as_json)

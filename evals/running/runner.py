@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from evals.data import data_for
 from evals.records import Record
-from evals.running.jobs import Place, Read, frame_of, perform
+from evals.running.jobs import Place, Read, forget_inputs, frame_of, perform
 from evals.running.plan import Job, plan
 from evals.running.progress import Display, Forwarded, forwarding
 from evals.study import Study
@@ -62,6 +62,7 @@ def run_study(study: Study, folder: Path, out: Path, display: Display, *, jobs: 
 
 def _run(place: Place, todo: Sequence[Job], display: Display, jobs: int | None) -> Finished:
     study = place.study
+    forget_inputs()
     parameters = 0
     if not study.worlds:  # what is wrong with a user's data is said before any work, and once
         data = data_for(study, place.folder, study.runs[0], place.worlds, display.say)
