@@ -1,4 +1,4 @@
-"""A mixture of models that a command names: where its members are, how they are loaded, and what each reads."""
+"""The mixture that a command names: where its members are, how they are loaded, and each member's prompt."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

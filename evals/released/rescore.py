@@ -1,7 +1,7 @@
-"""Released generations scored again, beside what was published of them: the gap closed with its interval, and exact tests between systems.
+"""Released generations scored again, beside the published numbers: the gap closed with its interval, and exact tests between systems.
 
-Shares are between 0 and 1. Two readings stand side by side where they differ: `authors` (how the published numbers were made, so that they can be
-reproduced to all digits) and `ours` (unparsed answers are wrong, numbers are compared as numbers). See `evals.released` for the files.
+Shares are between 0 and 1. Two ways of scoring are shown side by side where they differ: `authors` (as the published numbers were computed, so that
+they can be reproduced to all digits) and `ours` (unparsed answers are wrong, numbers are compared as numbers). See `generations` for the files.
 """
 
 import re
@@ -25,11 +25,11 @@ CodeRunner = Callable[[Sequence[Program]], list[bool]]
 ROLES = ("base", "proxy", "direct", "expert")
 READINGS = ("ours", "authors")
 PASS = re.compile(r"pass@([1-9][0-9]{0,5})")
-SAME = 1e-9  # published means of probabilities were stored with ten digits an item
+SAME = 1e-9  # published means of probabilities were stored with ten digits per item
 
 
 class Metric(NamedTuple):
-    """Of which kind of items, where it stands in the published file, what its value there is multiplied by, and whose headline it is."""
+    """The kind of items, the key in the published file, the factor of its value there, and the ways of scoring whose headline metric it is."""
 
     kind: str
     key: str
@@ -37,7 +37,7 @@ class Metric(NamedTuple):
     readings: Sequence[str] = ()
 
 
-# The headline metrics are what the mean gap closed was published over; the others are their parts.
+# The published mean gap closed is over the headline metrics; the others are their parts.
 METRICS = {
     "exact match": Metric("math", "exact_match", readings=("authors",)),
     "equal number": Metric("math", "exact_match", readings=("ours",)),
@@ -54,7 +54,7 @@ METRICS = {
 
 
 class Scored(NamedTuple):
-    """A metric of one system on one benchmark, with the items where there are any."""
+    """A metric of one system on one benchmark, with the items if there are any."""
 
     source: Source
     metric: str
@@ -71,15 +71,15 @@ def rescore(
     humaneval: Path | None = None,
     roles: Mapping[str, str] | Sequence[Mapping[str, str]] = (),
 ) -> dict[str, Any]:
-    """The results: `rows`, `gap_closed`, `gap_summary`, `mcnemar`, `notes` (a line each on what was left out or is read otherwise).
+    """The results: `rows`, `gap_closed`, `gap_summary`, `mcnemar`, `notes` (a line for everything that was left out or is parsed differently).
 
-    A row is benchmark, system, metric, ours, published, difference, n (items in the mean), unparsed, low, high, note; `ours` is None where there is
-    nothing to score. Code is executed only by `code`, from programs to verdicts in their order, with the prompts and tests of `humaneval` (JSONL
-    with task_id, prompt, test, entry_point). `roles` gives each of base, proxy, direct and expert a pattern of system names (`*` is anything, a
-    comma parts alternatives); every triple of base, proxy or expert, and direct that matches on one benchmark has its gap closed. Several mappings
-    are taken apart. Without roles there is no gap, and the exact tests are between all systems. Calls `progress` with a line for each system.
-    Raises `UserError` where a file is malformed, no file or a link out of the folder, where a released prompt is not the benchmark's, a role is
-    unknown or a pattern matches no system.
+    A row is benchmark, system, metric, ours, published, difference, n (items in the mean), unparsed, low, high, note; `ours` is None if there is
+    nothing to score. Code is executed only by `code`, which takes programs and returns their verdicts in order, with the prompts and tests of
+    `humaneval` (JSONL with task_id, prompt, test, entry_point). `roles` gives each of base, proxy, direct and expert a pattern of system names (`*`
+    matches anything, commas separate alternatives). The gap closed is computed for every matching triple of base, proxy or expert, and direct on one
+    benchmark; several mappings are handled separately. Without roles there is no gap, and the exact tests are between all systems. Calls `progress`
+    with a line for each system. Raises `UserError` if a file is malformed or missing, if a link leads out of the folder, if a released prompt
+    differs from the benchmark's, if a role is unknown, or if a pattern matches no system.
     """
     sources, notes = read_tree(folder)
     for name in (name for source in sources for name in (source.benchmark, source.system)):
@@ -104,9 +104,9 @@ def rescore(
 
 
 def execute_in_sandbox(display: Display) -> CodeRunner:
-    """A runner for `rescore` that isolates every program (see `sandbox`) and shows how far it is.
+    """A runner for `rescore` that isolates every program (see `sandbox`) and shows its progress.
 
-    It raises `UserError` where what is not the answer's (its prompt, its tests) fails by itself: that is no wrong answer.
+    It raises `UserError` if the benchmark's own code (prompt or tests) fails by itself: that is not a wrong answer.
     """
 
     def run(programs: Sequence[Program]) -> list[bool]:
@@ -169,7 +169,7 @@ def _scored(source: Source, code: CodeRunner | None, tests: Mapping[str, Test] |
 
 
 def _metric(name: str) -> Metric:
-    """A known metric, or one that has its own key: `pass@10`, `toxic/group`."""
+    """A known metric, or a metric with a key of its own: `pass@10`, `toxic/group`."""
     return METRICS.get(name) or Metric("", name.rpartition("/")[2], readings=READINGS if name == "pass@10" else ())
 
 
@@ -200,7 +200,7 @@ def _row(entry: Scored) -> dict[str, Any]:
 def _estimate(scores: Sequence[Scores]) -> Estimate:
     """Means over the counted items of metrics that have the same items, resampled together as in compare.
 
-    Every mean is over its own counted items. What is resampled are the items that all of the metrics count, at least one.
+    Every mean is over its own counted items. The items that all metrics count (at least one) are resampled.
     """
     both = np.all([entry.counted > 0 for entry in scores], axis=0)
     common = bootstrap_means([np.stack([entry.right[both] for entry in scores])], shares=True)
@@ -209,7 +209,7 @@ def _estimate(scores: Sequence[Scores]) -> Estimate:
 
 
 def _paired(scores: Sequence[Scores]) -> list[Scores]:
-    """The same metrics on the items that all of them have, in one order."""
+    """The same metrics on the items that all of them have, in the same order."""
     places = [{key: place for place, key in enumerate(entry.keys)} for entry in scores]
     common = [key for key in scores[0].keys if all(key in of_one for of_one in places)]
     order = [np.array([of_one[key] for key in common], int) for of_one in places]
@@ -266,7 +266,7 @@ def _gap(base: Scored, arm: Scored, direct: Scored) -> dict[str, Any]:
 
 
 def _summary(gaps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The smallest gap closed and the mean over benchmarks' headline metrics. Published numbers stand in where an arm has no items."""
+    """The smallest gap closed and the mean over benchmarks' headline metrics. Published numbers are used if an arm has no items."""
     rows = []
     for number, role, reading in dict.fromkeys((gap["roles"], gap["role"], reading) for reading in READINGS for gap in gaps):
         chosen = [gap for gap in gaps if (gap["roles"], gap["role"]) == (number, role) and reading in _metric(gap["metric"]).readings]

@@ -9,7 +9,7 @@ from evals.display.cells import Table
 
 
 def rescore_tables(results: Mapping[str, Any]) -> list[Table]:
-    """One table for every benchmark, then toxicity by group, the gap closed, its summary and the exact tests; those that have rows."""
+    """One table for every benchmark, then toxicity by group, the gap closed, its summary and the exact tests; tables without rows are left out."""
     rows = results["rows"]
     wholes = [row for row in rows if "/" not in row["metric"]]
     tables = [
@@ -26,7 +26,7 @@ def rescore_tables(results: Mapping[str, Any]) -> list[Table]:
         tables.append(_test_table(results["mcnemar"]))
     if results["notes"]:
         tables.append(
-            Table("Notes", pd.DataFrame({"what": list(results["notes"])}), "What was left out, and answers that the release reads otherwise.")
+            Table("Notes", pd.DataFrame({"what": list(results["notes"])}), "What was left out, and answers that the release parses differently.")
         )
     return tables
 
@@ -44,7 +44,7 @@ def _shares(benchmark: str, rows: Sequence[Mapping[str, Any]]) -> Table:
             "note": [row["note"] for row in rows],
         }
     )
-    return Table(benchmark, frame, "Per cent with 95 % intervals (bootstrap over items); difference is ours less published, in points.")
+    return Table(benchmark, frame, "Per cent with 95 % intervals (bootstrap over items); difference is ours minus published, in percentage points.")
 
 
 def _parts(benchmark: str, rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -71,7 +71,7 @@ def _gap_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             "note": [row["note"] for row in rows],
         }
     )
-    note = "Per cent of (direct - base) that (arm - base) is, 95 % intervals, paired bootstrap over items; published: the same of published numbers."
+    note = "(arm - base) in per cent of (direct - base), 95 % intervals, paired bootstrap over items; published: the same from published numbers."
     return Table("Gap closed", frame, note)
 
 

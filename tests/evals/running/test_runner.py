@@ -309,7 +309,7 @@ def test_a_signal_stops_all_processes_with_one_line(place: Path, tmp_path: Path,
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
     printed, said = process.communicate(timeout=60)
     assert (process.returncode, printed) == (128 + number, "")
-    assert said.splitlines()[-1] == "proxytune: stopped; run the same command again, it goes on"
+    assert said.splitlines()[-1] == "proxytune: stopped; run the same command again, it continues"
     assert "Traceback" not in said and "Error" not in said
     assert wait_until(lambda: not of_session(process.pid), 10), of_session(process.pid)
 
