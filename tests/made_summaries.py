@@ -1,6 +1,7 @@
 """Summaries of every measure that looks inside models, made up: for tests of what is shown of them."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,9 +40,7 @@ def some(value: float, width: float = 0.002) -> Value:
 
 def density(**parts: Any) -> DensityFound:
     """What density found, of the parts given only."""
-    return DensityFound(
-        **({"exposure": (), "nulls": (), "ranks": (), "changes": (), "buckets": ()} | {name: tuple(rows) for name, rows in parts.items()})
-    )
+    return replace(EMPTY["density"], **{name: tuple(rows) for name, rows in parts.items()})
 
 
 def exposures(contrast: Any = lambda site, number: some(0.0012 * number)) -> list[Exposure]:

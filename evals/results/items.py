@@ -45,7 +45,7 @@ def read_items_of(folder: Path) -> pd.DataFrame:
         items = pd.read_parquet(folder / FILE)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"folder: '{folder}' holds no {FILE}; give the folder that proxytune compare wrote its results to") from error
-    missing = [name for name in (*NEEDED, "world") if name not in items]
+    missing = [name for name in NEEDED if name not in items]
     if "measurement" in items and "reading" in missing:
         raise UserError(f"folder: '{folder / FILE}' is of an older version (its column reading was called measurement); run the study again")
     if missing:

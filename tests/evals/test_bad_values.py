@@ -248,7 +248,7 @@ def test_items_of_other_columns_are_refused(tmp_path: Path) -> None:
     good.to_parquet(tmp_path / FILE)
     assert read_items_of(tmp_path)["right"].tolist() == [1.0]  # of an earlier version: a bool, and no column tied
     for frame, words in (
-        (pd.DataFrame(), "lacks the columns reading, seed, arm, question"),
+        (pd.DataFrame(), "lacks the columns reading, world, seed, arm, question"),
         (pd.DataFrame({"a": [1]}), "lacks the columns reading"),
         (good.drop(columns="text"), "lacks the columns text; give the folder"),
         (good.assign(right=["perhaps"]), "holds other values than proxytune compare writes"),

@@ -16,12 +16,14 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from evals.verdicts import verdict_rows
-from helpers import STUDY, make_model, make_tokenizer, place_world, run_in_process
+from helpers import STUDY, Unbroken, make_model, make_tokenizer, place_world, run_in_process
 
-from evals.display.render import render
+from evals.display.drawing import draw as draw_chart
+from evals.display.render import draw
+from evals.measures.density import Change
 from evals.records import Record, read_record, write_record
-from evals.results.summary import summarize
+from evals.results.recorded import Recorded
+from evals.results.summary import Results, result_charts, result_tables, summarize
 from evals.study import Study, load_study
 from proxytune.digests import DIGESTS
 from proxytune.errors import UserError
@@ -38,131 +40,132 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "evals.cli", *map(str, arguments)]
 
 
-@pytest.fixture(scope="module")
-def unbroken(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Record], dict[str, Any]]:
-    out = place_world(tiny_family, tmp_path_factory.mktemp("unbroken"))
-    study = Study.model_validate(STUDY)
-    records = run_in_process(study, out)
-    return out, records, summarize(study, records)
+def rows(results: Results, measure: str) -> dict[str, dict[str, Any]]:
+    return {row["arm"]: row for row in results.rows if row["measure"] == measure}
 
 
-def rows(results: dict[str, Any], measure: str) -> dict[str, dict[str, Any]]:
-    return {row["arm"]: row for row in results["rows"] if row["measure"] == measure}
-
-
-def test_every_arm_has_every_measure(unbroken: tuple[Path, list[Record], dict[str, Any]]) -> None:
-    results = unbroken[2]
+def test_every_arm_has_every_measure(unbroken: Unbroken) -> None:
+    results = unbroken.results
     arms = {"base", "expert", "proxy@0", "proxy@1", "full", "lora"}
     assert set(rows(results, "task")) == set(rows(results, "knowledge")) == arms
     for measure in ("forgetting/k=30", "forgetting/question/k=3", "forgetting/choice/k=0"):
         assert set(rows(results, measure)) == arms - {"base"}
-    assert {entry["arm"] for entry in results["gap_closed"]} == arms - {"base", "full"}
-    assert {entry["arm"] for entry in results["exposure"]} == {"untrained", "base", "full", "lora"}
-    assert {entry["arm"] for entry in results["erosion"]} == {"full", "lora"}
-    for row in results["rows"]:
+    assert {entry["arm"] for entry in results.compared["gap_closed"]} == arms - {"base", "full"}
+    density = results.measures["density"]
+    assert {entry.arm for entry in density.exposure} == {"untrained", "base", "full", "lora"}
+    assert {entry.arm for entry in density.changes} == {"full", "lora"}
+    for row in results.rows:
         assert row["low"] <= row["value"] <= row["high"]
 
 
-def test_values_are_those_of_the_records_items(unbroken: tuple[Path, list[Record], dict[str, Any]]) -> None:
-    _, records, results = unbroken
+def test_values_are_those_of_the_records_items(unbroken: Unbroken) -> None:
+    records = [record for record in unbroken.finished.records if record.frame == "task"]
+    assert len(records) == 6
     for record in records:
-        if record.measurement == "task":
-            exposed = record.items[record.items["popularity"] > 0]
-            row = rows(results, "task")[record.arm]
-            assert row["value"] == pytest.approx(exposed["right"].mean(), abs=1e-6)
-            assert (row["n"], row["unparsed"]) == (len(exposed), exposed["unparsed"].sum())
+        exposed = record.items[record.items["popularity"] > 0]
+        row = rows(unbroken.results, "task")[record.arm]
+        assert row["value"] == pytest.approx(exposed["right"].mean(), abs=1e-6)
+        assert (row["n"], row["unparsed"]) == (len(exposed), exposed["unparsed"].sum())
 
 
-def test_alpha_zero_answers_as_the_base_and_forgets_nothing(unbroken: tuple[Path, list[Record], dict[str, Any]]) -> None:
-    _, records, results = unbroken
-    texts = {(record.arm, record.measurement): record.items["text"].tolist() for record in records if "text" in record.items}
-    for measurement in ("task", "statement", "question", "choice"):
-        assert texts["proxy@0", measurement] == texts["base", measurement]
+def test_alpha_zero_answers_as_the_base_and_forgets_nothing(unbroken: Unbroken) -> None:
+    texts = {(record.arm, record.frame): record.items["text"].tolist() for record in unbroken.finished.records if "text" in record.items}
+    for frame in ("task", "knowledge", "forgetting/question", "forgetting/choice"):
+        assert texts["proxy@0", frame] == texts["base", frame]
     assert texts["proxy@1", "task"] != texts["base", "task"]
-    assert all(
-        row["value"] == 0 for measure in ("forgetting/k=30", "forgetting/k=3") for arm, row in rows(results, measure).items() if arm == "proxy@0"
-    )
+    for measure in ("forgetting/k=30", "forgetting/k=3"):
+        assert rows(unbroken.results, measure)["proxy@0"]["value"] == 0
 
 
-def erosion(results: dict[str, Any], block: str) -> dict[str, dict[str, Any]]:
-    wanted = {"block": block, "site": "residual", "place": "last"}
-    return {row["arm"]: row for row in results["erosion"] if wanted.items() <= row.items()}
+def eroded(study: Study, records: list[Record], block: str) -> dict[str, Change]:
+    found = Recorded(study, records).summary("density").changes
+    return {row.arm: row for row in found if (row.block, row.site, row.place) == (block, "residual", "last")}
 
 
-def test_identical_states_change_by_exactly_zero_and_a_planted_erosion_is_found(unbroken: tuple[Path, list[Record], dict[str, Any]]) -> None:
-    _, records, _ = unbroken
+def test_identical_states_change_by_exactly_zero_and_a_planted_erosion_is_found(unbroken: Unbroken) -> None:
+    records = unbroken.finished.records
     study = Study.model_validate(STUDY)
-    base = next(record for record in records if (record.arm, record.measurement) == ("base", "states"))
-    same = [replace(r, items=base.items) if r.measurement == "states" else r for r in records]
+    base = {record.frame: record.items for record in records if record.arm == "base"}
+    same = [replace(r, items=base["states"]) if r.frame == "states" else r for r in records]
     for block in ("low", "middle", "high"):
-        for row in erosion(summarize(study, same), block).values():
-            assert (row["value"], row["low"], row["high"]) == (0.0, 0.0, 0.0)
-    familiar = base.items["popularity"] == base.items["popularity"].max()
-    planted = base.items.copy()
-    planted.loc[familiar, "effective_rank/residual/last/1"] -= 0.01
-    planted_records = [replace(r, items=planted) if (r.arm, r.measurement) == ("full", "states") else r for r in same]
-    harmed = summarize(study, planted_records)
-    assert erosion(harmed, "low")["full"]["value"] == pytest.approx(-0.01, abs=1e-6)
-    assert erosion(harmed, "high")["full"]["value"] == 0.0
-    assert harmed["verdicts"] == []  # too little was asked for one
+        changes = eroded(study, same, block)
+        assert set(changes) == {"full", "lora"}
+        for row in changes.values():
+            assert (row.change.value, row.change.low, row.change.high) == (0.0, 0.0, 0.0)
+    popularity = base["prompts"]["popularity"].to_numpy()
+    planted = base["states"].copy()
+    familiar = np.tile(popularity == popularity.max(), len(planted) // len(popularity))
+    planted.loc[_first_state(planted) & familiar, "value"] -= 0.01
+    planted_records = [replace(r, items=planted) if (r.arm, r.frame) == ("full", "states") else r for r in same]
+    assert eroded(study, planted_records, "low")["full"].change.value == pytest.approx(-0.01, abs=1e-6)
+    assert eroded(study, planted_records, "high")["full"].change.value == 0.0
+    assert "erosion" not in summarize(study, planted_records, unbroken.finished.costs).measures  # too little was asked for a verdict
     several = [replace(r, seed=seed, items=_a_little_other(r, seed)) for seed in range(3) for r in planted_records]
     for these, expected in ((several, ("holds", "fails")), (planted_records, ("cannot tell", "cannot tell"))):  # one seed is never judged
-        states = {row["arm"]: {clause["clause"]: clause["state"] for clause in row["clauses"]} for row in verdict_rows(Found(study, these), [])}
+        verdicts = Recorded(study, these).summary("erosion").verdicts
+        states = {row.arm: {clause.clause: clause.state for clause in row.clauses} for row in verdicts}
         assert (states["full"]["density"], states["lora"]["density"]) == expected
+
+
+def _first_state(frame: pd.DataFrame) -> pd.Series:
+    """The rows of the effective rank of the residual stream at the last token, after the first layer."""
+    return (frame[["metric", "site", "place"]].astype(str) == ["effective_rank", "residual", "last"]).all(axis=1) & (frame["state"] == 1)
 
 
 def _a_little_other(record: Record, seed: int) -> pd.DataFrame:
     """As another seed's: states of a tuning that ended a little elsewhere."""
-    column = "effective_rank/residual/last/1"
-    return record.items.assign(**{column: record.items[column] + 1e-6 * seed}) if record.measurement == "states" else record.items
+    if record.frame != "states":
+        return record.items
+    return record.items.assign(value=record.items["value"] + 1e-6 * seed * _first_state(record.items))
 
 
-def test_rows_of_different_protocols_cannot_stand_together(unbroken: tuple[Path, list[Record], dict[str, Any]]) -> None:
-    _, records, _ = unbroken
-    spoiled = [replace(r, protocol="other") if (r.arm, r.measurement) == ("full", "task") else r for r in records]
+def test_rows_of_different_protocols_cannot_stand_together(unbroken: Unbroken) -> None:
+    spoiled = [replace(r, protocol="other") if (r.arm, r.frame) == ("full", "task") else r for r in unbroken.finished.records]
     with pytest.raises(UserError, match=r"task: arms base and full were asked differently"):
-        summarize(Study.model_validate(STUDY), spoiled)
+        summarize(Study.model_validate(STUDY), spoiled, unbroken.finished.costs)
 
 
-def test_every_format_renders_and_figures_are_drawn(unbroken: tuple[Path, list[Record], dict[str, Any]], tmp_path: Path) -> None:
-    _, records, results = unbroken
-    assert json.loads(render(results, "json")) == results
+def test_every_format_renders_and_figures_are_drawn(unbroken: Unbroken, tmp_path: Path) -> None:
+    results = unbroken.results
+    for row, written in zip(results.rows, json.loads(results.json())["rows"], strict=True):
+        assert written == pytest.approx(row, abs=1e-6)
     for form in ("table", "markdown", "latex"):
-        text = render(results, form)
+        text = draw(result_tables(results), form, 160)
         assert all(arm in text.replace("\\", "") for arm in ("proxy@1", "lora", "unchanged by construction"))
-    for figure in draw_figures(Study.model_validate(STUDY), records, results, tmp_path):
-        assert figure.stat().st_size > 10_000
+    figures = [path for chart in result_charts(results) for path in draw_chart(chart, tmp_path)]
+    assert {path.stem for path in figures} == {"frontier", "knowledge-by-exposure", "density-change", "density-by-layer"}
+    assert all(path.stat().st_size > 10_000 for path in figures)
 
 
-def test_two_runs_and_the_command_line_give_the_same_bytes(
-    unbroken: tuple[Path, list[Record], dict[str, Any]], tiny_family: Path, tmp_path: Path
-) -> None:
-    """Killed with SIGKILL in three places and started again: the same table, and no finished record made again."""
+def test_two_runs_and_the_command_line_give_the_same_bytes(unbroken: Unbroken, tiny_family: Path, tmp_path: Path) -> None:
+    """Killed with SIGKILL in three places and started again, of one process and of two: the same table, and no finished record made again."""
     study, out = write_study(tmp_path), place_world(tiny_family, tmp_path / "out")
     finished: dict[Path, int] = {}
-    for needed in (1, 6, 14):
-        process = subprocess.Popen(command("compare", study, "--out", out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for needed, jobs in ((1, 1), (6, 2), (14, 1)):
+        process = subprocess.Popen(command("compare", study, "--out", out, "--jobs", jobs), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
         while len(list((out / "records").glob("*.parquet"))) < needed and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
         finished |= {record: record.stat().st_mtime_ns for record in (out / "records").glob("*.parquet") if record not in finished}
-    done = subprocess.run(command("compare", study, "--out", out, "--format", "json"), capture_output=True, text=True, check=True)
-    assert done.stdout.rstrip("\n") == render(unbroken[2], "json")
+    done = subprocess.run(command("compare", study, "--out", out, "--jobs", 2, "--format", "json"), capture_output=True, text=True, check=True)
+    assert done.stdout.rstrip("\n") == unbroken.results.json()
     assert (out / "results.json").read_text() == done.stdout
+    assert len(finished) >= 14
     assert {record: record.stat().st_mtime_ns for record in finished} == finished
     assert "from its record" in done.stderr
 
 
-def test_a_damaged_record_is_made_again(unbroken: tuple[Path, list[Record], dict[str, Any]], tmp_path: Path) -> None:
-    out = Path(shutil.copytree(unbroken[0], tmp_path / "out"))
+def test_a_damaged_record_is_made_again(unbroken: Unbroken, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(unbroken.out, tmp_path / "out"))
     victims = sorted((out / "records").glob("*.parquet"))[:3]
     victims[0].write_bytes(b"")
     victims[1].write_bytes(victims[1].read_bytes()[:-9])
     victims[2].unlink()
     study = Study.model_validate(STUDY)
-    assert render(summarize(study, run_in_process(study, out)), "json") == render(unbroken[2], "json")
+    again = run_in_process(study, out)
+    assert summarize(study, again.records, again.costs).json() == unbroken.results.json()
 
 
 def test_a_torn_or_flipped_record_is_no_record_or_the_same(tmp_path: Path) -> None:
@@ -186,14 +189,12 @@ def test_a_torn_or_flipped_record_is_no_record_or_the_same(tmp_path: Path) -> No
     assert lost > 50
 
 
-def test_other_weights_and_other_items_are_other_records(
-    unbroken: tuple[Path, list[Record], dict[str, Any]], tiny_family: Path, tmp_path: Path
-) -> None:
+def test_other_weights_and_other_items_are_other_records(unbroken: Unbroken, tmp_path: Path) -> None:
     """The key is of the weights themselves: the same path with changed weights must not find the old record."""
-    out = Path(shutil.copytree(unbroken[0], tmp_path / "out"))
+    out = Path(shutil.copytree(unbroken.out, tmp_path / "out"))
     study = Study.model_validate(STUDY | {"measures": ["task"], "arms": {"base": {"kind": "base"}}})
     count = len(list((out / "records").glob("*")))
-    before = run_in_process(study, out)
+    before = run_in_process(study, out).records
     assert len(list((out / "records").glob("*"))) == count
     base = out / "worlds" / "tiny" / "seed-0" / "base"
     model = type(make_model()).from_pretrained(base)
@@ -204,7 +205,8 @@ def test_other_weights_and_other_items_are_other_records(
         digests.unlink()  # with them it would be a damaged family, which is built again
     run_in_process(study, out)
     assert len(list((out / "records").glob("*"))) == count + 1
-    assert before[0].protocol != run_in_process(study.model_copy(update={"measures": ("knowledge",)}), out)[0].protocol
+    other = run_in_process(study.model_copy(update={"measures": ("knowledge",)}), out).records
+    assert before[0].protocol != other[0].protocol
 
 
 # --- real input: folders and files, and the mistakes people make with them ---
@@ -227,7 +229,7 @@ def write_real_study(folder: Path, **changes: Any) -> Path:
     ]
     for name, chosen in (("train", items[:20]), ("test", items[20:]), ("knowledge", items[20:])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in chosen))
-    study = {key: value for key, value in STUDY.items() if key != "world"} | {
+    study = {key: value for key, value in STUDY.items() if key != "worlds"} | {
         "models": {"base": "base", "small": "small"},
         "data": {"train": "train.jsonl", "test": "test.jsonl", "knowledge": "knowledge.jsonl", "prompt": "{question}", "answer": "choose"},
     }
@@ -238,17 +240,30 @@ def write_real_study(folder: Path, **changes: Any) -> Path:
 
 def test_real_checkpoints_in_folders(tmp_path: Path) -> None:
     study, folder = load_study(write_real_study(tmp_path / "study"))
-    results = summarize(study, run_in_process(study, tmp_path / "out", folder))
-    assert {row["measure"] for row in results["rows"]} >= {"task", "knowledge", "forgetting/popularity=low"}
-    assert {row["arm"] for row in results["erosion"]} == {"full", "lora"}
+    finished = run_in_process(study, tmp_path / "out", folder)
+    results = summarize(study, finished.records, finished.costs)
+    assert {row["measure"] for row in results.rows} >= {"task", "knowledge", "forgetting/popularity=low"}
+    assert {row.arm for row in results.measures["density"].changes} == {"full", "lora"}
 
 
 def test_a_given_expert_is_used(tmp_path: Path) -> None:
     arms = {"base": {"kind": "base"}, "expert": {"kind": "expert", "path": "small"}, "proxy": {"kind": "proxy", "alpha": [1.0]}}
     study, folder = load_study(write_real_study(tmp_path / "study", arms=arms, measures=["task"]))
-    records = {record.arm: record.items["text"].tolist() for record in run_in_process(study, tmp_path / "out", folder)}
+    records = {record.arm: record.items["text"].tolist() for record in run_in_process(study, tmp_path / "out", folder).records}
     assert records["proxy@1"] == records["base"]
     assert records["expert"] != records["base"]
+
+
+def test_changed_items_are_asked_in_the_same_process_too(tmp_path: Path) -> None:
+    """A file that changed between two runs of one study. Twin: a file that did not."""
+    study, folder = load_study(write_real_study(tmp_path / "study", arms={"base": {"kind": "base"}}, measures=["task"]))
+    (first,), (again,) = (run_in_process(study, tmp_path / "out", folder).records for _ in range(2))
+    assert again.protocol == first.protocol
+    lines = (folder / "test.jsonl").read_text().splitlines()
+    (folder / "test.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    (fewer,) = run_in_process(study, tmp_path / "out", folder).records
+    assert (len(first.items), len(fewer.items)) == (20, 19)
+    assert fewer.protocol != first.protocol
 
 
 def break_weights(folder: Path) -> None:
@@ -293,7 +308,7 @@ def test_mistakes_are_named(tmp_path: Path, mistake: str) -> None:
     spoil(tmp_path / "study")
     study, folder = load_study(path)
     with pytest.raises(UserError, match=words) as caught:
-        summarize(study, run_in_process(study, tmp_path / "out", folder))
+        run_in_process(study, tmp_path / "out", folder)
     assert "\n" not in str(caught.value)
 
 

@@ -55,7 +55,7 @@ def test_weights_are_copies_and_are_put_back() -> None:
 def test_models_that_cannot_stand_for_each_other_are_refused() -> None:
     base = member_of(make_model())
     check_same_shape(base, member_of(make_model(seed=5)))
-    with pytest.raises(UserError, match=r"tuned: 'model.layers.2.\S+' is .*float32, in the base not there"):
+    with pytest.raises(UserError, match=r"tuned: 'model.layers.2.\S+' is .*float32, in the base missing"):
         check_same_shape(base, member_of(make_model(layers=3)))
     with pytest.raises(UserError, match=r"is \(50, 48\) of torch.float32, in the base \(50, 32\)"):
         check_same_shape(base, member_of(make_model(hidden=48)))

@@ -140,13 +140,13 @@ def test_candidates_that_begin_alike() -> None:
     [
         ({"subject": None}, "needs a statement and its subject"),
         ({"statement": None}, "needs a statement and its subject"),
-        ({"subject": "w9"}, "does not stand in the statement"),
-        ({"choices": ()}, "has none but its answer"),
+        ({"subject": "w9"}, "is not in the statement"),
+        ({"choices": ()}, "has only its answer"),
     ],
 )
 def test_items_that_cannot_be_patched_are_refused(change: dict, words: str) -> None:
     item = items_about(1)[0].model_copy(update=change)
     with pytest.raises(UserError, match=words):
         patch_subject(member_of(make_model()), member_of(make_model()), [item], batch_size=1)
-    with pytest.raises(UserError, match="one shape"):
+    with pytest.raises(UserError, match="of the same shape"):
         patch_subject(member_of(make_model()), member_of(make_model(layers=3)), items_about(1), batch_size=1)
