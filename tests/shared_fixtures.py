@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from helpers import ARCHITECTURES, VOCABULARY, make_members, make_model, make_tokenizer, save_models
+from helpers import SOME_ARCHITECTURES, VOCABULARY, make_members, make_model, make_tokenizer, save_models
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -39,7 +39,7 @@ def proxy(members: dict[str, Member]) -> ProxyTunedForCausalLM:
     return ProxyTunedForCausalLM(members, proxy_tuning(1.0))
 
 
-@pytest.fixture(params=ARCHITECTURES)
+@pytest.fixture(params=SOME_ARCHITECTURES)
 def any_proxy(request: pytest.FixtureRequest) -> ProxyTunedForCausalLM:
     return ProxyTunedForCausalLM(make_members(request.param), proxy_tuning(0.7))
 
