@@ -4,9 +4,9 @@ The tests and the solution are two processes in two sandboxes. The first process
 a pipe. The second (the solver) runs the solution and answers with plain data. A verdict is "passed" only if the judge reaches the end of the tests
 and writes a random token, made for this run, to a pipe that the solver never has.
 
-Guaranteed: nothing that the solution does in its own process (exit, patch, print, walk the stack, set hooks) can fake a verdict, since only the values
-that it answers reach the tests, where they are rebuilt from exact built-in types. It sees no file except a Python without packages and an empty folder,
-no network (not even one of its own), no environment variable, no key, and no process of the host. Only the system calls that `confinement` names
+Guaranteed: nothing that the solution does in its own process (exit, patch, print, walk the stack, set hooks) can fake a verdict, since only the
+values that it answers reach the tests, where they are rebuilt from exact built-in types. It sees no file except a Python without packages and an
+empty folder, no network (not even one of its own), no environment variable, no key, and no process of the host. Only the system calls that `confinement` names
 work. The memory that its processes map together stays below the limit. When the time is over, everything that it started is killed.
 Not guaranteed: that a solution does not know the tests' answers, or that a kernel with a security hole contains it. The tests are trusted. The kernel
 holds more than the memory limit: the files of the empty folder (`DISK` bytes); the records of these files and the page tables (`RECORDS` bytes and
