@@ -5,9 +5,10 @@ a pipe. The second (the solver) runs the solution and answers with plain data. A
 and writes a random token, made for this run, to a pipe that the solver never has.
 
 Guaranteed: nothing that the solution does in its own process (exit, patch, print, walk the stack, set hooks) can fake a verdict, since only the
-values that it answers reach the tests, where they are rebuilt from exact built-in types. It sees no file but a Python without packages and an empty
-folder, no network (not even one of its own), no environment variable, no key, and no process of the host. Only the system calls that `confinement`
-names work. The memory that its processes map together stays below the limit. When the time is over, everything that it started is killed.
+values that it answers reach the tests, where they are rebuilt from exact built-in types. It sees no file except a Python without packages and an
+empty folder, no network (not even one of its own), no environment variable, no key, and no process of the host. Only the system calls that
+`confinement` names work. The memory that its processes map together stays below the limit. When the time is over, everything that it started is
+killed.
 Not guaranteed: that a solution does not know the tests' answers, or that a kernel with a security hole contains it. The tests are trusted. The kernel
 holds more than the memory limit: the files of the empty folder (`DISK` bytes); the records of these files and the page tables (`RECORDS` bytes and
 what is added between two checks, `LOOK` seconds apart; only the tables of the first process if the kernel lists no children); data in pipes and

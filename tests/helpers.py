@@ -55,6 +55,8 @@ VOCABULARY = 50
 TESTS = Path(__file__).parent
 PATHS = [str(TESTS.parent), str(TESTS)]  # for scripts that tests start
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2", "gpt_neox", "gemma", "mistral")
+# One with rotary positions, one with learned ones and one whose blocks are parallel; the others by hand.
+SOME_ARCHITECTURES = [name if name in ("llama", "gpt2", "gpt_neox") else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES]
 
 torch.set_num_threads(1)
 transformers.utils.logging.set_verbosity_error()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from filelock import FileLock
 from helpers import (
-    ARCHITECTURES,
+    SOME_ARCHITECTURES,
     STUDY,
     VOCABULARY,
     Unbroken,
@@ -50,7 +50,7 @@ def proxy(members: dict[str, Member]) -> ProxyTunedForCausalLM:
     return ProxyTunedForCausalLM(members, proxy_tuning(1.0))
 
 
-@pytest.fixture(params=ARCHITECTURES)
+@pytest.fixture(params=SOME_ARCHITECTURES)
 def any_proxy(request: pytest.FixtureRequest) -> ProxyTunedForCausalLM:
     return ProxyTunedForCausalLM(make_members(request.param), proxy_tuning(0.7))
 

@@ -66,7 +66,9 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("change", [*CHANGES, "tokens"])
+@pytest.mark.parametrize(
+    "change", [name if name in ("rope", "suppressed", "tokens") else pytest.param(name, marks=pytest.mark.slow) for name in (*CHANGES, "tokens")]
+)
 def test_changed_settings_are_measured_again_in_the_same_process(measured: Path, tmp_path: Path, change: str) -> None:
     """Both models change; the study is run beside its old records, and in a fresh folder."""
     stale, fresh = tmp_path / "stale", tmp_path / "fresh"
