@@ -370,7 +370,10 @@ def _heat_map(summary: DensityFound, header: Header) -> Iterator[Chart]:
         names = tuple(label.split("=")[1] for label in labels)
         cells = Cells(names, tuple(map(str, states)), tuple(map(tuple, of_states)), lines)
         panels.append(Panel((cells,), arm, exposure_axis(labels), Axis("after layer (0: embeddings)")))
-    note = "red is denser, blue is sparser; bold: the 95 % interval excludes zero (by chance, one in twenty does)"
+    note = (
+        "red is denser, blue is sparser; bold: the 95 % interval excludes zero (by chance, one in twenty does)\n"
+        "lines separate embeddings, low, middle and high"
+    )
     title = f"{header.title}: change of density (arm minus base), residual stream at the last token"
     yield Chart("density-change", title, tuple(panels), note, "effective rank, thousandths", paired=True, shared=True)
 

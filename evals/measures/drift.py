@@ -176,7 +176,7 @@ def _distance_panel(summary: Drifted, header: Header) -> Panel:
     bars = []
     for number, (group, _) in enumerate(GROUPS):
         rows = [row for row in summary.distances if row.group == group and row.kl.value is not None]
-        y = tuple(arms.index(row.arm) + (number - 0.5) * 0.35 for row in rows)
+        y = tuple(arms.index(row.arm) + (number - 0.5) * 0.4 for row in rows)
         bars.append(Series("bar", tuple(row.kl for row in rows), y, label=group, horizontal=True))
     ticks = Axis(ticks=tuple((float(place), arm) for place, arm in enumerate(arms)), down=True)
     return Panel(tuple(bars), "KL(base || arm) after the statement (nats)", y=ticks)
