@@ -188,7 +188,7 @@ def test_seeds_judge_what_was_tuned_again_and_one_checkpoint_asked_three_times_i
         told = {row.arm for row in rows for clause in row.clauses if clause.state != "cannot tell"}
         assert told <= expected
     found = (Recorded(study, of) for of in (records, alike))
-    once, thrice = (np.array(intervals(of.estimate(density_change(of, "lora", "residual", "last", [1])))) for of in found)
+    once, thrice = (np.array(intervals(of.estimate(density_change(of, "lora", [("residual", "last", [1])])))) for of in found)
     np.testing.assert_allclose(thrice, once, rtol=1e-9)
     assert (once[:, 1] < once[:, 2]).all()
 

@@ -282,7 +282,7 @@ def test_launchers_that_fall_back_are_errors(folder: Path, two_processes: tuple[
         patched.delenv("WORLD_SIZE", raising=False)
         with pytest.raises(UserError, match="accelerate launch started a single process"):
             run_tuning(folder, "out")
-    with pytest.raises(UserError, match="one process cannot shard a model"):
+    with pytest.raises(UserError, match="fsdp: one process cannot shard a model"):
         run_tuning(folder, "out", fsdp=True)
 
 
