@@ -7,12 +7,14 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
+from queue import SimpleQueue
+from types import FrameType
 from typing import Any
 
 import torch
@@ -72,9 +74,10 @@ def _run(place: Place, todo: Sequence[Job], display: Display, jobs: int | None) 
     workers = workers_for(study, parameters, jobs, len(todo), display.say)
     torch.set_num_threads(study.threads)
     outcomes: dict[str, Any] = {}
-    work = _here(place, display) if workers == 1 else _in_processes(place, display, workers)
+    ended: Ended = SimpleQueue()
+    work = _here(place, ended, display) if workers == 1 else _in_processes(place, ended, display, workers)
     with work as start:
-        _work_off(todo, start, outcomes, workers)
+        _work_off(todo, start, ended, outcomes, workers)
     reads = [outcomes[job.name] for job in todo if job.kind == "read" and not job.trial]
     records = [
         Record(entry.arm, entry.frame, entry.run.world, entry.run.seed, entry.protocol, frame_of(place, entry))
@@ -116,21 +119,22 @@ def count_parameters(path: str) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-Start = Callable[[Job, Mapping[str, Any]], "Future[Any]"]
+Start = Callable[[Job, Mapping[str, Any]], None]
+Ended = SimpleQueue[Callable[[], tuple[str, Any]]]  # of each job that ended: what gives its name and outcome, or raises its error
 
 
-def _work_off(todo: Sequence[Job], start: Start, outcomes: dict[str, Any], workers: int) -> None:
+def _work_off(todo: Sequence[Job], start: Start, ended: Ended, outcomes: dict[str, Any], workers: int) -> None:
     """Starts jobs in the plan's order as soon as the jobs they wait for have ended, at most `workers` at a time. The first error stops all."""
-    waiting = list(todo)
-    running: dict[Future[Any], Job] = {}
+    waiting, running = list(todo), 0
     while waiting or running:
         ready = [job for job in waiting if all(name in outcomes for name in job.waits)]
-        for job in ready[: workers - len(running)]:
+        for job in ready[: workers - running]:
             waiting.remove(job)
-            running[start(job, {name: outcomes[name] for name in _needed(job, todo)})] = job
-        done, _ = wait(running, return_when=FIRST_COMPLETED)
-        for future in done:
-            outcomes[running.pop(future).name] = future.result()
+            running += 1
+            start(job, {name: outcomes[name] for name in _needed(job, todo)})
+        name, outcome = ended.get()()
+        outcomes[name] = outcome
+        running -= 1
 
 
 def _needed(job: Job, todo: Sequence[Job]) -> tuple[str, ...]:
@@ -143,29 +147,58 @@ def _needed(job: Job, todo: Sequence[Job]) -> tuple[str, ...]:
 
 
 @contextmanager
-def _here(place: Place, display: Display) -> Iterator[Start]:
+def _here(place: Place, ended: Ended, display: Display) -> Iterator[Start]:
     """One job at a time in this process."""
 
-    def start(job: Job, outcomes: Mapping[str, Any]) -> "Future[Any]":
-        future: Future[Any] = Future()
-        future.set_result(perform(job, place, outcomes, display))
-        return future
+    def start(job: Job, outcomes: Mapping[str, Any]) -> None:
+        outcome = perform(job, place, outcomes, display)
+        ended.put(lambda: (job.name, outcome))
 
     yield start
 
 
 @contextmanager
-def _in_processes(place: Place, display: Display, workers: int) -> Iterator[Start]:
+def _in_processes(place: Place, ended: Ended, display: Display, workers: int) -> Iterator[Start]:
     """Jobs in processes of their own. However this one ends, none of them is left."""
     context = worker_context()
-    with forwarding(display, context) as messages:
+    with forwarding(display, context) as messages, _signals_in(ended):
         executor = ProcessPoolExecutor(workers, context, initializer=_prepare, initargs=(messages, place.study.threads))
+
+        def start(job: Job, outcomes: Mapping[str, Any]) -> None:
+            future = executor.submit(_perform_there, place, job, outcomes)
+            future.add_done_callback(lambda done: ended.put(lambda: (job.name, done.result())))
+
         try:
-            yield lambda job, outcomes: executor.submit(_perform_there, place, job, outcomes)
+            yield start
         except BrokenProcessPool as error:
             raise UserError("jobs: a process has died, perhaps for lack of memory; run the same command with --jobs 1, it continues") from error
         finally:
             _end(executor)
+
+
+@contextmanager
+def _signals_in(ended: Ended) -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait in the queue until the loop looks at it: raised inside the executor they could leave a lock held forever."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in before.items() if callable(handler)}
+    came: list[Callable[[], Any]] = []
+
+    def keep(number: int, frame: FrameType | None) -> None:
+        came.append(lambda: handlers[signal.Signals(number)](number, frame))
+        ended.put(came[-1])
+
+    for number in handlers:
+        signal.signal(number, keep)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if came:  # after the last job
+        came[0]()
 
 
 def _end(executor: ProcessPoolExecutor) -> None:
@@ -174,11 +207,9 @@ def _end(executor: ProcessPoolExecutor) -> None:
     for process in multiprocessing.active_children():
         process.join(0.2)
         if process.is_alive():
-            process.terminate()
+            process.kill()
     for process in multiprocessing.active_children():
         process.join(5)
-        if process.is_alive():
-            process.kill()
 
 
 _display: Forwarded | None = None
