@@ -235,7 +235,7 @@ def _take(reading: Reading, subject: Outputs | Pair, inputs: Inputs, job: Job, p
 
 def protocol_of(reading: Reading, inputs: Inputs) -> str:
     """The reading's protocol, hashed once per process: it covers every item."""
-    return str(inputs.once(("protocol", reading), lambda: reading.protocol(inputs)))
+    return str(inputs.once(("protocol", reading, reading.version), lambda: reading.protocol(inputs)))
 
 
 def keys_of(reading: Reading, subject: Outputs | Pair, inputs: Inputs) -> dict[tuple[str, str], str]:

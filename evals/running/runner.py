@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from torch import nn
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from evals.data import data_for
@@ -225,6 +226,7 @@ def _prepare(messages: Any, threads: int) -> None:
     threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
     gc.freeze()  # trainers collect garbage often; they need not look through the libraries each time
     torch.set_num_threads(threads)
+    tqdm.set_lock(threading.RLock())  # its own lock is one between processes, which a worker that is killed would leave behind
     _display = Forwarded(messages)
     _display.__enter__()
     logging.getLogger("proxytune").addHandler(_display.log_handler())

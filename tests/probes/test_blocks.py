@@ -67,7 +67,7 @@ def test_models_that_cannot_stand_for_each_other_are_refused() -> None:
         check_same_shape(base, member_of(adapted))
     packed = make_model()
     packed.base_model.layers[0].mlp.up_proj = PrepackedLinear(torch.nn.Linear(32, 64))
-    with pytest.raises(UserError, match="base: its layers are packed"):
+    with pytest.raises(UserError, match="base: its layers are prepacked"):
         check_same_shape(member_of(packed), base)
 
 
