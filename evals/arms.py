@@ -1,4 +1,4 @@
-"""Arms: which members are loaded together, which mixtures over them are arms, and how a tuned member is made or found."""
+"""Arms: which members are loaded together, which mixtures of them are arms, and how a tuned member is made or found."""
 
 import json
 from collections.abc import Iterator
@@ -26,9 +26,9 @@ from proxytune.vocabulary import check_same_vocabulary
 
 @dataclass(frozen=True)
 class Group:
-    """Arms that are read from one set of loaded members: the base alone, or a tuned model with the proxies that it is the expert of.
+    """Arms that are read from one set of loaded members: the base alone, or a tuned model and the proxies whose expert it is.
 
-    `label` is the arm of the tuned model itself (the base's arm for the base alone), `arm` its entry in the study.
+    `label` is the arm of the tuned model itself (for the base alone, the base's arm); `arm` is its entry in the study.
     """
 
     kind: Literal["base", "expert", "direct"]
@@ -37,14 +37,14 @@ class Group:
 
 
 def groups(study: Study) -> list[Group]:
-    """The groups that between them hold every arm."""
+    """The groups of a study. Every arm is in exactly one."""
     found = [Group("base", study.base_arm, study.base_arm)]
     found += [Group("expert", name, name) for name, arm in study.arms.items() if isinstance(arm, Expert)]
     return found + [Group("direct", label, study.arm_settings[label].arm) for label in study.direct_settings]
 
 
 def mixtures_of(study: Study, group: Group) -> dict[str, Mixture]:
-    """The mixture of every arm of the group, over the members of `members_of`."""
+    """The mixture of every arm of the group, over the members that `members_of` returns."""
     if group.kind == "base":
         return {group.label: {"base": 1.0}}
     proxies: dict[str, Mixture] = {
@@ -57,9 +57,9 @@ def mixtures_of(study: Study, group: Group) -> dict[str, Mixture]:
 
 
 def members_of(study: Study, group: Group, data: StudyData, tuned: Weights | None, beside_base: bool) -> dict[str, Weights]:
-    """What is loaded. The first member's tokenizer is that of all: a tuned base without proxies comes first, as it would be served.
+    """The members to load. The first member's tokenizer is used for all: a tuned base without proxies comes first, as it would be served.
 
-    `beside_base`: the base is loaded even where only the tuned base is an arm.
+    `beside_base`: load the base even if the tuned base is the group's only arm.
     """
     base = Weights(data.base, field="models.base")
     if tuned is None:
@@ -73,7 +73,7 @@ def members_of(study: Study, group: Group, data: StudyData, tuned: Weights | Non
 
 
 def check_vocabularies(data: StudyData) -> None:
-    """Raises `UserError` before anything is tuned where base and small model speak of different tokens."""
+    """Raises `UserError`, before anything is tuned, if base and small model have different vocabularies."""
     tokenizers = {"models.base": load_tokenizer(data.base, "models.base")}
     if data.small is not None:
         tokenizers["models.small"] = load_tokenizer(data.small, "models.small")
@@ -81,7 +81,7 @@ def check_vocabularies(data: StudyData) -> None:
 
 
 def tunings(study: Study) -> Iterator[tuple[Group, Tuning | None]]:
-    """The groups whose model we tune, and how; None where the setting has yet to be selected."""
+    """The groups whose model we tune, each with its recipe; None if the setting has yet to be selected."""
     for group in groups(study):
         arm = study.arms[group.arm]
         if isinstance(arm, Expert | Direct) and arm.tuning is not None:
@@ -90,7 +90,7 @@ def tunings(study: Study) -> Iterator[tuple[Group, Tuning | None]]:
 
 
 def given_weights(study: Study, group: Group, data: StudyData, folder: Path) -> Weights:
-    """What was tuned beforehand: a folder beside the study file or elsewhere, a hub name, or a LoRA adapter on what it was tuned from."""
+    """A model that was tuned elsewhere: a folder beside the study file or elsewhere, a hub name, or a LoRA adapter on the model it was tuned from."""
     arm = study.arms[group.arm]
     assert isinstance(arm, Expert | Direct)
     path, field = str(arm.path), f"arms.{group.arm}.path"
@@ -101,7 +101,7 @@ def given_weights(study: Study, group: Group, data: StudyData, folder: Path) -> 
 
 
 def tuned_folder(group: Group, tuning: Tuning, data: StudyData, seed: int, out: Path) -> Path:
-    """Where the tuned model is, or will be: named by all that decides it (weights, data, settings and seed)."""
+    """The folder of the tuned model. Its name is a hash of everything that decides the model (weights, data, settings and seed)."""
     start = start_of(group, data)
     key = content_key(
         start=_fingerprint(start.path, start.field),
@@ -116,7 +116,7 @@ def tuned_folder(group: Group, tuning: Tuning, data: StudyData, seed: int, out: 
 
 
 def tuned_weights(group: Group, tuning: Tuning, data: StudyData, seed: int, out: Path, watcher: TrainerCallback) -> Weights:
-    """The tuned model, from an earlier run if it is there whole. A process that is tuning the same is waited for."""
+    """The tuned model: from an earlier run if it is complete there, otherwise tuned now. Waits for a process that is tuning the same model."""
     start, result = start_of(group, data), tuned_folder(group, tuning, data, seed, out)
     with FileLock(result.parent / f".{result.name}.lock"):
         if not is_whole(result):
@@ -131,17 +131,17 @@ def tuned_weights(group: Group, tuning: Tuning, data: StudyData, seed: int, out:
 
 
 def tuned_as(group: Group, tuning: Tuning, data: StudyData, folder: Path) -> Weights:
-    """The weights of a tuned model in its folder: whole, or an adapter on what it was tuned from."""
+    """The weights of a tuned model in its folder: a whole model, or an adapter on the model it was tuned from."""
     return replace(start_of(group, data), adapter=folder) if tuning.method == "lora" else Weights(str(folder), field=f"arms.{group.label}")
 
 
 def start_of(group: Group, data: StudyData) -> Weights:
-    """What the group's model is tuned from."""
+    """The model that the group's model is tuned from."""
     return Weights(str(data.small), field="models.small") if group.kind == "expert" else Weights(data.base, field="models.base")
 
 
 def _fingerprint(path: str, field: str) -> str:
-    """Of a start: taken once, and again when one of its files was written."""
+    """The fingerprint of a model that is tuned: computed once, and again if one of its files has changed."""
     return _fingerprint_of(path, field, _files_of(path))
 
 
@@ -151,14 +151,14 @@ def _fingerprint_of(path: str, field: str, files: tuple[tuple[object, ...], ...]
 
 
 def _files_of(path: str) -> tuple[tuple[object, ...], ...]:
-    """The files of a local folder, or of a hub's snapshot, as the file system tells them apart."""
+    """The files of a local folder or of a hub snapshot, with inode, size and times: a change of a file changes this value."""
     folder = Path(path) if Path(path).is_dir() else Path(str(cached_file(path, CONFIG_NAME))).parent
     files = [(file, file.stat()) for file in sorted(folder.iterdir())]
     return tuple((str(file), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for file, stat in files)
 
 
 def tuning_summary(weights: Weights) -> dict[str, Any] | None:
-    """The card of a tuned member: what `tune` reported. None for weights that we did not tune. Raises `UserError` for a card that is none."""
+    """The card of a tuned member: what `tune` reported. None for weights that we did not tune. Raises `UserError` for an invalid card."""
     file = (weights.adapter or Path(weights.path)) / "tuning.json"
     if not file.exists():
         return None
@@ -167,6 +167,6 @@ def tuning_summary(weights: Weights) -> dict[str, Any] | None:
         TuningReport(**card["report"])
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise UserError(
-            f"{weights.field}: '{file}' is no card of a tuning ({type(error).__name__}: {error}); remove it, costs are then not told"
+            f"{weights.field}: '{file}' is no card of a tuning ({type(error).__name__}: {error}); remove it, and its costs are left out"
         ) from error
     return card

@@ -1,4 +1,4 @@
-"""The command line: compare, probe, items, tune, generate, bench, rescore, lm-eval, export, world build. Thin; imports wait for their command."""
+"""The command line: compare, probe, items, tune, generate, bench, rescore, lm-eval, export, world build. Each command imports only what it needs."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperCommand
 
-USAGE_ERROR: Any = typer.BadParameter.__base__  # of an option or a command that is none, too
+USAGE_ERROR: Any = typer.BadParameter.__base__  # also the base class for unknown options and commands
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 world = typer.Typer(no_args_is_help=True, help="The embedded world: a synthetic corpus, its ledger and its model family.")
 app.add_typer(world, name="world")
@@ -25,7 +25,7 @@ class Format(StrEnum):
     json = "json"
 
 
-LARGEST_SEED = 2**32 - 1  # as in finetune/recipe.py, which waits for its command
+LARGEST_SEED = 2**32 - 1  # as in finetune/recipe.py, which is slow to import
 MOST_THREADS = 1024
 PROMPT = "Question: {question}\nAnswer:"
 
@@ -48,15 +48,15 @@ class DType(StrEnum):
 
 @app.callback()
 def _proxytune() -> None:
-    """Fine-tune a model, or steer its decoding with a small tuned proxy? Compares both, and what each forgets."""
+    """Fine-tune a model, or steer its decoding with a small tuned proxy? Compares both, and what each one forgets."""
 
 
-JOBS = typer.Option(min=1, max=MOST_THREADS, help="Processes that work. Default: one a core; one where models are large.", show_default=False)
-WAIT = typer.Option("--wait", help="Wait for another command in the same folder, where it would be refused.")
+JOBS = typer.Option(min=1, max=MOST_THREADS, help="Number of processes. Default: one per core; one if models are large.", show_default=False)
+WAIT = typer.Option("--wait", help="Wait for another command that works in the same folder, instead of stopping.")
 
 
 class _WithMeasures(TyperCommand):
-    """Its help ends with the measures that there are."""
+    """A command whose help ends with the list of measures."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         from evals.measures.registry import measures
@@ -65,24 +65,31 @@ class _WithMeasures(TyperCommand):
         super().format_help(ctx, formatter)
 
 
+def _prepare_workers(jobs: int | None, plan: bool = False) -> None:
+    """Starts importing the libraries in the worker processes, while this process imports them too."""
+    if jobs != 1 and not plan and (os.cpu_count() or 1) > 1:
+        from evals.running.workers import warm_up
+
+        warm_up()
+
+
 @app.command(cls=_WithMeasures)
 def compare(
-    study: Annotated[
-        Path | None, typer.Argument(help="A study file; see evals/studies. Without one: the embedded world.", show_default=False)
-    ] = None,
+    study: Annotated[Path | None, typer.Argument(help="A study file; see evals/studies. Default: the embedded world.", show_default=False)] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of records, checkpoints and figures. Default: proxytune-runs/NAME.", show_default=False)
     ] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Print the jobs, what is there of them and what the others will cost; run nothing.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Print the jobs, which are done, and what the others will cost; run nothing.")] = False,
     jobs: Annotated[int | None, JOBS] = None,
     wait: Annotated[bool, WAIT] = False,
     form: Annotated[Format, typer.Option("--format", help="How the results go to standard output.")] = Format.table,
 ) -> None:
     """Runs a study (arms x measures x seeds) and prints its tables.
 
-    All arms are measured by the same prompts; intervals are paired. Stop it at any time: the same command
-    goes on where it stopped and ends with the same tables. Progress goes to standard error.
+    All arms are measured with the same prompts; intervals are paired. Stop it at any time: the same command
+    continues where it stopped and ends with the same tables. Progress goes to standard error.
     """
+    _prepare_workers(jobs, plan)
     from evals.commands.compare import run_and_show, show_plan
     from evals.study import load_study
 
@@ -97,31 +104,32 @@ def compare(
 @app.command(cls=_WithMeasures)
 def probe(
     name: Annotated[str, typer.Argument(help="The measure; erosion is the verdict, with all measures that it is built on.")],
-    target: Annotated[str | None, typer.Argument(help="A study file or a base model. Without one: the embedded world.", show_default=False)] = None,
+    target: Annotated[str | None, typer.Argument(help="A study file or a base model. Default: the embedded world.", show_default=False)] = None,
     tuned: Annotated[
         list[str] | None, typer.Argument(help="Models tuned from the base: folders, hub names or LoRA adapters.", show_default=False)
     ] = None,
     knowledge: Annotated[
-        str | None, typer.Option(help="Items to read models by: statement, answer, choices, popularity, perhaps subject.", show_default=False)
+        str | None, typer.Option(help="Knowledge items: statement, answer, choices, popularity, perhaps subject.", show_default=False)
     ] = None,
     corpus: Annotated[
-        str | None, typer.Option(help="Text in which subjects and answers are counted; that is then the popularity.", show_default=False)
+        str | None, typer.Option(help="Text in which subjects and answers are counted; the counts are then the popularity.", show_default=False)
     ] = None,
-    test: Annotated[str | None, typer.Option(help="Task items: what restoring a block costs at the task.", show_default=False)] = None,
-    prompt: Annotated[str, typer.Option(help="How a task's question is asked, or chat: in the model's chat template.")] = PROMPT,
+    test: Annotated[str | None, typer.Option(help="Task items, to measure what restoring a block costs at the task.", show_default=False)] = None,
+    prompt: Annotated[str, typer.Option(help="Template of a task's question, or chat: the model's chat template.")] = PROMPT,
     out: Annotated[
         Path | None, typer.Option(help="Folder of records; results go to NAME in it. Default: proxytune-runs/STUDY.", show_default=False)
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="Of the CPU; a study file has its own.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="CPU threads; a study file has its own setting.")] = 2,
     jobs: Annotated[int | None, JOBS] = None,
     wait: Annotated[bool, WAIT] = False,
     form: Annotated[Format, typer.Option("--format", help="How the results go to standard output.")] = Format.table,
 ) -> None:
-    """One measure, of a study or of models given by name: what tuning did to states, weights and knowledge.
+    """One measure, for a study or for models given by name: what tuning did to states, weights and knowledge.
 
     `proxytune probe erosion base tuned --knowledge items.jsonl` looks at your own models; `proxytune probe density base
-    checkpoints/step-* --knowledge items.jsonl` at a pretraining run. Stop it at any time, as with compare.
+    checkpoints/step-* --knowledge items.jsonl` at a pretraining run. Stop it at any time: the same command continues.
     """
+    _prepare_workers(jobs)
     from evals.commands.compare import run_and_show
     from evals.commands.probe import Probe, probe_study
 
@@ -132,13 +140,15 @@ def probe(
 
 @app.command()
 def items(
-    folder: Annotated[Path, typer.Argument(help="Where proxytune compare wrote its results.")],
-    measure: Annotated[str, typer.Option(help="task, knowledge, forgetting/question or forgetting/choice.")] = "task",
+    folder: Annotated[Path, typer.Argument(help="The folder to which proxytune compare wrote its results.")],
+    measure: Annotated[
+        str | None, typer.Option(help="The reading whose answers are shown, such as task; an unknown name lists all. Default: the first.")
+    ] = None,
     where: Annotated[str, typer.Option(help="Conditions: an arm and right, wrong or unparsed; 'full right, proxy@1 wrong'.")] = "",
-    limit: Annotated[int, typer.Option(min=1, help="At most so many items.")] = 20,
-    form: Annotated[Format, typer.Option("--format", help="How they go to standard output.")] = Format.table,
+    limit: Annotated[int, typer.Option(min=1, help="The largest number of items to print.")] = 20,
+    form: Annotated[Format, typer.Option("--format", help="Format of the output.")] = Format.table,
 ) -> None:
-    """Prints what arms said to the same items, side by side: those one got right and another wrong, say."""
+    """Prints the answers of several arms to the same items side by side, such as items that one got right and another wrong."""
     from evals.display.render import draw
     from evals.results.items import read_items_of, side_by_side
     from proxytune.content import as_json
@@ -150,33 +160,34 @@ def items(
 
 @app.command()
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="The prompt; standard input without one.", show_default=False)] = None,
+    prompt: Annotated[str | None, typer.Argument(help="The prompt. Default: standard input.", show_default=False)] = None,
     base: Annotated[str, typer.Option(help="The large model: a local folder or a hub name.")] = ...,  # type: ignore[assignment]
     expert: Annotated[str | None, typer.Option(help="The small tuned model, or a LoRA adapter on the anti-expert.", show_default=False)] = None,
-    antiexpert: Annotated[str | None, typer.Option(help="The same small model untuned.", show_default=False)] = None,
+    antiexpert: Annotated[str | None, typer.Option(help="The same small model, untuned.", show_default=False)] = None,
     alpha: Annotated[float, typer.Option(help="Strength: base + alpha (expert - antiexpert).")] = 1.0,
-    new_tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=1, help="The largest number of new tokens.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
-    speculate: Annotated[bool, typer.Option(help="Let the expert draft: the same law from fewer passes of the base.")] = False,
-    explain: Annotated[bool, typer.Option(help="Show what each member gave every token.")] = False,
+    speculate: Annotated[bool, typer.Option(help="Let the expert draft: the same distribution with fewer passes of the base.")] = False,
+    explain: Annotated[bool, typer.Option(help="Show the probability of every token under each member.")] = False,
     chat: Annotated[list[str], typer.Option(help="A member that reads the prompt in its chat template; may be repeated.")] = [],  # noqa: B006
     system: Annotated[str | None, typer.Option(help="System prompt of the chat members.", show_default=False)] = None,
-    response_prefix: Annotated[str, typer.Option(help="How the answer begins, for the chat members.", show_default=False)] = "",
-    device: Annotated[str, typer.Option(help="Of the base: cpu, cuda:0, or auto to spread it over all.")] = "cpu",
-    proxy_device: Annotated[str | None, typer.Option(help="Of expert and anti-expert, if another.", show_default=False)] = None,
-    dtype: Annotated[DType, typer.Option(help="Of the weights.")] = DType.float32,
+    response_prefix: Annotated[str, typer.Option(help="The beginning of the answer, for the chat members.", show_default=False)] = "",
+    device: Annotated[str, typer.Option(help="Device of the base: cpu, cuda:0, or auto to spread it over all devices.")] = "cpu",
+    proxy_device: Annotated[str | None, typer.Option(help="Device of expert and anti-expert. Default: the base's.", show_default=False)] = None,
+    dtype: Annotated[DType, typer.Option(help="Type of the weights.")] = DType.float32,
     map_tokens: Annotated[bool, typer.Option(help="Expert and anti-expert have another vocabulary: map its tokens by their bytes.")] = False,
-    threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="Of the CPU.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="CPU threads.")] = 2,
 ) -> None:
-    """Answers a prompt with a mixture, or with the base alone where no expert is given.
+    """Answers a prompt with a mixture, or with the base alone if no expert is given.
 
     `proxytune generate "What is the capital of Mali?" --base large --expert small-lora --antiexpert small --chat expert`
     """
     import torch
 
-    from evals.commands.generate import Chat, Sources, explanation_table, load_mixture, read_prompts
+    from evals.commands.generate import explanation_table
     from evals.commands.generate import generate as stream
     from evals.display.render import draw
+    from evals.mixtures import Chat, Sources, load_mixture, read_prompts
     from evals.running.progress import quieten_libraries
     from proxytune.explanation import explain as explain_tokens
 
@@ -202,39 +213,39 @@ def generate(
 def tune(
     model: Annotated[str, typer.Argument(help="A local folder or a hub name.")],
     data: Annotated[str, typer.Argument(help="JSON lines, Parquet or a hub set: questions, instructions, prompts, messages or preferences.")],
-    out: Annotated[Path, typer.Option(help="Folder for the result; it must not be there yet.")],
+    out: Annotated[Path, typer.Option(help="Folder for the result; it must not exist yet.")],
     method: Annotated[Method, typer.Option(help="A LoRA adapter, or all weights.")] = Method.lora,
     learning_rate: Annotated[float | None, typer.Option(help="Default: 2e-4 for LoRA, 2e-5 for all weights.", show_default=False)] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 3.0,
-    batch_size: Annotated[int, typer.Option(help="Examples a step, over all processes.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Examples per step, over all processes.")] = 16,
     micro_batch_size: Annotated[int | None, typer.Option(help="Examples in memory at a time. Default: all of a step.", show_default=False)] = None,
-    padding_free: Annotated[bool, typer.Option(help="Examples end to end without padding: the same loss, less or more time.")] = False,
-    rank: Annotated[int, typer.Option(help="Of the LoRA adapter.")] = 16,
-    target: Annotated[list[str], typer.Option(help="A layer's name that LoRA adapts; may be repeated. Default: all linear ones.")] = [],  # noqa: B006
+    padding_free: Annotated[bool, typer.Option(help="Examples of a batch in one row without padding: the same loss, less or more time.")] = False,
+    rank: Annotated[int, typer.Option(help="Rank of the LoRA adapter.")] = 16,
+    target: Annotated[list[str], typer.Option(help="Name of layers that LoRA adapts; may be repeated. Default: all linear ones.")] = [],  # noqa: B006
     dora: Annotated[bool, typer.Option(help="LoRA with a learned magnitude.")] = False,
     rslora: Annotated[bool, typer.Option(help="LoRA scaled by the root of its rank.")] = False,
     frozen: Annotated[
-        Half | None, typer.Option(help="All weights, but not this half of the layers, embeddings and head.", show_default=False)
+        Half | None, typer.Option(help="With full: freeze this half of the layers, and embeddings and head.", show_default=False)
     ] = None,
-    kl: Annotated[float | None, typer.Option(help="Weight of the divergence from the model as it was.", show_default=False)] = None,
-    preference: Annotated[float | None, typer.Option(help="DPO with this beta; data with rejected answers.", show_default=False)] = None,
+    kl: Annotated[float | None, typer.Option(help="Weight of KL(untuned || tuned) in the loss.", show_default=False)] = None,
+    preference: Annotated[float | None, typer.Option(help="DPO with this beta; needs data with rejected answers.", show_default=False)] = None,
     consistent: Annotated[float | None, typer.Option(help="Tune an expert inside --base + this (expert - MODEL).", show_default=False)] = None,
-    base: Annotated[str | None, typer.Option(help="The large model that an expert will serve.", show_default=False)] = None,
+    base: Annotated[str | None, typer.Option(help="The large model with which an expert will be used.", show_default=False)] = None,
     validation_share: Annotated[
         float | None, typer.Option(help="Hold out this share, keep the best weights, stop early.", show_default=False)
     ] = None,
-    prompt: Annotated[str, typer.Option(help="How a question is asked, or chat: in the model's chat template.")] = PROMPT,
-    test: Annotated[str | None, typer.Option(help="Test data: is refused if it asks what is tuned on; the result can be compared on it.")] = None,
-    allow_overlap: Annotated[bool, typer.Option(help="Test questions may be tuned on.")] = False,
-    fsdp: Annotated[bool, typer.Option(help="Under torchrun on GPUs: share the model out as well.")] = False,
-    checkpoint_minutes: Annotated[float, typer.Option(min=0, help="What a stopped run loses at most; run the same command again.")] = 5.0,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the order of examples and of the adapter's first weights.")] = 0,
-    threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="Of the CPU, for each process.")] = 2,
+    prompt: Annotated[str, typer.Option(help="Template of a question, or chat: the model's chat template.")] = PROMPT,
+    test: Annotated[str | None, typer.Option(help="Test data for a later comparison. Questions that are also tuned on are an error.")] = None,
+    allow_overlap: Annotated[bool, typer.Option(help="Test questions may also be tuned on.")] = False,
+    fsdp: Annotated[bool, typer.Option(help="Under torchrun on GPUs: shard the model as well.")] = False,
+    checkpoint_minutes: Annotated[float, typer.Option(min=0, help="Minutes between checkpoints: what a stopped run loses at most.")] = 5.0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the order of examples and of the adapter's first weights.")] = 0,
+    threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="CPU threads of each process.")] = 2,
 ) -> None:
-    """Tunes one model and says how to use it.
+    """Tunes one model and prints the commands that use it.
 
     `proxytune tune small train.jsonl --out small-lora` makes the expert of a mixture; the small model is its anti-expert.
-    Stop it when you like: the same command goes on. Several processes: `torchrun --nproc_per_node 2 -m evals.cli tune …`.
+    Stop it at any time: the same command continues. Several processes: `torchrun --nproc_per_node 2 -m evals.cli tune …`.
     """
     import torch
 
@@ -271,7 +282,7 @@ def rescore(
     folder: Annotated[Path, typer.Argument(help="Released generations: BENCHMARK/SYSTEM/predictions.jsonl and metrics.json.")],
     roles: Annotated[
         list[str],
-        typer.Option(help="Whose gap is closed: 'base=NAME proxy=NAME direct=NAME expert=NAME' (* is anything, commas part names); may be repeated."),
+        typer.Option(help="Systems for the gap closed: 'base=NAME proxy=NAME direct=NAME expert=NAME' (* and commas allowed); may be repeated."),
     ] = [],  # noqa: B006
     execute: Annotated[
         Path | None, typer.Option(help="Run code answers in a sandbox, with the prompts and tests of this HumanEval file.", show_default=False)
@@ -280,13 +291,14 @@ def rescore(
 ) -> None:
     """Scores released generations again: our metric beside the published one, intervals, the gap closed, exact tests.
 
-    Nothing is executed unless --execute names the tests; it needs bubblewrap (bwrap) and refuses without it.
+    Nothing is executed unless --execute names the tests. Execution needs bubblewrap (bwrap) and is refused without it.
     """
     import json
 
     from evals.display.render import draw
-    from evals.released.rescore import execute_in_sandbox, read_roles, rescore_tables
+    from evals.released.rescore import execute_in_sandbox, read_roles
     from evals.released.rescore import rescore as score
+    from evals.released.tables import rescore_tables
     from evals.running.progress import Display
     from proxytune.printable import printable
 
@@ -301,10 +313,10 @@ def rescore(
 
 @app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def lm_eval(context: typer.Context) -> None:
-    """lm-eval's own command line, which knows `--model proxytune` and our tasks.
+    """lm-eval's own command line, with `--model proxytune` and our tasks.
 
     `proxytune lm-eval run --model proxytune --model_args base=large,expert=small-lora,antiexpert=small,alpha=0.5
-    --tasks proxytune_capitals`; `cache=answers.db` among the arguments keeps answers, by the models' own weights.
+    --tasks proxytune_capitals`; the argument `cache=answers.db` keeps answers on disk, keyed by the models' weights.
     """
     from evals.harness.model import run_harness
 
@@ -313,19 +325,19 @@ def lm_eval(context: typer.Context) -> None:
 
 @app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(help="Where the mixture's folder goes; it must not be there yet.")],
+    folder: Annotated[Path, typer.Argument(help="The folder to write; it must not exist yet.")],
     base: Annotated[str, typer.Option(help="The large model: a local folder or a hub name.")],
     expert: Annotated[str, typer.Option(help="The small tuned model, or a LoRA adapter on the anti-expert.")],
-    antiexpert: Annotated[str, typer.Option(help="The same small model untuned.")],
+    antiexpert: Annotated[str, typer.Option(help="The same small model, untuned.")],
     alpha: Annotated[float, typer.Option(help="Strength: base + alpha (expert - antiexpert).")] = 1.0,
 ) -> None:
     """Writes a folder that transformers loads as one model (with trust_remote_code, and this package installed).
 
     `lm-eval run --model hf --model_args pretrained=FOLDER,trust_remote_code=True --device cpu --tasks …` takes it, as do `transformers
-    serve FOLDER --trust-remote-code` and any other tool that takes a causal language model. The members stay where they are, are
-    checked when they are loaded, and are loaded without code of theirs.
+    serve FOLDER --trust-remote-code` and any other tool that takes a causal language model. The members stay where they are. They are
+    checked when they are loaded, and none of their own code is run.
     """
-    from evals.commands.generate import Sources, weights_of
+    from evals.mixtures import Sources, weights_of
     from proxytune.exported import export as write
     from proxytune.mixture import proxy_tuning
     from proxytune.printable import printable
@@ -337,21 +349,21 @@ def export(
 @app.command()
 def bench(
     models: Annotated[
-        tuple[str, str] | None, typer.Option(metavar="BASE SMALL", help="Folders or hub names; without: a random pair it makes.", show_default=False)
+        tuple[str, str] | None, typer.Option(metavar="BASE SMALL", help="Folders or hub names. Default: a random pair.", show_default=False)
     ] = None,
-    expert: Annotated[str | None, typer.Option(help="A tuned LoRA adapter on SMALL; without: one that changes little.", show_default=False)] = None,
+    expert: Annotated[str | None, typer.Option(help="A tuned LoRA adapter on SMALL. Default: one that changes little.", show_default=False)] = None,
     alpha: Annotated[float, typer.Option(help="Strength of the mixture.")] = 0.5,
-    tokens: Annotated[int, typer.Option(min=2, help="How many each row decodes.")] = 24,
-    rounds: Annotated[int, typer.Option(min=1, help="Figures are medians over them.")] = 3,
-    threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="Of the CPU.")] = 2,
-    device: Annotated[str, typer.Option(help="cpu or cuda, say.")] = "cpu",
-    dtype: Annotated[DType, typer.Option(help="Of the weights.")] = DType.float32,
-    form: Annotated[Format, typer.Option("--format", help="How the figures go to standard output.")] = Format.table,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens that each row decodes.")] = 24,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; figures are medians over them.")] = 3,
+    threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="CPU threads.")] = 2,
+    device: Annotated[str, typer.Option(help="A device, such as cpu or cuda.")] = "cpu",
+    dtype: Annotated[DType, typer.Option(help="Type of the weights.")] = DType.float32,
+    form: Annotated[Format, typer.Option("--format", help="Format of the output.")] = Format.table,
 ) -> None:
-    """Measures decoding and scoring, ours beside the reference loop, the base alone and lm-eval, and how far from the limit.
+    """Measures decoding and scoring with a mixture, beside the reference loop, the base alone, lm-eval, and the limit.
 
-    Two copies of the small model, one of the base and some room for lm-eval's logits must fit into memory. Stop other
-    work first: times are those of the machine.
+    Two copies of the small model, one of the base and lm-eval's logits must fit into memory. Stop other work first: it
+    would change the times.
     """
     import tempfile
 
@@ -371,18 +383,18 @@ def bench(
 
 @world.command()
 def build(
-    name: Annotated[str, typer.Argument(help="Which world: a recipe of probes/world/recipes.py, such as default or tiny.")] = "default",
-    seeds: Annotated[list[int], typer.Option("--seed", min=0, max=LARGEST_SEED, help="Once for each family.")] = [0],  # noqa: B006
-    out: Annotated[Path, typer.Option(help="Where the families go; a study finds those in the folder worlds of its own --out.")] = Path(
+    name: Annotated[str, typer.Argument(help="The world: a recipe of probes/world/recipes.py, such as default or tiny.")] = "default",
+    seeds: Annotated[list[int], typer.Option("--seed", min=0, max=LARGEST_SEED, help="Seed of a family; may be repeated.")] = [0],  # noqa: B006
+    out: Annotated[Path, typer.Option(help="Folder of the families; a study finds those in the folder worlds of its own --out.")] = Path(
         "proxytune-runs/world/worlds"
     ),
     checkpoints: Annotated[
         bool, typer.Option(help="Keep the base before its first step and after 100, 200, 400, … as model folders checkpoints/step-N.")
     ] = False,
 ) -> None:
-    """Draws a corpus, counts its ledger, and pretrains base and small model on it (about three minutes a seed and core).
+    """Draws a corpus, counts its ledger, and pretrains the base and the small model on it (about three minutes per seed on one core).
 
-    A family that is there already is kept.
+    A family that is already there is kept.
     """
     import torch
 
@@ -400,7 +412,7 @@ _received: list[int] = []
 
 
 class Stopped(SystemExit):
-    """Ctrl-C or SIGTERM. It is no `Exception`: what catches errors lets it pass."""
+    """Ctrl-C or SIGTERM. It is not an `Exception`, so that code that catches errors does not catch it."""
 
 
 def _stop(number: int, _: object) -> None:
@@ -409,7 +421,7 @@ def _stop(number: int, _: object) -> None:
 
 
 def _send_again(dropped: "sys.UnraisableHookArgs") -> None:
-    """Python drops what is raised in a `__del__`, say: a signal that came there is sent again, a moment later."""
+    """Python drops exceptions that are raised in a `__del__`: a signal that arrived there is sent again a moment later."""
     if isinstance(dropped.exc_value, Stopped):
         threading.Timer(0.05, os.kill, (os.getpid(), _received[-1])).start()
     else:
@@ -417,7 +429,7 @@ def _send_again(dropped: "sys.UnraisableHookArgs") -> None:
 
 
 def main() -> None:
-    """Runs the command line; a user's mistake is one line on standard error and exit code 2, Ctrl-C one and 130, SIGTERM one and 143."""
+    """Runs the command line. A user's mistake prints one line on standard error, with exit code 2; so do Ctrl-C (130) and SIGTERM (143)."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.unraisablehook = _send_again
@@ -426,17 +438,17 @@ def main() -> None:
     try:
         sys.exit(app(standalone_mode=False))
     except BaseException as error:
-        if _received:  # whatever became of it on the way
+        if _received:  # whatever exception it has become on the way
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)
-            again = "; run the same command again, it goes on" if {*sys.argv[1:2]} & RESUMED else ""
+            again = "; run the same command again, it continues" if {*sys.argv[1:2]} & RESUMED else ""
             print(f"proxytune: stopped{again}", file=sys.stderr)
             sys.exit(128 + _received[0])
         if isinstance(error, USAGE_ERROR):
-            _fail(error.format_message())  # nothing where there were no arguments: help was printed
+            _fail(error.format_message())  # empty if there were no arguments: the help was printed
         from proxytune.errors import UserError
 
-        # A full disk or a forbidden file is the machine's state and no fault in the program either.
+        # A full disk or a file without permission is not a fault in the program either.
         if not isinstance(error, UserError | OSError):
             raise
         _fail(str(error))

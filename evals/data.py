@@ -1,4 +1,4 @@
-"""What a study works on in one run: where its models are, and its items. The world's or the user's."""
+"""The data of one run of a study: where its models are, and its items. From the embedded world or from the user."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,8 +23,9 @@ from proxytune.errors import UserError
 class StudyData:
     """Models and items of one run, and the protocol by which every arm is asked.
 
-    Items that the study does without are none. `ending` follows an answer in the tuning data; `choose` says that the task is a
-    choice and not a text, `number` that a text is judged by its last number.
+    Items that the study does not need are empty lists. `ending` follows each answer in the tuning data. `choose` says that the task is
+    a choice among candidates instead of a generated text; `number` says that a text is judged by its last number. `frequency` is how
+    often the corpus has each knowledge item's words.
     """
 
     base: str
@@ -41,10 +42,10 @@ class StudyData:
 
 
 def data_for(study: Study, folder: Path, run: Run, worlds: Path, say: Callable[[str], None] = lambda line: None) -> StudyData:
-    """The data of one run. A world's family must be shipped or stand in `worlds` already (see `family_for`).
+    """The data of one run. A world's family must be shipped or already be in the folder `worlds` (see `probes.world.family.find_family`).
 
-    `say` is told what in the data deserves a look. `folder` is the study file's. Raises `UserError` for data that cannot be
-    read or that tests what it trains on, which only a study with both can do.
+    `say` is called with remarks on the data (duplicates, ignored columns). `folder` is that of the study file. Raises `UserError` for data
+    that cannot be read, that lack something a measure needs, or whose test items are also tuned on.
     """
     if run.world is not None:
         family = find_family(run.world, run.seed, worlds)
@@ -80,7 +81,7 @@ def data_for(study: Study, folder: Path, run: Run, worlds: Path, say: Callable[[
         knowledge = [item.model_copy(update={"popularity": count}) for item, count in zip(knowledge, counts.together, strict=True)]
         frequency = counts.subject
     if "knowledge.popularity" in wanted:
-        familiarity([float("nan") if item.popularity is None else item.popularity for item in knowledge])  # refuses now what the table could not show
+        familiarity([float("nan") if item.popularity is None else item.popularity for item in knowledge])  # raises now rather than after the study
     small = study.models.small
     return StudyData(
         _place(study.models.base, folder),
@@ -106,6 +107,6 @@ def _read(source: str, folder: Path, field: str, say: Callable[[str], None]) -> 
 
 
 def _place(name: str, folder: Path) -> str:
-    """A folder beside the study file if there is one, else the name as it stands: an absolute path or a hub name."""
+    """A folder beside the study file if there is one, otherwise the name itself: an absolute path or a hub name."""
     place = expanded(name)
     return str(folder / place) if (folder / place).exists() else str(place) if name.startswith("~") else name

@@ -1,7 +1,7 @@
-"""Records: what one reading of one arm in one run gave, row by row, with its provenance.
+"""Records: the frames that readings give, each for one arm in one run, with their provenance.
 
-A record is one Parquet file named by a hash of its content's causes, written atomically: it is there whole or not at all. It
-holds a digest of every byte of its own, so that a damaged one is no record.
+A record is one Parquet file. Its name is the record's key, a hash of everything that decides its content (`running.jobs.keys_of`). It is written
+atomically: it is complete or absent. It contains a digest of all its bytes, so that a damaged file is not taken for a record.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ logger = logging.getLogger("proxytune")
 
 @dataclass(frozen=True)
 class Record:
-    """One frame of one arm in one run (a seed, in a world if the study has worlds), and a hash of how the arm was asked."""
+    """One frame of one arm in one run (a seed, in a world if the study has worlds). `protocol` is a hash of how the arm was asked."""
 
     arm: str
     frame: str
@@ -40,10 +40,10 @@ class Record:
 
 
 def write_record(folder: Path, key: str, items: pd.DataFrame, provenance: dict[str, Any]) -> None:
-    """Writes `items` (one row an item) and its provenance. Raises `UserError` where the folder cannot be written or a link is in the way."""
+    """Writes a frame and its provenance. Raises `UserError` if the folder cannot be written, or if a link is in the file's place."""
     table = pa.Table.from_pandas(items, preserve_index=False)
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), PROVENANCE: json.dumps(provenance, sort_keys=True).encode()})
-    written, mark = io.BytesIO(), secrets.token_hex(32).encode()  # a place that no item's text can name
+    written, mark = io.BytesIO(), secrets.token_hex(32).encode()  # a mark that no item's text can contain
     with pq.ParquetWriter(written, table.schema, write_page_checksum=True) as writer:
         writer.write_table(table)
         writer.add_key_value_metadata({DIGEST: mark})
@@ -63,14 +63,27 @@ def write_record(folder: Path, key: str, items: pd.DataFrame, provenance: dict[s
 
 
 def read_record(folder: Path, key: str) -> tuple[pd.DataFrame, dict[str, Any]] | None:
-    """The record's items and provenance; None where there is none or the file is damaged (it is then made again)."""
+    """The record's frame and provenance; None if there is no such record, or if it is damaged (it is then made again)."""
+    record = _whole(folder, key)
+    if record is None:
+        return None
+    table = pq.read_table(io.BytesIO(record))
+    return table.to_pandas(), json.loads(table.schema.metadata[PROVENANCE])
+
+
+def has_record(folder: Path, key: str) -> bool:
+    """Whether there is an undamaged record with this key."""
+    return _whole(folder, key) is not None
+
+
+def _whole(folder: Path, key: str) -> bytes | None:
+    """The bytes of an undamaged record; None if there is none, with a warning if it is damaged."""
     path = _path(folder, key)
     try:
         record = path.read_bytes()
         digest = pq.read_metadata(io.BytesIO(record)).metadata[DIGEST]
         if len(digest) == len(BLANK) and _digest(_filled(record, digest, BLANK)) == digest:
-            table = pq.read_table(io.BytesIO(record))
-            return table.to_pandas(), json.loads(table.schema.metadata[PROVENANCE])
+            return record
     except FileNotFoundError:
         return None
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
@@ -79,17 +92,12 @@ def read_record(folder: Path, key: str) -> tuple[pd.DataFrame, dict[str, Any]] |
     return None
 
 
-def has_record(folder: Path, key: str) -> bool:
-    """Whether there is one that is whole."""
-    return read_record(folder, key) is not None
-
-
 def _digest(record: bytes) -> bytes:
     return hashlib.sha256(record).hexdigest().encode()
 
 
 def _filled(record: bytes, old: bytes, new: bytes) -> bytes:
-    """With the digest's place filled anew."""
+    """The record with the digest at its place replaced."""
     return record.replace(old, new, 1)
 
 

@@ -1,20 +1,21 @@
-"""Runs untrusted Python answers against their tests, each in sandboxes of its own made by bubblewrap. Nothing here runs unless called.
+"""Runs untrusted Python answers against their tests, each in two sandboxes made by bubblewrap. Nothing here runs unless it is called.
 
-The tests and the solution are two processes in two sandboxes. The first (the judge) runs the tests and calls the solution's functions through a
-pipe; the second (the solver) runs the solution and answers with plain data. A verdict is passed only where the judge reaches the end of the tests
-and writes a random token, made for this run, to a pipe that the solver has never had.
+The tests and the solution are two processes in two sandboxes. The first process (the judge) runs the tests and calls the solution's functions through
+a pipe. The second (the solver) runs the solution and answers with plain data. A verdict is "passed" only if the judge reaches the end of the tests
+and writes a random token, made for this run, to a pipe that the solver never has.
 
-Guaranteed: nothing that the solution does in its own process (exits, patches, prints, walks of the stack, hooks) can make up a verdict, since only
-the values it answers reach the tests, rebuilt there from exact built-in types; it sees no file but a Python without packages and an empty folder,
-no network (not even one of its own), no environment variable, no key, no process of the host; of all system calls only those that `confinement` names
-do anything; what its processes map comes to no more than the limit in all; at the end of the time all it has started is killed.
-Not guaranteed: that a solution does not know the tests' answers, or that a kernel with a hole keeps it in. The tests are trusted. The kernel holds
-more beside the memory limit: the files of the empty folder (`DISK` bytes); the records of these files and the tables of mapped pages (`RECORDS` bytes
-and what is made between two looks, `LOOK` seconds apart; the tables of the first process only where the kernel lists no children); what is under way
-in pipes and pairs of sockets, locks and lists of what is mapped (some tens of MiB). Control groups, which would count these too, are not used, since
-few users may make them. Processes are counted per sandbox from Linux 5.14 on (before: per user). A process that is killed leaves its folder of
-temporary files until another one of this user runs programs.
-Arguments are copies, so that a test of a change in place fails. A solution's own objects can be given attributes and handed back to it, no more.
+Guaranteed: nothing that the solution does in its own process (exit, patch, print, walk the stack, set hooks) can fake a verdict, since only the
+values that it answers reach the tests, where they are rebuilt from exact built-in types. It sees no file except a Python without packages and an
+empty folder, no network (not even one of its own), no environment variable, no key, and no process of the host. Only the system calls that
+`confinement` names work. The memory that its processes map together stays below the limit. When the time is over, everything that it started is
+killed.
+Not guaranteed: that a solution does not know the tests' answers, or that a kernel with a security hole contains it. The tests are trusted. The kernel
+holds more than the memory limit: the files of the empty folder (`DISK` bytes); the records of these files and the page tables (`RECORDS` bytes and
+what is added between two checks, `LOOK` seconds apart; only the tables of the first process if the kernel lists no children); data in pipes and
+socket pairs, locks and lists of mappings (some tens of MiB). Control groups, which would count these too, are not used, since few users may create
+them. Processes are counted per sandbox from Linux 5.14 on (before: per user). A process that is killed leaves its folder of temporary files until
+another process of this user runs programs.
+Arguments are copies, so that a test of an in-place change fails. A solution's own objects can be given attributes and passed back to it, no more.
 """
 
 import builtins
@@ -48,7 +49,7 @@ OUTPUT = MEBIBYTE  # bytes that a solution may print
 ANSWER = 4 * MEBIBYTE  # characters that one answer may have once written as JSON
 DISK = 16 * MEBIBYTE  # bytes, of the empty folder and of every file
 RECORDS = 32 * MEBIBYTE  # bytes that the kernel may hold for the records of files and the tables of mapped pages
-LOOK = 0.1  # seconds between two looks at these
+LOOK = 0.1  # seconds between two checks of these
 NOBODY = 65534  # the user that sandboxes of root run as, for the kernel does not count the processes of root
 FILTERS = ("one process", "several processes")
 PYTHON = ("-I", "-S", "-E")
@@ -73,7 +74,7 @@ class Program(NamedTuple):
 
 
 class Sandbox(NamedTuple):
-    """What a sandbox prints, and where bubblewrap tells which process is its first."""
+    """A sandbox's output, and the pipe on which bubblewrap reports the sandbox's first process."""
 
     prints: IO[bytes]
     told: int
@@ -81,7 +82,7 @@ class Sandbox(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Whether the tests ran to their end, and 'passed' or one of `REASONS`. `SETUP_FAILED` is no fault of the solution's: the trusted setup
+    """Whether the tests ran to their end, and 'passed' or one of `REASONS`. `SETUP_FAILED` is not the solution's fault: the trusted setup
     fails by itself, or the tests do not compile."""
 
     passed: bool
@@ -138,7 +139,7 @@ def _run(program: Program, seconds: float, limits: dict[str, int]) -> Verdict:
 
 
 def _start(code: str, ends: list[int], task: dict[str, Any], stack: ExitStack) -> Sandbox:
-    """Starts a sandbox that runs `code`, is told `task`, holds the pipes' `ends` and dies with `stack`."""
+    """Starts a sandbox that runs `code`, reads `task` from standard input, holds the pipes' `ends` and is killed when `stack` closes."""
     user: dict[str, Any] = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
     filtered = os.open(os.path.join(_files().name, FILTERS[task.get("processes", 1) > 1]), os.O_RDONLY)
     told, tell = os.pipe()
@@ -161,8 +162,8 @@ def _start(code: str, ends: list[int], task: dict[str, Any], stack: ExitStack) -
 
 
 def _watch(judge: Sandbox, solver: Sandbox, deadline: float) -> bytes:
-    """What the judge says, or that there is no time left or that the solver makes too many records of the kernel's or prints too much (what it
-    prints is thrown away)."""
+    """The judge's word, or the reason why there is none: no time left, too many kernel records, or too much output of the solver (which is
+    discarded)."""
     printed = 0
     judged, said = judge.prints.fileno(), solver.prints.fileno()
     poll = select.poll()
@@ -188,7 +189,7 @@ def _watch(judge: Sandbox, solver: Sandbox, deadline: float) -> bytes:
 
 
 def _records(sandbox: Sandbox) -> int | None:
-    """Bytes that the kernel holds for a sandbox's files and page tables; None where it has not started, has ended or is not to be looked into."""
+    """Bytes that the kernel holds for a sandbox's files and page tables; None if it has not started, has ended or cannot be inspected."""
     try:
         if not sandbox.first and (told := re.search(rb'"child-pid": (\d+)', os.read(sandbox.told, 4096))):
             sandbox.first.append(told[1].decode())

@@ -1,4 +1,4 @@
-"""A study: arms x measures x seeds, written in one YAML file and validated before anything runs."""
+"""A study (arms x measures x seeds): one YAML file, validated before anything runs. `run` is the entry point from Python."""
 
 import difflib
 import os
@@ -29,7 +29,7 @@ SweptName = Literal["learning_rate", "epochs", "rank", "kl", "preference"]
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain YAML, without what would be read as something else than is written, or without end."""
+    """Plain YAML. Refuses keys that occur twice, and files that are too large with their aliases expanded."""
 
     def get_single_data(self) -> Any:
         node = self.get_single_node()
@@ -45,11 +45,11 @@ class _Loader(yaml.SafeLoader):
             raise ConstructorError(problem=" ".join(str(error).split()), problem_mark=node.start_mark) from error
 
     def _check(self, node: yaml.Node, sizes: dict[int, int]) -> int:
-        """The number of nodes with aliases written out. Raises `ConstructorError` for too many, and for a key that stands twice."""
+        """The number of nodes with aliases expanded. Raises `ConstructorError` for too many nodes, and for a key that occurs twice."""
         if isinstance(node, yaml.ScalarNode):
             return 1
         if id(node) not in sizes:
-            sizes[id(node)] = MOST_NODES  # an alias of what it stands in has no end
+            sizes[id(node)] = MOST_NODES  # an alias of a node that contains it would never end
             inside = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
             sizes[id(node)] = 1 + sum(self._check(part, sizes) for part in inside)
         if sizes[id(node)] > MOST_NODES:
@@ -78,7 +78,7 @@ class Base(Strict):
 
 
 class Expert(Strict):
-    """The small model tuned, by us or beforehand: the proxy's expert, and an arm by itself."""
+    """The small model tuned, by us (`tuning`) or elsewhere (`path`): the proxy's expert, and an arm by itself."""
 
     kind: Literal["expert"]
     tuning: Tuning | None = None
@@ -92,7 +92,7 @@ class Expert(Strict):
 
 
 class Proxy(Strict):
-    """base + alpha (expert - what the expert was tuned from); one row for each alpha, named proxy@alpha."""
+    """base + alpha (expert - anti-expert), where the anti-expert is the model that the expert was tuned from. One row for each alpha: proxy@alpha."""
 
     kind: Literal["proxy"]
     alpha: tuple[FiniteFloat, ...] = Field(min_length=1)
@@ -111,11 +111,11 @@ class Match(Strict):
 
 
 class Direct(Strict):
-    """The base itself tuned, by us or beforehand: `path` is a checkpoint folder, or a LoRA adapter on the base.
+    """The base itself tuned, by us (`tuning`) or elsewhere (`path`: a checkpoint folder, or a LoRA adapter on the base).
 
-    With a `sweep`, one setting takes several values: each is a row of its own, named arm@value, unless one is to be selected
-    on validation items that are held out of tuning: the `best` at the task, or the one whose task score is nearest to that
-    of another arm (`select: {match: proxy@1}`). The selected value is then tuned with all items; trials count among the arm's costs.
+    With `sweep`, one setting takes several values; each is one row, named arm@value. With `select`, only one of the values is a row. It is selected
+    on validation items that are held out of tuning: the `best` at the task, or the one whose task score is nearest to that of another arm
+    (`select: {match: proxy@1}`). The selected value is then tuned with all items; the trials count among the arm's costs.
     """
 
     kind: Literal["direct"]
@@ -150,11 +150,11 @@ class Direct(Strict):
 
     @property
     def matched(self) -> str | None:
-        """The arm whose task score is to be matched."""
+        """The arm whose task score is to be matched, or None."""
         return self.select.match if isinstance(self.select, Match) else None
 
     def settings(self, name: str) -> dict[str, tuple[float | None, Tuning | None]]:
-        """Label, swept value and tuning (none with a path) of every setting, of those to be selected from too."""
+        """The swept value and the tuning (None with a `path`) of every setting, by label; including those from which one is selected."""
         if self.sweep is None or self.tuning is None:
             return {name: (None, self.tuning)}
         ((setting, values),) = self.sweep.items()
@@ -165,7 +165,7 @@ ArmSpec = Annotated[Base | Expert | Proxy | Direct, Field(discriminator="kind")]
 
 
 class ArmSetting(NamedTuple):
-    """One row of the tables: an arm, at one value of what it sweeps if it does."""
+    """One row of the tables: an arm, at one value of its sweep (or alpha) if it has one."""
 
     arm: str
     kind: str
@@ -173,7 +173,7 @@ class ArmSetting(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One world (none where the study has data of its own) and one seed."""
+    """One world (None if the study has its own data) and one seed."""
 
     world: str | None
     seed: int
@@ -183,25 +183,24 @@ class Run(NamedTuple):
 
 
 class Models(Strict):
-    """Local folders (counted from the study file's folder, or absolute) or hub names."""
+    """Local folders (relative to the study file's folder, or absolute) or hub names."""
 
     base: str
     small: str | None = None
 
 
 class Data(Strict):
-    """Items: JSON lines or Parquet files, counted from the study file's folder, or hub sets; their shapes are those of `reading`.
+    """Items: JSON lines or Parquet files, relative to the study file's folder, or hub sets; their shapes are those of `finetune.formats`.
 
-    `train` is tuned on, `test` is the task; each is left out where nothing needs it. `knowledge` (statements with popularity)
-    is what may be forgotten. `prompt` is how a question is asked in plain text, or the word chat: in the models' own chat
-    template. `answer`: a generated text is right if it begins with the answer, or (number) if its last number is the answer's;
-    or a choice is made.
+    `train` is tuned on, `test` is the task; each may be left out if nothing needs it. `knowledge` (statements with popularity) is what may be
+    forgotten. `prompt` is the template of a question in plain text, or the word chat: the models' own chat template. `answer`: with `generate`
+    a text is right if it begins with the answer, with `number` if its last number is the answer's; with `choose` the most probable choice counts.
     """
 
     train: str | None = None
     test: str | None = None
     knowledge: str | None = None
-    corpus: str | None = Field(default=None, description="text in which statements are counted: that is then the items' popularity")
+    corpus: str | None = Field(default=None, description="text in which statements are counted; the counts are then the items' popularity")
     prompt: str = "Question: {question}\nAnswer:"
     answer: Literal["generate", "choose", "number"] = "generate"
     new_tokens: int = Field(default=12, ge=1)
@@ -221,15 +220,15 @@ class Study(Strict):
     models: Models | None = None
     data: Data | None = None
     seeds: tuple[Annotated[int, Field(ge=0, le=LARGEST_SEED)], ...] = Field(default=(0,), min_length=1)
-    threads: int = Field(default=1, ge=1, le=1024, description="of the CPU; two are slower than one for models this side of 100M parameters")
+    threads: int = Field(default=1, ge=1, le=1024, description="CPU threads per job; two are slower than one for models below 100M parameters")
     batch_size: int = Field(default=16, ge=1, description="items generated at a time")
     batch_tokens: int = Field(default=2048, ge=1, description="tokens scored at a time")
     arms: dict[str, ArmSpec]
-    direct: str | None = Field(default=None, description="the arm at which the gap counts as closed; default: the first direct one")
-    contrasts: tuple[tuple[str, str], ...] = Field(default=(), description="pairs of arms whose difference is wanted: the first minus the second")
+    direct: str | None = Field(default=None, description="the arm that closes the gap by definition; default: the first direct arm")
+    contrasts: tuple[tuple[str, str], ...] = Field(default=(), description="pairs of arms to compare: the first minus the second")
     validation_share: float = Field(default=0.2, gt=0, lt=1, description="share of the tuning units on which settings are selected")
     measures: tuple[str, ...] = Field(min_length=1)
-    settings: dict[str, Any] = Field(default={}, description="of measures, by their names")
+    settings: dict[str, Any] = Field(default={}, description="settings of measures, by the measures' names")
 
     @field_validator("measures")
     @classmethod
@@ -306,16 +305,17 @@ class Study(Strict):
 
     @property
     def same_items(self) -> bool:
-        """Whether every seed asks the same items, so that seeds differ by tuning only: the user's. A world's seeds have people of their own."""
+        """Whether every seed has the same items, so that seeds differ by tuning only. True for the user's data; every seed of a world has its own
+        people."""
         return not self.worlds
 
     @property
     def runs(self) -> list["Run"]:
-        """Every seed of every world: each tunes and measures everything once."""
+        """Every seed of every world. In each run everything is tuned and measured once."""
         return [Run(world, seed) for world in (self.worlds or (None,)) for seed in self.seeds]
 
     def settings_of(self, measure: str) -> Any:
-        """The settings of a measure, those that the file leaves out by their defaults."""
+        """The settings of a measure, with defaults for those that the file leaves out."""
         return measures()[measure].settings.model_validate(self.settings.get(measure, {}))
 
     @property
@@ -325,7 +325,7 @@ class Study(Strict):
 
     @cached_property
     def arm_settings(self) -> dict[str, ArmSetting]:
-        """All rows of the tables in the study's order, by label."""
+        """All rows of the tables by label, in the study's order."""
         return {label: setting for name in self.arms for label, setting in self._settings_of(name).items()}
 
     @property
@@ -334,7 +334,7 @@ class Study(Strict):
 
     @property
     def fixed_settings(self) -> list[str]:
-        """Arms whose settings need not be selected first, the base apart."""
+        """Arms whose settings need no selection, without the base."""
         return [
             label
             for label, setting in self.arm_settings.items()
@@ -342,7 +342,7 @@ class Study(Strict):
         ]
 
     def expert_of(self, proxy: str) -> str:
-        """The name of the arm whose tuned model is the proxy's expert; empty where there is none or more than one."""
+        """The name of the arm whose tuned model is the proxy's expert; empty if there is none, or more than one candidate."""
         arm = self.arms[proxy]
         experts = [name for name, other in self.arms.items() if other.kind == "expert"]
         return (arm.expert if isinstance(arm, Proxy) else None) or (experts[0] if len(experts) == 1 else "")
@@ -357,12 +357,12 @@ class Study(Strict):
 
 
 def label_of(name: str, alpha: float) -> str:
-    """`proxy@0.5`: how a proxy of strength alpha, or an arm at a dial's value, is called in every table."""
+    """`proxy@0.5`: the name in every table of a proxy with strength alpha, or of an arm at one value of its sweep."""
     return f"{name}@{alpha:g}"
 
 
 def check_labels(field: str, values: tuple[float, ...]) -> tuple[float, ...]:
-    """Returns the values; raises ValueError where two of them would be called the same."""
+    """Returns the values. Raises ValueError if two of them would have the same label."""
     seen: dict[str, float] = {}
     for value in values:
         label = label_of("", value)
@@ -373,12 +373,12 @@ def check_labels(field: str, values: tuple[float, ...]) -> tuple[float, ...]:
 
 
 def expanded(name: str) -> Path:
-    """The path with the home folder in the place of ~; as it stands where there is no such home, so that it is missed by its own name."""
+    """The path with ~ replaced by the home folder. It stays as it is if there is no such home, so that errors show the name as written."""
     return Path(os.path.expanduser(name))
 
 
 def load_study(path: Path | None) -> tuple[Study, Path]:
-    """Reads a study file (None: the world study) and gives it with the folder that its paths count from.
+    """Reads a study file (None: the default study) and returns it with the folder that its paths are relative to.
 
     Raises `UserError` with the field, the rule and the value for a file that is missing, is not YAML or breaks a rule.
     """
@@ -400,10 +400,10 @@ def load_study(path: Path | None) -> tuple[Study, Path]:
 
 
 def explain_invalid(error: ValidationError, known: Sequence[str] = ()) -> str:
-    """The first mistake on one line: the field, the rule, the value seen, each cut where it is long. `known` are the keys that there are."""
+    """The first mistake on one line: the field, the rule and the value seen, each shortened if it is long. `known` are the valid keys."""
     first = next((entry for entry in error.errors() if entry["type"] == "extra_forbidden"), error.errors()[0])
     location = [shortened(str(part), 80) for part in first["loc"]]
-    # A discriminated union puts its tag (the arm's kind) into the location; the file has no such level.
+    # pydantic adds the tag of a discriminated union (the arm's kind) to the location; the file has no such level.
     if len(location) > 2 and location[0] == "arms" and location[2] in ("base", "expert", "proxy", "direct"):
         del location[2]
     field = ".".join(location) or "study"
@@ -428,11 +428,11 @@ def _did_you_mean(word: str, known: list[str]) -> str:
 
 
 def run(study: "Study | Path", out: Path, *, jobs: int | None = 1) -> "Results":
-    """Runs a study, or the study in a file, and returns its results: the door for comparison scripts.
+    """Runs a study, or the study in a file, and returns its results: the entry point for comparison scripts.
 
-    The folder `out` keeps records and checkpoints: a second call goes on where the first one stopped. Paths in a `Study` count from the
-    working directory, in a file from its folder. `jobs` is how many processes work (None: as many as the machine has cores for); a script
-    that asks for more than one must call this under `if __name__ == "__main__":`. Raises `UserError` for what a user can mend.
+    The folder `out` keeps records and checkpoints: a second call continues where the first one stopped. Paths in a `Study` are relative to the
+    working directory, paths in a file to the file's folder. `jobs` is the number of processes (None: one per core); a script that uses more than
+    one must call this under `if __name__ == "__main__":`. Raises `UserError` for mistakes that a user can fix.
     """
     from evals.results.summary import summarize
     from evals.running.progress import Display

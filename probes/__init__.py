@@ -1,6 +1,6 @@
-"""What tuning did to a model: what it still knows, what changed inside it, and where; and the world.
+"""What tuning did to a model: what it still knows, what changed inside it, and where; and worlds with counted exposure.
 
-A probe takes models and items and returns scores: it writes nothing, and but for `recoverability` it trains nothing.
+A probe takes models and items and returns scores. It writes no results, and only `recoverability` trains.
 """
 
 from probes.density import density as density

@@ -1,9 +1,9 @@
-"""Density of hidden states: how many coordinates share a vector's energy, layer by layer.
+"""Density of hidden states: over how many coordinates a vector's energy is spread, layer by layer.
 
-Source: Jin et al. 2026, arXiv 2603.03415, which reads familiarity off it. All measures but Hoyer and Gini are taken on h
-squared, as in its abstract's "energy". They depend on the basis: a rotation of h changes every one of them, hence the site
-`rotated`, where what is left of an effect does not live in the neurons; `nulls` has the other standards. Costs one sort of each vector
-beside the forward pass. One vector's effective rank is not the rank of a matrix of representations (see `moments.rankme`).
+Source: Jin et al. 2026, arXiv 2603.03415, who use it to detect familiarity. All metrics except Hoyer and Gini use the squares of
+h, the "energy" of that paper's abstract. All depend on the basis: a rotation of h changes them. Hence the site `rotated`: an effect
+that remains there is not in single neurons. `nulls` has further reference values. Costs one sort of each vector beside the forward
+pass. The effective rank of one vector is not the rank of a matrix of representations (see `moments.rankme`).
 """
 
 import numpy as np
@@ -19,22 +19,22 @@ SITES = ("residual", "normed", "rotated", "attention", "mlp")
 
 
 def density(vectors: Float[Tensor, "*batch hidden"]) -> dict[str, Float[Tensor, "*batch"]]:
-    """Every metric of every vector; with a the sizes of its d coordinates, p = a^2 / sum a^2:
+    """Every metric of every vector; a are the absolute values of its d coordinates, p = a^2 / sum a^2:
 
-    `e1`, `e5`, `e10`: the share of p in that many per cent of the largest coordinates, at least one; higher is sparser.
+    `e1`, `e5`, `e10`: the share of p in the largest 1, 5 or 10 per cent of the coordinates (at least one); higher is sparser.
     `effective_rank`: exp(entropy of p) / d, in (0, 1]; lower is sparser.
     `hoyer`: (sqrt d - |a|_1 / |a|_2) / (sqrt d - 1): 0 for equal coordinates, 1 for a single one.
-    `gini`: of the sizes, 0 for equal ones; higher is sparser.
+    `gini`: Gini coefficient of a; 0 for equal coordinates; higher is sparser.
     `participation_ratio`: 1 / (d sum p^2), in (0, 1]; lower is sparser. A vector of zeros gives NaN.
     """
     size = vectors.shape[-1]
     ordered = _sorted(vectors.abs())
     energy = ordered.square()
-    # Sums over coordinates are products with columns of weights: one pass over the vectors for each product.
-    places = torch.arange(1, size + 1, dtype=ordered.dtype, device=ordered.device)
-    largest = torch.stack([places > size - max(1, size * percent // 100) for percent in (1, 5, 10)] + [places > 0], dim=1).to(ordered.dtype)
+    # Sums over coordinates are computed as products with columns of weights: one pass over the vectors per product.
+    ranks = torch.arange(1, size + 1, dtype=ordered.dtype, device=ordered.device)
+    largest = torch.stack([ranks > size - max(1, size * percent // 100) for percent in (1, 5, 10)] + [ranks > 0], dim=1).to(ordered.dtype)
     *top, whole = (energy @ largest).unbind(-1)
-    ranked, total = (ordered @ torch.stack([places, torch.ones_like(places)], dim=1)).unbind(-1)
+    ranked, total = (ordered @ torch.stack([ranks, torch.ones_like(ranks)], dim=1)).unbind(-1)
     found = {f"e{percent}": sum_ / whole for percent, sum_ in zip((1, 5, 10), top, strict=True)}
     found["effective_rank"] = (torch.special.entr(energy).sum(-1) / whole + whole.log()).exp() / size
     found["hoyer"] = (size**0.5 - total / whole.sqrt()) / (size**0.5 - 1)
@@ -44,7 +44,7 @@ def density(vectors: Float[Tensor, "*batch hidden"]) -> dict[str, Float[Tensor, 
 
 
 def _sorted(sizes: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch hidden"]:
-    """Ascending. On a CPU by numpy, whose sort of short rows takes a tenth of torch's time."""
+    """In ascending order. On a CPU numpy sorts, which takes a tenth of torch's time for short rows."""
     if sizes.device.type == "cpu":
         return torch.from_numpy(np.sort(sizes.numpy(), axis=-1))
     return sizes.sort(dim=-1).values
@@ -52,11 +52,11 @@ def _sorted(sizes: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch hidd
 
 def density_of_states(
     model: PreTrainedModel, states: States, rotation: Float[Tensor, "hidden hidden"] | None
-) -> dict[str, Float[Tensor, "batch places states"]]:
-    """Every metric at every site, keyed `metric/site`; attention and MLP have as many states as the model has layers.
+) -> dict[str, Float[Tensor, "batch positions states"]]:
+    """Every metric at every site, keyed `metric/site`; attention and MLP have one state per layer.
 
-    Sites: `residual`, `normed` (the same through the model's final norm, as its head would read it), `rotated` (residual in another
-    orthogonal basis, unless there is none given), `attention` and `mlp` (what each adds to the stream).
+    Sites: `residual`; `normed` (residual after the model's final norm, as its head would read it); `rotated` (residual in another
+    orthogonal basis, if `rotation` is given); `attention` and `mlp` (what each adds to the residual stream).
     """
     sites = {"residual": states.residual, "attention": states.attention, "mlp": states.mlp}
     with torch.inference_mode():

@@ -1,10 +1,10 @@
-"""How far tuning moved a model: its weights matrix by matrix, its states layer by layer, and the law of its next token.
+"""How far tuning moved a model: weights by matrix, states by layer, and the next-token distribution.
 
 Weights: relative change |dW|_F / |W|_F and stable rank |dW|_F^2 / |dW|_2^2 of the change (as in Biderman et al. 2024, arXiv
 2405.09673, who find full tuning's rank 10 to 100 times LoRA's). States: cosine by token here, debiased linear CKA in `moments`.
-Law: KL(base || arm) in nats after the prompt, over the whole vocabulary: the one drift that is fair to all arms, for a proxied base
-has the base's own weights and states but not its law. Costs a singular value a matrix; states and law cost what
-`activations` does. Not covered: which of two equally distant models is the better one.
+Distribution: KL(base || arm) in nats after the prompt, over the whole vocabulary. It is the only drift that compares all arms,
+because a proxied base has the base's own weights and states, but another distribution. Costs one singular value per matrix; states
+and distribution cost a forward pass. Not covered: which of two equally distant models is better.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ def weight_drift(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], blocks
 
 
 def _largest_singular_value(matrix: Float[Tensor, "rows columns"]) -> float:
-    """By power iteration; from below, and within a per cent unless the two largest are as close."""
+    """By power iteration: a lower bound, within one per cent unless the two largest singular values are that close."""
     vector = torch.randn(matrix.shape[1], generator=torch.Generator().manual_seed(0), dtype=matrix.dtype).to(matrix.device)
     for _ in range(POWER_STEPS):
         vector = matrix.T @ (matrix @ (vector / torch.linalg.vector_norm(vector)))
@@ -39,11 +39,11 @@ def _largest_singular_value(matrix: Float[Tensor, "rows columns"]) -> float:
 
 
 def divergence(base: Float[Tensor, "batch vocabulary"], other: Float[Tensor, "batch vocabulary"]) -> Float[Tensor, " batch"]:
-    """KL(base || other) of the laws that two rows of logits stand for, in nats, computed in fp64; zero for equal rows."""
-    law, compared = base.double().log_softmax(-1), other.double().log_softmax(-1)
-    return (law.exp() * (law - compared)).sum(-1).clamp(min=0)
+    """KL(base || other) in nats between the distributions of two rows of logits, computed in fp64; zero for equal rows."""
+    before, after = base.double().log_softmax(-1), other.double().log_softmax(-1)
+    return (before.exp() * (before - after)).sum(-1).clamp(min=0)
 
 
 def cosine(base: Float[Tensor, "*batch hidden"], tuned: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch"]:
-    """Of two models' states at one place: 1 where they point the same way."""
+    """Cosine of two models' states at the same token: 1 where they point in the same direction."""
     return torch.nn.functional.cosine_similarity(base.double(), tuned.double(), dim=-1)

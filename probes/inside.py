@@ -1,6 +1,6 @@
-"""One reading of a model, or of a base and a tuned model side by side: what density, erosion and drift need, from shared passes.
+"""What density, erosion and drift need of a model, or of a base beside a tuned model, from shared forward passes.
 
-Costs one forward pass of each model for each prompt. Memory is that of a batch and of the moments (see `moments`).
+Costs one forward pass of each model per prompt. Memory: one batch and the moments (see `moments`).
 """
 
 from collections.abc import Callable, Sequence
@@ -21,31 +21,32 @@ GROUPS = {"familiar": 1, "unfamiliar": -1, "other": 0}
 
 
 class Prompts(NamedTuple):
-    """What is read: token ids, the places to look at (see `activations`), the first token of each right answer, and who is familiar."""
+    """The prompts' token ids; the positions to read (see `activations`); the first token of each right answer; and whether each item is
+    familiar (1), unfamiliar (-1) or neither (0)."""
 
     ids: Sequence[Sequence[int]]
-    places: Sequence[Sequence[int]]
+    positions: Sequence[Sequence[int]]
     answers: Sequence[int]
     contrast: Sequence[int]
 
 
 class Inside(NamedTuple):
-    """Of the last model given: density by `metric/site`, log-probability of the right answer's first token; and beside the first
-    model: cosine of the residual streams, and moments of the pair at the last token by group of prompts (`other` of one alone)."""
+    """Of the last model: density by `metric/site` and the log-probability of the right answer's first token. Of the first and the last
+    model: the cosine of their residual streams, and moments at the last token by group of prompts (`other` for a single model only)."""
 
-    density: dict[str, Float[np.ndarray, "prompts places states"]]
+    density: dict[str, Float[np.ndarray, "prompts positions states"]]
     log_probability: Float[np.ndarray, " prompts"]
-    cosine: Float[np.ndarray, "prompts places states"]
+    cosine: Float[np.ndarray, "prompts positions states"]
     moments: dict[str, Moments]
 
 
 def read_inside(
     models: Sequence[Member], prompts: Prompts, *, batch_size: int, progress: Callable[[int], None] = lambda prompts_done: None
 ) -> Inside:
-    """Reads one model, or base and tuned; of one alone, the pair is itself twice."""
+    """Reads one model, or base and tuned; a single model is compared with itself."""
     last = models[-1]
     options = {"batch_size": batch_size, "pad": int(last.tokenizer.pad_token_id)}
-    readers = [read_states(model.model, prompts.ids, prompts.places, **options) for model in models]
+    readers = [read_states(model.model, prompts.ids, prompts.positions, **options) for model in models]
     rotation = random_rotation(last.model.config.get_text_config().hidden_size, 0).to(last.model.device)
     answers, contrast = torch.tensor(prompts.answers), np.array(prompts.contrast)
     found: dict[str, np.ndarray] = {}
@@ -53,10 +54,10 @@ def read_inside(
     for batch in zip(*readers, strict=True):
         before, states = batch[0], batch[-1]
         indices = states.indices
-        law = states.logits.log_softmax(-1).cpu()
+        log_probabilities = states.logits.log_softmax(-1).cpu()
         values = {f"density/{name}": value for name, value in density_of_states(last.model, states, rotation).items()}
         values["cosine"] = cosine(before.residual, states.residual)
-        values["log_probability"] = law[torch.arange(len(indices)), answers[indices]]
+        values["log_probability"] = log_probabilities[torch.arange(len(indices)), answers[indices]]
         for name, value in values.items():
             if name not in found:
                 found[name] = np.full((len(prompts.ids), *value.shape[1:]), np.nan)
@@ -72,7 +73,7 @@ def _add(moments: dict[str, Moments], before: States, after: States, contrast: n
     y = x if after is before else after.residual[:, 0]
     for group, sign in GROUPS.items():
         if after is not before and sign == 0:
-            continue  # of a pair, only familiar and unfamiliar are compared
+            continue  # two models are compared on familiar and unfamiliar prompts only
         if group not in moments:
             moments[group] = Moments((x.mean(0), y.mean(0)) if not moments else _origin(moments))
         chosen = torch.from_numpy(np.flatnonzero(contrast == sign)).to(x.device)

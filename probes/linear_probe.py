@@ -1,20 +1,20 @@
-"""Whether a linear classifier can read the answer off a state, and whether it could as well have read off anything.
+"""Whether a linear classifier can predict the answer from a state, beside a control task with random labels.
 
-Accuracy by itself says little: a classifier may learn by heart what the states only identify. So each is trained a second time
-on a control task (Hewitt & Liang 2019, arXiv 1909.03368): answers dealt at random, one for each last word of a subject, about
-as often as the right ones occur. Selectivity is the right answers' accuracy minus the control's. Above 0 the state says more
-of the answer than of who is meant; below 0 it names the subject more plainly than the answer, as a state at a name must.
+Accuracy alone says little: a classifier may memorise answers from states that only identify the subject. So each classifier is
+trained a second time on a control task (Hewitt & Liang 2019, arXiv 1909.03368): random answers, one for each last word of a
+subject, with about the same frequencies as the right answers. Selectivity is the accuracy on right answers minus that on the
+control. Above 0 the state says more about the answer than about the subject's identity; below 0 less, as at a name's own token.
 
-Every item is judged by a classifier that saw no item of its unit: five folds of whole units. So a right answer cannot be
-learnt by heart, while a control label can be learnt from others who share the word. Read the accuracy itself beside the
-selectivity, and both beside an untrained model's, which is dealt the same control. In a world of 20 last names and 24 answers
-pure noise has a selectivity of about -.04, since fewer words, differing in frequency, make a guess pay more in the control;
-and where every subject has a last word of its own, the control cannot be learnt and stays at a guess.
+Every item is predicted by a classifier that was trained on other units: five folds of whole units. So a right answer cannot be
+memorised, while a control label can be learnt from other subjects with the same word. Read the accuracy beside the selectivity,
+and both beside those of an untrained model with the same control. In a world of 20 last names and 24 answers, pure noise has a
+selectivity of about -.04, because the control has fewer words of different frequency, which makes guessing easier. Where every
+subject has a last word of its own, the control cannot be learnt.
 
-The classifier is ridge regression onto the answers, on standardised states, its strength chosen by leave-one-out within the
-training part; this choice, and it alone, does not keep units together. Not covered: what is written non-linearly. Costs a
-second for hundreds of items of a small model; with n items and a hidden width d some min(n, d)^2 max(n, d) a state, fold and
-task, on as many threads as torch may use.
+The classifier is ridge regression onto the answers, on standardised states. Its strength is chosen by leave-one-out within the
+training part; only this choice does not keep units together. Not covered: information that is encoded non-linearly. Costs a
+second for hundreds of items of a small model; with n items and a hidden width d about min(n, d)^2 max(n, d) operations per state,
+fold and task, on as many threads as torch may use.
 """
 
 import random
@@ -35,14 +35,14 @@ from torch import Tensor
 from finetune.items import Item
 
 FOLDS = 5
-ITEMS_PER_ANSWER = 4  # on average; with fewer a probe's failure would say nothing of the states
-STRENGTHS = (1.0, 10.0, 100.0, 1000.0, 10000.0)  # beside a squared length of n for each standardised coordinate
+ITEMS_PER_ANSWER = 4  # on average; with fewer a failure of the probe would say nothing about the states
+STRENGTHS = (1.0, 10.0, 100.0, 1000.0, 10000.0)  # relative to a squared length of n of each standardised coordinate
 
 
 class Probed(NamedTuple):
-    """Of every item and state: 1 where the probe, 0 where it does not find the item's answer, and the same of the control task.
+    """For every item and state: 1 where the probe predicts the item's answer, else 0; and the same for the control task.
 
-    NaN for items that belong to no group.
+    NaN for items without a group.
     """
 
     probe: Float[np.ndarray, "items states"]
@@ -50,23 +50,23 @@ class Probed(NamedTuple):
 
 
 def linear_probe(states: Float[Tensor, "items states hidden"], items: Sequence[Item], seed: int) -> Probed | None:
-    """Probes every state of every group of items; `seed` deals the control's answers, to the same words for every model.
+    """Probes every state of every group of items. `seed` draws the control's answers: the same for every model.
 
-    A group has the same choices; it needs two answers or more that occur, four items for each of these on average and five
-    units. None where there is no such group.
+    Items of a group have the same choices. A group needs at least two different answers, four items per answer on average and five
+    units. Returns None where there is no such group.
     """
     values = states.double().cpu().numpy()
     found = Probed(np.full(values.shape[:2], np.nan), np.full(values.shape[:2], np.nan))
     units = np.array([item.unit or item.question for item in items])
     groups: dict[tuple[str, ...], list[int]] = {}
-    for place, item in enumerate(items):
-        groups.setdefault(tuple(sorted(item.choices)), []).append(place)
+    for index, item in enumerate(items):
+        groups.setdefault(tuple(sorted(item.choices)), []).append(index)
     for choices, members in groups.items():
-        answers = [items[place].answer for place in members]
+        answers = [items[index].answer for index in members]
         if not choices or len(set(answers)) < 2 or len(members) < ITEMS_PER_ANSWER * len(set(answers)) or len(set(units[members])) < FOLDS:
             continue
-        tasks = (answers, control_answers([items[place] for place in members], seed))
-        # Numpy's threads are counted apart from torch's; on matrices this small more than the caller allowed stand in each other's way.
+        tasks = (answers, control_answers([items[index] for index in members], seed))
+        # Numpy has its own thread count. On matrices this small, more threads than the caller allowed slow each other down.
         with threadpool_limits(torch.get_num_threads()):
             for state in range(values.shape[1]):
                 for right, labels in zip(found, tasks, strict=True):
@@ -75,27 +75,27 @@ def linear_probe(states: Float[Tensor, "items states hidden"], items: Sequence[I
 
 
 def control_answers(items: Sequence[Item], seed: int) -> list[str]:
-    """The control task: one of the items' answers for each last word of a subject, the same for all who share the word.
+    """The control task: one of the items' answers for each last word of a subject, the same for all subjects with that word.
 
-    The words are taken in random order, and each gets the answer that is furthest from being dealt as often as it occurs: drawn
-    independently, a few words would leave some answers out and give others twice, and a guess would pay more than in the real
-    task. An item without a subject has its unit in that place, without either its question.
+    The words come in random order. Each gets the answer that is most below its frequency so far: with independent draws a few words
+    would miss some answers and get others twice, which makes guessing easier than in the real task. An item without a subject
+    uses its unit instead, and without a unit its question.
     """
     words = [item.subject.split()[-1] if item.subject else item.unit or item.question for item in items]
-    missing, deal = Counter(item.answer for item in items), random.Random(seed)
+    missing, generator = Counter(item.answer for item in items), random.Random(seed)
     order, answers = sorted(set(words)), sorted(missing)
-    deal.shuffle(order)
-    deal.shuffle(answers)  # the first of equals is dealt
-    times, dealt = Counter(words), {}
+    generator.shuffle(order)
+    generator.shuffle(answers)  # of equally missing answers the first is taken
+    times, control = Counter(words), {}
     for word in order:
-        dealt[word] = max(answers, key=lambda answer: missing[answer])
-        missing[dealt[word]] -= times[word]
-    return [dealt[word] for word in words]
+        control[word] = max(answers, key=lambda answer: missing[answer])
+        missing[control[word]] -= times[word]
+    return [control[word] for word in words]
 
 
 def _right(values: Float[np.ndarray, "items hidden"], labels: np.ndarray, units: np.ndarray) -> Bool[np.ndarray, " items"]:
-    """Whether each item's label is found by a classifier that was trained on other units."""
-    said = np.empty_like(labels)
+    """Whether each item's label is predicted by a classifier that was trained on other units."""
+    predicted = np.empty_like(labels)
     for train, test in GroupKFold(FOLDS).split(values, labels, units):
-        said[test] = make_pipeline(StandardScaler(), RidgeClassifierCV(STRENGTHS)).fit(values[train], labels[train]).predict(values[test])
-    return said == labels
+        predicted[test] = make_pipeline(StandardScaler(), RidgeClassifierCV(STRENGTHS)).fit(values[train], labels[train]).predict(values[test])
+    return predicted == labels

@@ -1,7 +1,7 @@
-"""What density would be without anything learnt: the standards that `density` and `erosion` are read against.
+"""Density without learning: reference values for `density` and `erosion`.
 
-Gaussian vectors with the layer's own mean and covariance give the scale of one vector; an untrained model of the same shape
-shows what the input alone does. A random rotation is a site of `density`, and noise of the tuning's own size is
+Gaussian vectors with the layer's mean and covariance give the spread of a single vector. An untrained model of the same shape
+shows the effect of the input alone. A random rotation is a site of `density`; noise of the tuning's norm is
 `blocks.random_delta`.
 """
 
@@ -20,9 +20,9 @@ DRAWS = 1000
 def gaussian_null(
     mean: Float[Tensor, "states hidden"], covariance: Float[Tensor, "states hidden hidden"], seed: int = 0
 ) -> dict[str, dict[str, list[float]]]:
-    """For every metric, `mean` and `sd` by state of vectors drawn from the normal law with these moments.
+    """For every metric, `mean` and `sd` by state, of vectors drawn from the normal distribution with these moments.
 
-    The sd is of one vector: it is the unit in which differences of density are small or large. States are drawn one by one.
+    The sd is that of a single vector; differences of density can be compared with it. States are drawn one after the other.
     """
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, dict[str, list[float]]] = {}
@@ -37,6 +37,6 @@ def gaussian_null(
 
 
 def untrained_twin(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
-    """A model of the same configuration as it is before its first step, in fp32 on the same device."""
+    """A model of the same configuration before its first training step, in fp32 on the same device."""
     set_seed(seed)
     return AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=torch.float32).eval().to(model.device)

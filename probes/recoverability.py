@@ -1,18 +1,17 @@
-"""Was knowledge erased or only hidden? How fast it comes back when the tuned model is fine-tuned again on plain sentences.
+"""Was knowledge erased or only hidden? How fast it returns when the tuned model is fine-tuned again on plain sentences.
 
-Three curves of what the model knows (`knowledge.known`) over the steps of a short tuning on statements with their answers:
-`forgotten` learns facts of the corpus again; `never exposed` learns as many facts that it never saw, in batches of the same
+Three curves of what the model knows (`candidates.known`) over the steps of a short tuning on statements with their answers:
+`forgotten` learns facts of the corpus again; `never exposed` learns as many facts that were never in the corpus, in batches of the same
 size; `unrelated` sees ten facts and is asked the others. Hidden knowledge returns sooner than new facts are learnt
-(savings: Ebbinghaus 1885; Jain et al. 2024, arXiv 2311.12786), and what other facts bring back was never lost (spurious
-forgetting: Zheng et al. 2025, arXiv 2501.13453). Known is the right candidate's probability, which moves where a choice does not
-flip.
+(savings: Ebbinghaus 1885; Jain et al. 2024, arXiv 2311.12786), and knowledge that other facts bring back was never lost (spurious
+forgetting: Zheng et al. 2025, arXiv 2501.13453). Knowledge is measured as the right candidate's probability, which changes before the
+choice does.
 
-It trains, unlike every other probe: how fast a thing is learnt can only be read off learning. It does so in a temporary
-folder and nothing stays but the curves; the member is left as it is. Costs three tunings of `steps` steps with a scoring
-pass at about log2(steps) of them, the memory of a full tuning beside the member, and disk space for two copies of the
-weights. Not covered: items without candidates; loss on the statement itself (it is taken on the answer alone); rates and
-budgets other than the given ones, on which n depends; many steps on ten unrelated facts, which damage the others (hence
-the best step, chosen on other items: `brought_back`).
+Unlike every other probe it trains, because the speed of learning can only be measured by learning. It trains in a temporary folder and
+keeps only the curves; the member is not changed. Costs three tunings of `steps` steps with a scoring pass at about log2(steps) of them,
+the memory of a full tuning beside the member, and disk space for two copies of the weights. Not covered: items without candidates; loss
+on the statement itself (it is on the answer only); other learning rates and numbers of steps, which change the result; many steps on
+ten unrelated facts, which damage the others (hence the best step, chosen on other items: `brought_back`).
 """
 
 import copy
@@ -38,12 +37,12 @@ from proxytune.member import Member
 from proxytune.prepacked import PrepackedLinear, prepack_linear_layers, unpack_linear_layers
 
 FORGOTTEN, NEVER, UNRELATED = CURVES = ("forgotten", "never exposed", "unrelated")
-ENOUGH = 10  # items: so many unrelated ones are shown, and a curve is not read off fewer
-REGAINED = 0.95  # of what the base knows
+ENOUGH = 10  # items: so many unrelated ones are shown, and a curve needs at least as many
+REGAINED = 0.95  # of the base's knowledge
 
 
 class Curve(NamedTuple):
-    """What was known before the first step and after each of `steps`; `indices` says which of the given items were measured."""
+    """What was known after each of `steps`, of which the first is 0; `indices` are the numbers of the measured items."""
 
     steps: list[int]
     indices: list[int]
@@ -52,12 +51,12 @@ class Curve(NamedTuple):
 
 
 class Savings(NamedTuple):
-    """S = 1 - relearnt / learnt: 1 where it comes back at once, 0 where it takes as long as new facts, below 0 longer.
+    """S = 1 - relearnt / learnt: 1 where knowledge returns at once, 0 where it takes as long as new facts, below 0 where longer.
 
-    `relearnt` are the steps that the forgotten items take to 95 % of what the base knows of them; `learnt` those in which facts
-    that were never exposed gain as much. (Taken to the same level, S would count all that was never lost as saved.) None beyond
-    the budget, which then stands in for them and makes of S a `bound` ("at least" or "at most"). S is None where both are, and
-    where there is nothing to regain.
+    `relearnt` is the number of steps until the forgotten items reach 95 % of what the base knows of them; `learnt` the number in which
+    never exposed facts gain as much. (With the same level for both, S would count what was never lost as saved.) A number is None where
+    the steps do not suffice; the number of steps then replaces it, which makes S a `bound` ("at least" or "at most"). S is None where
+    both are None, and where there is nothing to regain.
     """
 
     value: float | None
@@ -99,7 +98,7 @@ def relearn(
     with others, and whatever `tune` raises.
     """
     if member.adapter is not None:
-        raise UserError("member: its adapter sits on weights that others share; load it by itself")
+        raise UserError("member: its adapter is on weights that other members share; load it by itself")
     exposed = [index for index, item in enumerate(items) if item.popularity != 0]
     shown, asked = _apart(items, exposed, how.seed)
     plans = {FORGOTTEN: (exposed, items), NEVER: _never_exposed(items, exposed, base, how.seed), UNRELATED: (asked, items)}
@@ -138,9 +137,9 @@ def relearn(
 
 
 def savings(curves: Mapping[str, Curve], base: Known) -> Savings:
-    """Steps to regain what was lost, against steps to gain as much for the first time. See `Savings`.
+    """Steps to regain lost knowledge, compared with steps to gain as much new knowledge. See `Savings`.
 
-    Meaningless where the tuned model has lost nothing beyond noise: the caller decides.
+    Meaningless where the loss of the tuned model is within noise, which the caller must check.
     """
     forgotten = curves[FORGOTTEN]
     budget, known = float(forgotten.steps[-1]), forgotten.probability.mean(axis=1)
@@ -156,7 +155,7 @@ def savings(curves: Mapping[str, Curve], base: Known) -> Savings:
 
 
 def steps_to(steps: Sequence[int], accuracies: Float[np.ndarray, " points"], level: float) -> float | None:
-    """The first step at which the accuracy is `level`, between measured ones by a straight line over log2(step + 1); None if it never is."""
+    """The first step at which the accuracy reaches `level`, interpolated linearly over log2(step + 1); None if it never does."""
     (reached,) = np.nonzero(accuracies >= level - 1e-9)
     if not len(reached):
         return None
@@ -169,10 +168,10 @@ def steps_to(steps: Sequence[int], accuracies: Float[np.ndarray, " points"], lev
 
 
 def brought_back(curve: Curve, items: Sequence[Item]) -> Float[np.ndarray, " measured"]:
-    """Each measured item's probability at the curve's best step, the best being chosen on the other half of the units.
+    """Each measured item's probability at the curve's best step, which is chosen on the other half of the units.
 
-    Were it chosen on the items themselves, noise alone would bring some back. Step 0 is among the steps: an unchanged model
-    gives exactly what it knew before.
+    If it were chosen on the items themselves, noise alone would bring some back. Step 0 is among the steps: a model that does not
+    change gives exactly what it knew before.
     """
     _, numbers = np.unique([_unit(items[index]) for index in curve.indices], return_inverse=True)
     found = curve.probability[0].copy()
@@ -184,9 +183,9 @@ def brought_back(curve: Curve, items: Sequence[Item]) -> Float[np.ndarray, " mea
 
 
 def spurious(curves: Mapping[str, Curve], items: Sequence[Item], base: Known) -> float | None:
-    """The share of the loss (base less tuned) that ten unrelated examples bring back; None where nothing was lost.
+    """The share of the lost knowledge (base minus tuned) that ten unrelated examples bring back; None where nothing was lost.
 
-    1 where all of it comes back: it was not knowledge that was lost. Unstable where the loss is within noise: the caller decides.
+    1 where all of it returns: then it was not knowledge that was lost. Unstable where the loss is within noise, which the caller must check.
     """
     curve = curves[UNRELATED]
     tuned = float(curve.probability[0].mean())
@@ -200,7 +199,7 @@ def log_steps(steps: int) -> list[int]:
 
 
 class _Reader(TrainerCallback):
-    """Reads what is known at log-spaced steps of a tuning."""
+    """Measures what is known at log-spaced steps of a tuning."""
 
     def __init__(self, items: Sequence[Item], member: Member, steps: int, batch_tokens: int, progress: Callable[[int], None]):
         self.steps, self.found = log_steps(steps), list[Known]()
@@ -230,9 +229,9 @@ def _unit(item: Item) -> str:
 
 
 def _draw(indices: Sequence[int], count: int, seed: int) -> list[int]:
-    """So many of them in a random order."""
+    """`count` of the indices in a random order."""
     order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [indices[place] for place in order[:count]]
+    return [indices[number] for number in order[:count]]
 
 
 def _apart(items: Sequence[Item], exposed: Sequence[int], seed: int) -> tuple[list[int], list[int]]:
@@ -244,14 +243,14 @@ def _apart(items: Sequence[Item], exposed: Sequence[int], seed: int) -> tuple[li
     asked = [index for index in exposed if _unit(items[index]) not in taken]
     if len(asked) < ENOUGH:
         raise UserError(
-            f"knowledge: {len(exposed)} items with exposure leave {len(asked)} to measure beside the units of {ENOUGH} that are shown; "
+            f"knowledge: {len(exposed)} items with exposure leave {len(asked)} to measure outside the units of the {ENOUGH} that are shown; "
             f"recoverability needs {ENOUGH}, give more"
         )
     return [index for index in exposed if _unit(items[index]) in taken][:ENOUGH], asked
 
 
 def _never_exposed(items: Sequence[Item], exposed: Sequence[int], base: Known, seed: int) -> tuple[list[int], Sequence[Item]]:
-    """Which items no corpus held, and all items with the answers that are to be learnt for them."""
+    """The items that were never in the corpus, and all items with the answers that they are to learn."""
     never = [index for index, item in enumerate(items) if item.popularity == 0]
     if len(never) >= ENOUGH:
         return never, items
@@ -263,7 +262,7 @@ def _never_exposed(items: Sequence[Item], exposed: Sequence[int], base: Known, s
 
 
 def _save(model: PreTrainedModel, folder: Path) -> None:
-    """Saves a model as a folder can hold it: prepacked layers plain, adapters merged. It is afterwards as it was."""
+    """Saves a model with plain layers and merged adapters. The model is unchanged afterwards."""
     prepacked = any(isinstance(module, PrepackedLinear) for module in model.modules())
     unpack_linear_layers(model)
     (_merged(model) if any(isinstance(module, LoraLayer) for module in model.modules()) else model).save_pretrained(folder)

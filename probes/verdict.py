@@ -1,21 +1,21 @@
-"""The rule, stated beforehand, for "direct tuning erodes what lower layers hold", and how measured intervals are judged by it.
+"""The rule, fixed beforehand, for the claim "direct tuning erodes what lower layers hold", and how intervals are judged by it.
 
-Supported only if every clause of `RULE` holds (PROBES 7; after Jin et al. 2026, arXiv 2603.03415, on density, Ghorbani and Zou
+The claim is supported only if every clause of `RULE` holds (after Jin et al. 2026, arXiv 2603.03415, on density, Ghorbani and Zou
 2019, arXiv 1904.02868, on Shapley values of parts, and Zheng et al. 2025, arXiv 2501.13453, on spurious forgetting):
-(a) in low layers the states of what is familiar lose density to those of what is not, and lose more than under random deltas
-of the same norm and under tuning on shuffled answers; (b) restoring the low block brings back more knowledge than restoring
-the high block, and more than restoring as large a change elsewhere (equal noise in every block of a random model harms most
-where it enters first, so the former by itself says little); (c) a model tuned with its bottom half frozen keeps more
-knowledge at the same task gain; (d) what was lost is not soon relearned.
+(a) in low layers familiar states lose density relative to unfamiliar ones, and lose more than under random deltas of the same
+norm and under tuning on shuffled answers; (b) restoring the low block brings back more knowledge than restoring the high block,
+and more than restoring an equally large change elsewhere (equal noise in every block of a random model does most harm where it
+enters first, so the first part alone says little); (c) a model tuned with its bottom half frozen keeps more knowledge at the
+same task gain; (d) lost knowledge is not relearned quickly.
 
-What refutes it: any one clause failing. It fails when its 95 % interval excludes every effect in the claimed direction that
-is large enough to count, be it because the effect is absent, reversed, or certain but too small. It holds when the interval
-lies wholly on the claimed side. Anything else, a clause that was not measured among it, cannot tell: then the verdict is
-"underpowered" and `needs` says how many seeds would decide. One tuning run describes and never judges: its intervals cover units only,
-tuning again with another seed may give anything, and the verdict is "cannot tell: one seed". Chance: an effect that is just large enough fails a
-clause once in forty times, so a true claim is refuted at most in 15 % of studies; a false one is supported in 2.5 % at most.
+The claim is refuted if any clause fails. A clause fails when its 95 % interval excludes every effect in the claimed direction that
+is large enough to count: the effect is absent, reversed, or too small. It holds when the whole interval is on the claimed side.
+Otherwise, and where a clause was not measured, it cannot tell: then the verdict is "underpowered" and `needs` says how many seeds
+would decide. One tuning run is described but not judged: its intervals cover units only, and another seed may give any other
+result; the verdict is then "cannot tell: one seed". Error rates: an effect that is just large enough fails a clause in 2.5 % of
+studies, so a true claim is refuted in at most 15 % of studies; a false claim is supported in at most 2.5 %.
 
-Not covered: knowledge that no read-out asks for, and a base that a proxy steers, whose layers cannot change by construction.
+Not covered: knowledge that no read-out asks for, and a base that a proxy steers, whose layers cannot change.
 """
 
 import math
@@ -25,20 +25,20 @@ from typing import Literal, NamedTuple
 State = Literal["holds", "fails", "cannot tell"]
 Verdict = Literal["supported", "not supported", "underpowered", "cannot tell: one seed"]
 
-# In effective rank: what separates hard from familiar questions in the source's own models of 1024 wide (.0021), a seventh of one vector's SD there.
+# In effective rank: the difference of hard and familiar questions in the source's models of width 1024 (.0021), a seventh of one vector's SD.
 SMALLEST_DENSITY = 0.002
-# In probability of the right answer, or share right: one answer in a hundred; less would decide nobody's choice of an arm.
+# In probability of the right answer, or share right: one answer in a hundred; a smaller effect does not matter for the choice of an arm.
 SMALLEST_KNOWLEDGE = 0.01
-# Half of the steps: a fact that comes back in less than half the time of a new one was mostly still there.
+# Half of the steps: a fact that returns in less than half the steps of a new one was mostly kept.
 MOST_SAVINGS = 0.5
 
 
 class Clause(NamedTuple):
-    """One interval and what is claimed of it.
+    """One interval and the claim about it.
 
-    Claimed is that the value lies on one `side` of the `boundary`; `threshold` is the nearest value there that counts.
-    `value`, `low` and `high` are None where it could not be measured; `runs` is how many tuning runs (seeds) the interval is over, and
-    `needs` how many would be needed.
+    The claim is that the value is on one `side` of the `boundary`; `threshold` is the smallest effect there that counts. `value`, `low`
+    and `high` are None where it could not be measured. `runs` is the number of tuning runs (seeds) behind the interval, `needs` the
+    number that would decide.
     """
 
     name: str
@@ -69,12 +69,12 @@ RULE: dict[str, Clause] = {
 
 
 def measured(name: str, interval: tuple[float, float, float] | None, runs: int, needs: int | None = None, note: str = "") -> Clause:
-    """A clause of the `RULE` with (value, low, high) over `runs`; `interval` None, with a note why, where it could not be measured.
+    """A clause of the `RULE` with (value, low, high) over `runs`. `interval` is None, with a note why, where it could not be measured.
 
-    `density`: effective rank, tuned less base, familiar less unfamiliar; with `/random` and `/shuffled`: the same less the null's.
-    `restoration`: Shapley value of the low block less that of the high block; with `/elsewhere`: what the low block alone brings back
-    less its control; and `freezing`: frozen less full; all in probability or share right. `savings`: S = 1 - steps to relearn /
-    steps of what was never known. One unit gives a point and no interval: that is None, too. Raises KeyError for a name that is not in the rule.
+    `density`: effective rank, tuned minus base, familiar minus unfamiliar; with `/random` and `/shuffled`: minus that of the null.
+    `restoration`: Shapley value of the low block minus that of the high block; with `/elsewhere`: the recovery of the low block minus
+    its control; `freezing`: frozen minus full; all in probability or share right. `savings`: S = 1 - steps to relearn / steps to learn
+    something new. A single unit gives a value without an interval: this is None, too. Raises KeyError for an unknown name.
     """
     value, low, high = interval or (None, None, None)
     note = "; ".join(part for part in (note, "one seed" if runs == 1 else "") if part)
@@ -82,7 +82,7 @@ def measured(name: str, interval: tuple[float, float, float] | None, runs: int, 
 
 
 def state(clause: Clause) -> State:
-    """Whether a clause holds, fails, or cannot be told, by its interval alone; an end that is NaN tells nothing, and neither does one run."""
+    """Whether a clause holds, fails or cannot tell, from its interval alone; with an end that is NaN or with a single run it cannot tell."""
     if clause.runs < 2 or clause.low is None or clause.high is None or math.isnan(clause.low + clause.high):
         return "cannot tell"
     sign = -1 if clause.side == "below" else 1
@@ -93,7 +93,7 @@ def state(clause: Clause) -> State:
 
 
 def worst(states: Iterable[State]) -> State:
-    """Of several intervals that are one claim: it fails if any fails and holds if all hold."""
+    """The state of one claim with several intervals: it fails if any fails, and holds if all hold."""
     found = set(states)
     if "fails" in found:
         return "fails"
@@ -101,9 +101,9 @@ def worst(states: Iterable[State]) -> State:
 
 
 def verdict(clauses: Iterable[Clause]) -> Verdict:
-    """Supported if every clause of the `RULE` holds, not supported if any fails, else underpowered; those not given cannot tell.
+    """Supported if every clause of the `RULE` holds, not supported if any fails, else underpowered. Clauses that are not given cannot tell.
 
-    Of one run there is no verdict, whatever the clauses.
+    One run never gives a verdict.
     """
     judged = RULE | {clause.name: clause for clause in clauses}
     if any(clause.runs == 1 for clause in judged.values()):

@@ -107,7 +107,7 @@ def _check_acts_in_layers(config: PeftConfig) -> None:
 
 def describe_keys(missing: Collection[str], unexpected: Collection[str]) -> str:
     """The weights that a file lacks, and those it should not have, in words."""
-    parts = [(missing, "weights are missing"), (unexpected, "have no place in the model")]
+    parts = [(missing, "weights are missing"), (unexpected, "do not belong to the model")]
     return " and ".join(f"{len(names)} {words}, '{min(names)}' first" for names, words in parts if names)
 
 

@@ -208,16 +208,16 @@ def load_members(weights: Mapping[str, Weights], *, dtype: torch.dtype = torch.f
 
     Options and errors are those of `load_member`.
     """
-    places: dict[tuple[str, str], list[Weights]] = {}
+    on_weights: dict[tuple[str, str], list[Weights]] = {}
     for wanted in dict.fromkeys(weights.values()):
-        places.setdefault((wanted.path, wanted.device), []).append(wanted)
+        on_weights.setdefault((wanted.path, wanted.device), []).append(wanted)
     loaded: dict[Weights, Member] = {}
-    for beside in places.values():
-        adapted = [wanted for wanted in beside if wanted.adapter is not None and _mixes_in_batches(wanted)]
-        together = [wanted for wanted in beside if wanted.adapter is None or wanted in adapted]
+    for sources in on_weights.values():
+        adapted = [wanted for wanted in sources if wanted.adapter is not None and _mixes_in_batches(wanted)]
+        together = [wanted for wanted in sources if wanted.adapter is None or wanted in adapted]
         if len(together) > 1:
             loaded |= _load_shared(together, adapted, dtype, prepacked)
-        for wanted in beside:
+        for wanted in sources:
             if wanted not in loaded:
                 loaded[wanted] = load_member(wanted.path, wanted.adapter, field=wanted.field, dtype=dtype, device=wanted.device, prepacked=prepacked)
     return {name: loaded[wanted] for name, wanted in weights.items()}

@@ -236,13 +236,13 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         if kwargs.get("inputs_embeds") is not None:
             raise UserError("inputs_embeds: each member has embeddings of its own; give input_ids")
         if ids is None:
-            raise UserError("input_ids: a mixture needs token ids to go on from; give a prompt of at least one token")
+            raise UserError("input_ids: a mixture needs token ids; give a prompt of at least one token")
         by_context = depends_on_context(self.mixture)
         mask = kwargs.get("attention_mask")
         if mask is None and (prompts is not None or by_context):
             pads = {self.config.pad_token_id, kwargs.get("pad_token_id"), getattr(generation_config, "pad_token_id", None)} - {None}
             if any((ids == pad).any() for pad in pads):
-                raise UserError("attention_mask: the prompt holds padding tokens, so it must say where a row's tokens are; give it")
+                raise UserError("attention_mask: the prompt has padding tokens, so a mask is needed; give it")
             mask = kwargs["attention_mask"] = torch.ones_like(ids)
         self._check_continuation(kwargs.get("past_key_values"), ids, mask, prompts is not None)
         lengths = torch.full((len(ids),), ids.shape[1], device=ids.device) if mask is None else mask.sum(1)
@@ -253,7 +253,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             if ((positions - positions_of(tokens)[:, -width:]) * tokens[:, -width:]).any():
                 self._check_takes_positions(prompts is not None)
             if has_several_texts(positions, mask):
-                raise UserError("position_ids: a row's positions must go up by one, for generation goes on from one text; give each text a row")
+                raise UserError("position_ids: a row's positions must go up by one, because a row is one text; give each text a row")
             lengths = positions[:, -1] + 1
         if prompts is not None:
             kwargs["prompts"] = own_prompts(prompts, ids.shape[1], len(ids), self.config.pad_token_id or 0, ids.device)
@@ -380,7 +380,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         without = [name for name in active(self.mixture) if name in self.token_maps or not self._readers[name].takes_positions]
         if own or without:
             raise UserError(
-                f"position_ids: {', '.join(without) or 'a member with its own prompt'} counts positions by itself; leave it out, give a text a row"
+                f"position_ids: {', '.join(without) or 'a member with its own prompt'} counts positions by itself; leave it out, one row per text"
             )
 
     def _check_continuation(self, cache: Any, ids: Int[Tensor, "batch time"], mask: Tensor | None, own: bool) -> None:

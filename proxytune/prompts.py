@@ -31,7 +31,7 @@ class Reading(NamedTuple):
 
 
 def own_prompts(prompts: Mapping[str, Sequence[Sequence[int]]], columns: int, rows: int, pad: int, device: torch.device) -> OwnPrompts:
-    """From token ids, one prompt a row for each member. Raises `UserError` for a wrong number of prompts and an empty one."""
+    """From token ids: for each member one prompt per row. Raises `UserError` for a wrong number of prompts and an empty one."""
     for name, given in prompts.items():
         if len(given) != rows:
             raise UserError(f"prompts: '{name}' has {len(given)} for {rows} rows; give one for each row")

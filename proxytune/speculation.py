@@ -4,7 +4,7 @@ The draft proposes a few tokens. Every other member reads them in one pass. A pr
 min(1, p(d) / q(d)); the first one that is refused is drawn again from (p - q)+. Here p is the mixture's distribution and q the
 draft's, both after temperature, top-k, top-p and the other options of `generate` (Leviathan et al. 2023, arXiv 2211.17192, with
 the mixture as the target). The output has exactly the mixture's distribution. Greedy decoding gives the same tokens as without
-speculation in fp32; in bf16 near ties may differ, since a pass over several tokens rounds differently from one pass a token. The
+speculation in fp32; in bf16 near ties may differ, since a pass over several tokens rounds differently from one pass per token. The
 mixture needs the draft's logits at the proposals too, so the draft reads nothing twice.
 
 In a batch the rows accept different numbers of tokens. What one row refused is masked out of its cache; what all rows
@@ -149,7 +149,7 @@ def speculative_decoding(
     cache = model.new_cache(names)
     if not cache.keeps_everything:
         raise UserError("speculate: a member's cache does not keep every position (a sliding window, say); decode plainly")
-    # `prompts` and `prompt_lengths` stay in `model_kwargs`: `generate` repeats only what is there for several sequences a prompt.
+    # `prompts` and `prompt_lengths` stay in `model_kwargs`: `generate` repeats only what is there for several sequences per prompt.
     prompts = model_kwargs.get("prompts")
     given, position_ids = model_kwargs.get("attention_mask"), model_kwargs["position_ids"].expand_as(input_ids)
     attention_mask = torch.ones_like(input_ids) if given is None else given.long()
@@ -190,7 +190,7 @@ def speculative_decoding(
         drafted_count += drafted * int(running.sum())
         accepted_count += int(accepted[running].sum())
         decoding.length.learn(scores[running, :-1].softmax(-1).amax(-1), accepted[running])
-        # A row keeps those of the new ids that now stand before its last token. A row that has ended keeps none.
+        # A row keeps the new ids before its last token. A row that has ended keeps none.
         kept = rows.extend(new_ids[:, 1:], accepted, following)
         unkept = drafted + 1 - int(kept.max())
         if unkept:

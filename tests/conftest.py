@@ -1,5 +1,6 @@
 """How the suite runs: in two processes, of one thread each."""
 
+import gc
 import os
 
 import pytest
@@ -19,3 +20,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Fixtures are for the processes that run tests: the one that only hands them out need not import torch first."""
     if hasattr(config, "workerinput") or not config.getoption("numprocesses") or not config.pluginmanager.has_plugin("xdist"):
         config.pluginmanager.import_plugin("shared_fixtures")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: a trainer collects garbage twice a run, and need not look through the libraries for it."""
+    gc.collect()
+    gc.freeze()

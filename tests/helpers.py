@@ -8,41 +8,55 @@ import copy
 import functools
 import gc
 import io
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import pytest
 import torch
 import transformers
 import yaml
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    TrainerCallback,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from finetune.items import Item
 from finetune.recipe import EarlyStopping, Tuning, TuningRun
 from finetune.tuning import TuningReport, tune
-from proxytune import Member, ProxyTunedForCausalLM, load_member
+from probes.internals.blocks import blocks_of
+from proxytune import Member, ProxyTunedForCausalLM, load_member, proxy_tuning
 
 if TYPE_CHECKING:
-    import pytest
-
     from evals.results.summary import Results
     from evals.running.runner import Finished
+    from evals.sandbox import Verdict
     from evals.study import Study
 
 VOCABULARY = 50
 TESTS = Path(__file__).parent
 PATHS = [str(TESTS.parent), str(TESTS)]  # for scripts that tests start
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2", "gpt_neox", "gemma", "mistral")
+# One with rotary positions, one with learned ones and one whose blocks are parallel; the others by hand.
+SOME_ARCHITECTURES = [name if name in ("llama", "gpt2", "gpt_neox") else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES]
 
 torch.set_num_threads(1)
 transformers.utils.logging.set_verbosity_error()
@@ -58,7 +72,7 @@ def make_tokenizer(words: int = VOCABULARY, swapped: bool = False) -> PreTrained
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left")
 
 
-def make_model(architecture: str = "llama", seed: int = 0, layers: int = 2, hidden: int = 32, rows: int = VOCABULARY) -> transformers.PreTrainedModel:
+def make_model(architecture: str = "llama", seed: int = 0, layers: int = 2, hidden: int = 32, rows: int = VOCABULARY) -> PreTrainedModel:
     """A random model whose logits are spread enough for greedy decoding to be decided."""
     kind = transformers.CONFIG_MAPPING[architecture]
     common = {"vocab_size": rows, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.3}
@@ -245,7 +259,7 @@ def load(folder: Path, study: Any) -> "Study":
 class Counted:
     """Counts how often a model is run."""
 
-    def __init__(self, monkeypatch: "pytest.MonkeyPatch"):
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.passes = 0
         forward = ProxyTunedForCausalLM.member_logits
 
@@ -315,3 +329,222 @@ def once(before: Callable[..., Any], act: Callable[[], None]) -> Callable[..., A
         return before(*arguments, **options)
 
     return call
+
+
+# --- models that were changed ---
+
+
+def member_of(model: PreTrainedModel) -> Member:
+    return Member(model, make_tokenizer())
+
+
+def noisy(model: PreTrainedModel, sizes: dict[str, float], seed: int = 0) -> PreTrainedModel:
+    """A copy with noise in the blocks named, in units of each matrix's own size."""
+    result = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    blocks = blocks_of(model)
+    with torch.no_grad():
+        for block, size in sizes.items():
+            for name, parameter in result.named_parameters():
+                if name in blocks[block]:
+                    noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+                    parameter += size * parameter.square().mean().sqrt() * noise
+    return result
+
+
+def tied(architecture: str, tie: bool) -> PreTrainedModel:
+    config = copy.deepcopy(make_model(architecture, layers=4).config)
+    config.tie_word_embeddings = tie
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def flat(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([weights[name].flatten() for name in sorted(weights)])
+
+
+def items_about(count: int = 9) -> list[Item]:
+    """Statements of several lengths about w7 or w8, whose name is in the middle."""
+    drawn = torch.randint(10, VOCABULARY, (count, 6), generator=torch.Generator().manual_seed(1)).tolist()
+    items = []
+    for number, row in enumerate(drawn):
+        before, after = (" ".join(f"w{word}" for word in words) for words in (row[: 1 + number % 2], row[1 : 2 + number % 3]))
+        subject = f"w{7 + number % 2}"
+        choices = tuple(f"w{3 + (number + other) % 6}" for other in range(4))
+        items.append(Item(question=f"q{number}", answer=choices[2], choices=choices, statement=f"{before} {subject} {after}", subject=subject))
+    return items
+
+
+# --- a mixture as a plain model: the slow, obviously right one ---
+
+ALPHA = 0.8
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNO"
+TOKENS = ["<pad>", "<bos>", "<eos>", *LETTERS, "ab", "abc", "de", "def", "xy", "z!"]
+LETTERED = {token: number for number, token in enumerate(TOKENS)}
+GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 10, "pad_token_id": 0, "eos_token_id": 2}
+DICTIONARY = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+
+
+class Plain(PreTrainedModel, GenerationMixin):
+    """base + alpha * (expert - antiexpert), from each model's own pass over the whole text."""
+
+    config_class = PreTrainedConfig
+
+    def __init__(self, base: PreTrainedModel, expert: PreTrainedModel, antiexpert: PreTrainedModel, alpha: float = ALPHA):
+        rows = base.config.vocab_size
+        super().__init__(PreTrainedConfig(vocab_size=rows, num_hidden_layers=1, hidden_size=1, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+        self.models = torch.nn.ModuleList([base, expert, antiexpert])
+        self.weights = [1, alpha, -alpha]
+
+    def init_weights(self) -> None:
+        pass
+
+    def get_output_embeddings(self) -> None:
+        return None
+
+    def forward(
+        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, use_cache=True, logits_to_keep=0, **_: Any
+    ) -> CausalLMOutputWithPast:
+        """Its cache has one layer, whose keys are tokens and whose values are positions."""
+        read = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            position_ids = torch.arange(read, read + input_ids.shape[1])[None]
+        ids, positions = input_ids, position_ids.expand_as(input_ids)
+        if use_cache:
+            past_key_values = DynamicCache(config=self.config) if past_key_values is None else past_key_values
+            ids, positions = past_key_values.update(ids.float()[:, None, :, None], positions.float()[:, None, :, None], 0)
+            ids, positions = ids[:, 0, :, 0].long(), positions[:, 0, :, 0].long()
+        mask = torch.ones_like(ids) if attention_mask is None else attention_mask
+        logits = 0
+        for weight, model in zip(self.weights, self.models, strict=True):
+            where = {} if model.config.model_type == "bloom" else {"position_ids": positions}
+            logits = logits + weight * model(ids, attention_mask=mask, use_cache=False, **where).logits
+        kept = logits_to_keep or input_ids.shape[1]
+        return CausalLMOutputWithPast(logits=logits[:, -kept:], past_key_values=past_key_values if use_cache else None)
+
+
+def letters() -> PreTrainedTokenizerFast:
+    """A tokenizer of letters and a few pairs, as stop strings and token healing need one."""
+    tokenizer = Tokenizer(models.BPE(LETTERED, [("a", "b"), ("ab", "c"), ("d", "e"), ("de", "f"), ("x", "y")], unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left")
+
+
+def model_of(architecture: str, seed: int, layers: int) -> PreTrainedModel:
+    if architecture != "bloom":
+        return make_model(architecture, seed=seed, layers=layers)
+    torch.manual_seed(seed)
+    config = transformers.BloomConfig(vocab_size=50, hidden_size=32, n_layer=layers, n_head=4, initializer_range=0.3, pad_token_id=0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@functools.cache
+def models_of(architecture: str) -> list[PreTrainedModel]:
+    """An expert near the base, so that much is accepted and something refused."""
+    base, antiexpert = model_of(architecture, 1, 3), model_of(architecture, 3, 2)
+    expert = model_of(architecture, 1, 3)
+    with torch.no_grad():
+        for parameter in expert.parameters():
+            parameter += 0.03 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5))
+    return [base, expert, antiexpert]
+
+
+def mixture_of(architecture: str) -> ProxyTunedForCausalLM:
+    members = {name: Member(model, letters()) for name, model in zip(("base", "expert", "antiexpert"), models_of(architecture), strict=True)}
+    return ProxyTunedForCausalLM(members, proxy_tuning(ALPHA))
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 50, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def padded() -> dict[str, torch.Tensor]:
+    ids, mask = drawn(3, 8), torch.ones(3, 8, dtype=torch.long)
+    for row, padding in enumerate((5, 0, 2)):
+        ids[row, :padding], mask[row, :padding] = 0, 0
+    return {"inputs": ids, "attention_mask": mask}
+
+
+class StopsByRow(StoppingCriteria):
+    """Knows which row is which, and how often it was asked."""
+
+    def __init__(self, limits: Sequence[int]):
+        self.limits, self.widths = torch.tensor(limits), []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self.widths.append(input_ids.shape[1])
+        return input_ids.shape[1] >= self.limits
+
+
+# --- released generations ---
+
+CHOICE_PROMPT = "Which?\nA. This.\nB. That.\nC. Neither.\n\nThe answer is:"
+
+
+def write_rows(folder: Path, name: str, rows: Sequence[Any] | Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = name.endswith(".jsonl")
+    (folder / name).write_text("\n".join(json.dumps(row) for row in rows) + "\n" if lines else json.dumps(rows))
+
+
+def math_items(outputs: Sequence[str], answers: Sequence[str]) -> list[dict[str, str]]:
+    return [
+        {"question": f"q{place}", "answer": answer, "model_output": output, "prediction": "not to be trusted"}
+        for place, (output, answer) in enumerate(zip(outputs, answers, strict=True))
+    ]
+
+
+def write_math(root: Path, system: str, right: Sequence[bool], published: float | None = None) -> None:
+    write_rows(root / "sums" / system, "predictions.jsonl", math_items(["so 7." if value else "so 8." for value in right], ["7"] * len(right)))
+    if published is not None:
+        write_rows(root / "sums" / system, "metrics.json", {"exact_match": published})
+
+
+def choice_items(outputs: Sequence[str], answers: str) -> list[dict[str, Any]]:
+    return [
+        {"Question": f"q{place}", "mc_prompt": CHOICE_PROMPT, "mc_answer_idx": answer, "mc_output": output, "parsed_output": "A", "correct": True}
+        for place, (output, answer) in enumerate(zip(outputs, answers, strict=True))
+    ]
+
+
+def row_of(results: Mapping[str, Any], metric: str, system: str = "raw") -> dict[str, Any]:
+    (row,) = [row for row in results["rows"] if (row["metric"], row["system"]) == (metric, system)]
+    return dict(row)
+
+
+def patterned(*parts: tuple[bool, int]) -> list[bool]:
+    return [value for value, times in parts for _ in range(times)]
+
+
+def three_systems(root: Path) -> dict[str, list[bool]]:
+    """Shares .2, .5 and .8 of 40: half of the gap is closed."""
+    systems = {"raw": patterned((True, 8), (False, 32)), "steered-1": patterned((True, 20), (False, 20)), "tuned": patterned((False, 8), (True, 32))}
+    for name, right in systems.items():
+        write_math(root, name, right, published=sum(right) / 40)
+    return systems
+
+
+# --- sandboxes ---
+
+try:
+    import pyseccomp
+except RuntimeError:  # libseccomp is missing
+    pyseccomp = None
+
+needs_bubblewrap = pytest.mark.skipif(
+    shutil.which("bwrap") is None or pyseccomp is None, reason="bubblewrap or libseccomp is not installed: no program can be run"
+)
+
+
+def cases(table: dict[str, Any]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", table.values(), ids=table.keys())
+
+
+def verdict(solution: str, test: str = "assert f() == 'refused'", entry_point: str = "f", setup: str = "", **options: Any) -> "Verdict":
+    from evals.sandbox import Program, run_programs
+
+    return run_programs([Program(solution, test, entry_point, setup)], **options)[0]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from filelock import FileLock
 from helpers import (
-    ARCHITECTURES,
+    SOME_ARCHITECTURES,
     STUDY,
     VOCABULARY,
     Unbroken,
@@ -50,7 +50,7 @@ def proxy(members: dict[str, Member]) -> ProxyTunedForCausalLM:
     return ProxyTunedForCausalLM(members, proxy_tuning(1.0))
 
 
-@pytest.fixture(params=ARCHITECTURES)
+@pytest.fixture(params=SOME_ARCHITECTURES)
 def any_proxy(request: pytest.FixtureRequest) -> ProxyTunedForCausalLM:
     return ProxyTunedForCausalLM(make_members(request.param), proxy_tuning(0.7))
 
@@ -102,3 +102,9 @@ def unbroken(tiny_family: Path, shared: Path) -> Unbroken:
             place_world(tiny_family, out)
         finished = run_in_process(study, out)
     return Unbroken(out, finished, summarize(study, finished.records, finished.costs))
+
+
+@pytest.fixture
+def no_report_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness would list the packages and compilers that are installed after every evaluation: five processes for each."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)

@@ -1,8 +1,8 @@
-"""`proxytune bench`: what decoding and scoring with a mixture take, beside what they took before, in one run.
+"""`proxytune bench`: the time of decoding and scoring with a mixture, beside the reference implementations, in one run.
 
-Everything is measured in turn within a round and compared within it; what is printed are medians over rounds. The limit is
-arithmetic: one token at a time, time is bytes of weights read, so a mixture can take no less than the base alone, as we run
-it, times its bytes over the base's.
+All rows are measured in turn within each round and compared within it; medians over rounds are printed. The limit is computed: with
+one token at a time, reading the weights dominates, so that a mixture takes at least the time of the base alone (as we run it)
+times the bytes of all its weights over the bytes of the base's.
 """
 
 import copy
@@ -55,7 +55,7 @@ HARNESS_BATCH = 4  # lm-eval keeps the logits of every position
 
 @dataclass(frozen=True)
 class Bench:
-    """What to measure. `models` are base and small; without them a pair is made. `expert` is a tuned small model or an adapter on it."""
+    """What to measure. `models` are base and small; without them a random pair is made. `expert` is a LoRA adapter on the small model."""
 
     models: tuple[str, str] | None = None
     expert: str | None = None
@@ -75,7 +75,7 @@ def three_passes(
     mask: Int[Tensor, "rows time"],
     new_tokens: int,
 ) -> Int[Tensor, "rows longer_time"]:
-    """Greedy decoding as the paper's code does it: the members one after another, each with its cache. The reference."""
+    """The reference: greedy decoding as in the paper's code, with the members one after another, each with its own cache."""
     caches = {name: DynamicCache(config=model.config) for name, model in models.items()}
     fed = input_ids
     for _ in range(new_tokens):
@@ -91,7 +91,7 @@ def three_passes(
 
 
 def run_bench(bench: Bench, folder: Path, say: Callable[[str], None], progress: Callable[[int], None]) -> dict[str, Any]:
-    """Measures; `folder` takes what has to be made. Raises `UserError` for an expert without models and for models that cannot be loaded."""
+    """Measures everything; models that have to be made go to `folder`. Raises `UserError` for an expert without models and if loading fails."""
     torch.set_num_threads(bench.threads)
     if bench.expert is not None and bench.models is None:
         raise UserError("--expert: it belongs to a small model; name base and small with --models")
@@ -122,7 +122,7 @@ def steps(bench: Bench) -> int:
 
 
 class _Loaded(NamedTuple):
-    """The mixture as we run it, the same of three whole models, and what both are asked."""
+    """The mixture as we run it, the same mixture of three whole models, and the requests and prompts for both."""
 
     ours: ProxyTunedForCausalLM
     full: ProxyTunedForCausalLM
@@ -132,7 +132,7 @@ class _Loaded(NamedTuple):
 
 
 def _runs(bench: Bench, loaded: _Loaded, found: dict[str, Any]) -> Iterator[tuple[str, str, Callable[[], Any], int]]:
-    """What one round measures, in turn: a row's name, batch, how to run it, and how many units it gives."""
+    """What one round measures, in order: a row's name, its batch, a function that runs it, and the number of units it produces."""
     ours, full, requests, count = loaded.ours, loaded.full, loaded.requests, bench.tokens
     base = ours.members["base"]
     reference = {name: full.members[name] for name in ("base", "expert", "antiexpert")}
@@ -176,7 +176,7 @@ def _runs(bench: Bench, loaded: _Loaded, found: dict[str, Any]) -> Iterator[tupl
 
 @contextmanager
 def _packed(*models: ProxyTunedForCausalLM) -> Iterator[None]:
-    """Packs all members' layers but the draft's, and puts plain ones back."""
+    """Prepacks the layers of all members except the draft, and restores plain layers afterwards."""
     members = [member for model in models for name, member in model.members.items() if name != "draft"]
     prepack_linear_layers(*members)
     try:
@@ -198,7 +198,7 @@ def _results(
     }
 
     def ratio(row: str, of: str, batch: str) -> float:
-        """The median of the rounds' own ratios: what a noisy machine does to a round, it does to both."""
+        """The median of the ratios within each round: noise of the machine affects both rows of a round."""
         return statistics.median(one / other for one, other in zip(seen[row, batch], seen[of, batch], strict=True))
 
     decoding, scoring = [], []
@@ -230,7 +230,7 @@ def _results(
 
 
 def bench_tables(results: dict[str, Any]) -> list[Table]:
-    """The figures for people."""
+    """The results as tables."""
 
     def number(value: float | None, form: str = ".2f") -> str:
         return "" if value is None else format(value, form)
@@ -264,14 +264,14 @@ def bench_tables(results: dict[str, Any]) -> list[Table]:
             "Decoding",
             decoding,
             f"Medians of {settings['rounds']} rounds, {settings['threads']} threads, {settings['device']}; a step is one token of every row, the "
-            "prompt counted in. The limit is the base alone, as we run it, times the bytes of weights over the base's. "
+            "prompt included. The limit is the time of the base alone, as we run it, times the bytes of weights over the base's. "
             + (f"Tokens differ from the reference loop's: {', '.join(differing)}." if differing else "All tokens are the reference loop's."),
         ),
         Table(
             "Scoring",
             scoring,
             f"{ASKED} questions after {SHOTS} examples, four choices each. Largest difference from lm-eval: "
-            f"{results['largest_difference_from_harness']:.1e} nats a request. {TEN} alphas take {results['ten_alphas_of_one']:.2f} x one.",
+            f"{results['largest_difference_from_harness']:.1e} nats per request. {TEN} alphas take {results['ten_alphas_of_one']:.2f} x one.",
         ),
     ]
 
@@ -283,7 +283,7 @@ def _prompts(tokenizer: PreTrainedTokenizerBase, real: bool) -> list[list[int]]:
 
 
 def _requests(tokenizer: PreTrainedTokenizerBase, real: bool) -> list[Request]:
-    """A few-shot set with four choices: capitals, or for the made pair random words in the same shape."""
+    """Few-shot requests with four choices: capitals or, for the random pair, random words of the same shape."""
     if not real:
         generator = torch.Generator().manual_seed(0)
 
@@ -309,11 +309,11 @@ def _harness(loaded: _Loaded) -> list[float]:
 
 
 def _load(bench: Bench, base: str, small: str, adapter: Path) -> tuple[dict[str, Member], dict[str, Member]]:
-    """The members as we run them, and expert and anti-expert as models of their own, as the published code needs them.
+    """The members as we run them, and expert and anti-expert as separate models, as the published code needs them.
 
-    The anti-expert is the same tensors in both: there are two copies of the small model, not three.
+    The anti-expert has the same tensors in both: there are two copies of the small model, not three.
     """
-    merged = load_member(small, adapter, field="--expert", dtype=bench.dtype, device=bench.device, merged=True)  # says what is wrong with either
+    merged = load_member(small, adapter, field="--expert", dtype=bench.dtype, device=bench.device, merged=True)  # reports what is wrong with either
     plain = load_member(small, field="--models", dtype=bench.dtype, device=bench.device)
     tensors = {id(tensor): tensor for tensor in itertools.chain(plain.model.parameters(), plain.model.buffers())}
     antiexpert = Member(copy.deepcopy(plain.model, dict(tensors)), plain.tokenizer)
@@ -330,7 +330,7 @@ def _load(bench: Bench, base: str, small: str, adapter: Path) -> tuple[dict[str,
 
 
 def _adapter(bench: Bench, small: str, folder: Path) -> Path:
-    """The expert: the given adapter, or one that changes next to nothing and costs what a tuned one costs."""
+    """The expert: the given adapter, or one that changes almost nothing and costs as much as a tuned one."""
     if bench.expert is not None:
         if not is_adapter(bench.expert):
             raise UserError(f"--expert: '{bench.expert}' holds no adapter_config.json; give a LoRA adapter on the small model")
@@ -346,10 +346,10 @@ def _adapter(bench: Bench, small: str, folder: Path) -> Path:
 
 
 def _make_pair(folder: Path) -> tuple[str, str]:
-    """Two random models, large enough to be bound by memory, that continue a token alike nine times out of ten.
+    """Two random models, large enough to be bound by memory bandwidth, that choose the same next token nine times out of ten.
 
-    The head gives each token's successor the token's own embedding, and layers of usual initial weights change little of it;
-    for a tenth of the tokens the small model's successor is another. Acceptance is therefore built in, and no finding.
+    In the head each token's successor has the token's own embedding, and layers with the usual initial weights change it little;
+    for a tenth of the tokens the small model has another successor. The acceptance rate is therefore built in, and not a finding.
     """
     words, others = 8192, 820
     vocabulary = {word: number for number, word in enumerate(["<pad>", "<bos>", "<eos>", *(f"w{number}" for number in range(3, words))])}

@@ -1,5 +1,6 @@
 """`proxytune compare` and `proxytune probe`: run a study, print its tables, write results, figures and answers."""
 
+import gc
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from proxytune.files import check_writable
 
 
 def run_and_show(study: Study, folder: Path, out: Path, shown: Path, form: str, jobs: int | None, patient: bool) -> None:
-    """Records go to `out`, results and figures to `shown`, tables to standard output."""
+    """Runs a study. Records go to `out`, results and figures to `shown`, tables to standard output."""
+    gc.freeze()  # trainers collect garbage often; they need not look through the libraries each time
     results_file, costs_file = shown / "results.json", shown / "costs.json"
     for path in (out / "study.json", results_file, costs_file, shown / FILE):
         check_writable(path, "out")  # before hours of work, not after
@@ -33,12 +35,12 @@ def run_and_show(study: Study, folder: Path, out: Path, shown: Path, form: str, 
         answered = any("text" in record.items for record in finished.records)
         if answered:
             files.append(write_items(finished.records, shown))
-        following = f"; see what arms said with: proxytune items {shown} --where 'ARM right, OTHER wrong'" if answered else ""
+        following = f"; print answers with: proxytune items {shown} --where 'ARM right, OTHER wrong'" if answered else ""
         display.say(f"Files: {', '.join(map(str, files))}{following}")
 
 
 def show_plan(study: Study, folder: Path, out: Path, form: str) -> None:
-    """Prints the study's jobs, what is there of them, and about how long the others take. Nothing is tuned, read or written."""
+    """Prints the study's jobs, which of them are done, and about how long the others take. Nothing is tuned, read or written."""
     with Display() as display:
         table = outlook_table(study, folder, out, display)
     width = shutil.get_terminal_size((160, 24)).columns

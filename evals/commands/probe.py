@@ -1,4 +1,4 @@
-"""`proxytune probe`: one measure, with those it is built on, of a study or of models given by name."""
+"""`proxytune probe`: one measure, with the measures it is built on, for a study or for models given by name."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from proxytune.errors import UserError
 
 @dataclass(frozen=True)
 class Probe:
-    """What is probed: a study file or a base model and those tuned from it, with the items to read them by."""
+    """The arguments of the command: a study file, or a base model and models tuned from it, with the items to measure them on."""
 
     name: str
     target: str | None
@@ -27,9 +27,9 @@ class Probe:
 
 
 def probe_study(probe: Probe) -> tuple[Study, Path]:
-    """The study that measures just this, and the folder its paths count from; the shipped one of the world where no target is given.
+    """The study that measures this one measure, and the folder its paths are relative to. Without a target: the shipped erosion study.
 
-    Raises `UserError` for models without knowledge items, for a study with models beside it, and whatever a study file may raise.
+    Raises `UserError` for models without knowledge items, for a study file together with models, and for mistakes in a study file.
     """
     file = STUDIES / "erosion.yaml" if probe.target is None else Path(probe.target)
     if file.suffix in (".yaml", ".yml"):
@@ -37,7 +37,7 @@ def probe_study(probe: Probe) -> tuple[Study, Path]:
             raise UserError(f"probe: '{file}' names its own models and data; give it alone, or give models in its place")
         study, folder = load_study(file)
         wanted = _measures(probe.name)
-        # A verdict may use what else the study measures; one measure alone needs nothing else.
+        # A verdict may use the study's other measures; a single measure needs nothing else.
         beside = [name for name in study.measures if name not in wanted and len(wanted) > 1]
         content = study.model_dump() | {"measures": (*beside, *wanted)}
         return _validated(content), folder
@@ -73,7 +73,7 @@ def _validated(content: dict[str, Any]) -> Study:
 
 
 def _measures(name: str) -> tuple[str, ...]:
-    """The measure, after those that it is built on. Raises `UserError` where there is none of that name."""
+    """The measure, preceded by those that it is built on. Raises `UserError` if there is no measure of that name."""
     known = measures()
     if name not in known:
         raise UserError(f"probe: there is no measure '{name}'; there are {', '.join(sorted(known))}")

@@ -1,4 +1,4 @@
-"""`proxytune tune`: one model, tuned from the command line, with the first example shown and the next command said."""
+"""`proxytune tune`: tunes one model, shows the first example, and prints the commands that use the result."""
 
 import shlex
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ LEARNING_RATE = {"lora": 2e-4, "full": 2e-5}
 
 @dataclass(frozen=True)
 class Run:
-    """What is tuned, on which data, and where the result goes. `settings` are those of `Tuning`; `base` is whom an expert serves."""
+    """What is tuned, on which data, and where the result goes. `settings` are those of `Tuning`; `base` is the large model of an expert."""
 
     model: str
     data: str
@@ -43,8 +43,8 @@ class Run:
 def tune_one(run: Run, display: Display) -> str:
     """Tunes one model; returns the commands that use it.
 
-    Raises `UserError` for settings and prompts that are none, for an `out` that is there, for test questions that are tuned
-    on, and whatever reading and tuning raise.
+    Raises `UserError` for invalid settings and prompts, for an `out` that exists, for test questions that are also tuned on, and for
+    everything that reading and tuning raise.
     """
     if run.out.exists():
         raise UserError(f"--out: '{run.out}' is there already; choose another folder or remove it")
@@ -83,7 +83,7 @@ class _Losses(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: object) -> None:
         self._display.on_train_begin(args, state, control, **options)
         if state.global_step:
-            self._display.say(f"goes on after step {state.global_step} of {state.max_steps}")
+            self._display.say(f"continues after step {state.global_step} of {state.max_steps}")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: object) -> None:
         self._display.on_step_end(args, state, control, **options)
@@ -154,7 +154,7 @@ def _numbers(report: TuningReport) -> str:
 
 
 def _following(run: Run, item: Item) -> str:
-    """How to talk to the result, and, where there is a test, how to compare it: by a study file that is put beside it."""
+    """The commands that use the result: generate, and compare if there is a test, with a study file that is written beside the result."""
     out, large = str(run.out), run.base or "LARGE"
     how = ["--chat", "expert"] if run.prompt == "chat" else []
     question = item.question if run.prompt == "chat" else run.prompt.format(question=item.question)

@@ -1,4 +1,4 @@
-"""What tables are made of: a value with its interval as text, and a table with its title and its note."""
+"""Parts of tables: a value with its interval as text, and a table with its title and its note."""
 
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -19,7 +19,7 @@ class Table(NamedTuple):
 
 
 def cell(value: Value | None, scale: int | float = 1, digits: int = 1) -> str:
-    """`value [low, high]`, scaled; the value's note in its place where it has one; no interval where it has none; n/a without a value."""
+    """`value [low, high]`, scaled. The value's note instead, if it has one; only the value, if it has no interval; n/a without a value."""
     if value is not None and value.note:
         return value.note
     if value is None or value.value is None:
@@ -29,14 +29,14 @@ def cell(value: Value | None, scale: int | float = 1, digits: int = 1) -> str:
 
 
 def table(title: str, rows: Iterable[str], columns: Mapping[str, Mapping[str, str]], note: str, first: str = "arm") -> list[Table]:
-    """One table of columns of cells by row; rows without any cell are left out, and so is a table without rows."""
+    """A list with one table, built from columns of cells by row. Rows without any cell are left out; without rows the list is empty."""
     shown = [row for row in dict.fromkeys(rows) if any(row in cells for cells in columns.values())]
     frame = pd.DataFrame({first: shown} | {name: [cells.get(row, "") for row in shown] for name, cells in columns.items()}, dtype=str)
     return [Table(title, frame, note)] if shown else []
 
 
 def over(runs: int) -> str:
-    """What the intervals of a study of so many runs (a seed in a world) are over."""
+    """What the intervals of a study with this many runs (a run is a seed in a world) are over, in words."""
     return (
         "over units of one seed: of this model and this run"
         if runs == 1

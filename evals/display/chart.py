@@ -1,6 +1,6 @@
-"""What a figure shows, as a frozen description without a plotting library: `drawing` makes a picture of it.
+"""Descriptions of figures, frozen and without a plotting library; `drawing` draws them.
 
-A chart is panels; a panel is marks on two axes. Numbers are in the unit that the axis names.
+A chart has panels; a panel has marks on two axes. Numbers are in the unit that the axis names.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from evals.statistics.value import Value
 
 @dataclass(frozen=True)
 class Axis:
-    """`ticks` are places with their labels; `integers` allows whole numbers only; `limits` cut the axis."""
+    """`ticks` are positions with their labels; `integers` allows only whole numbers as ticks; `limits` are the axis' ends; `down` inverts it."""
 
     label: str = ""
     ticks: tuple[tuple[float, str], ...] = ()
@@ -23,10 +23,11 @@ class Axis:
 
 @dataclass(frozen=True)
 class Series:
-    """Values `y` at `x`, as `point` (with intervals), `line` (points joined, with intervals), `bar` or `band` (a line in its band).
+    """Values `y` at `x`: `point` (with intervals), `line` (joined points with intervals), `bar`, `band` (a line with its interval as a band), `step`
+    (a dotted step line) or `level` (a horizontal dotted line).
 
-    `across` are values of x with intervals of their own; they take the place of `x`. Series of one `label` have one colour and one line
-    in the legend; an empty label has none. `group` takes the label's place in the choice of the colour. `filled` says which points are filled.
+    `across` are values of x with intervals of their own; they are used instead of `x`. Series with the same `label` have one colour and one
+    entry in the legend; an empty label has no entry. The colour is chosen by `group` if there is one. `filled` says which points are filled.
     """
 
     mark: Literal["point", "line", "bar", "band", "step", "level"]
@@ -42,7 +43,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Cells:
-    """A table of colours: `values` by row and column, of which red is above zero and blue below, each with its number."""
+    """A heat map: `values` by row and column, red above zero and blue below, each with its number. `lines` separate rows."""
 
     columns: tuple[str, ...]
     rows: tuple[str, ...]
@@ -52,7 +53,7 @@ class Cells:
 
 @dataclass(frozen=True)
 class Panel:
-    """One set of axes: of one arm, or of one facet of the data (`title`)."""
+    """One set of axes: for one arm, or for one facet of the data (`title`). `zero` draws a line at zero."""
 
     marks: tuple[Series | Cells, ...]
     title: str = ""
@@ -63,9 +64,9 @@ class Panel:
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure: `name` is its file without the ending, `title` and `note` stand above it.
+    """A figure: `name` is its file name without the suffix; `title` and `note` are above it.
 
-    `paired` says that the intervals are of paired differences. Panels share their axes where `shared`. `unit` names what cells are of.
+    `paired` says that the intervals are those of paired differences. With `shared`, panels share their axes. `unit` is the unit of cells.
     """
 
     name: str
@@ -79,7 +80,7 @@ class Chart:
 
 
 def scaled(value: Value, factor: int | float) -> Value:
-    """In another unit: per cent in the place of shares, say."""
+    """The value in another unit, such as per cent instead of shares."""
     value_, low, high = (None if number is None else number * factor for number in (value.value, value.low, value.high))
     return replace(value, value=value_, low=low, high=high)
 

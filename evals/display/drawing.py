@@ -18,10 +18,10 @@ from evals.statistics.value import Value
 from proxytune.files import check_writable
 from proxytune.printable import printable
 
-matplotlib.rcParams["text.parse_math"] = False  # a dollar sign in a name begins no formula
+matplotlib.rcParams["text.parse_math"] = False  # a dollar sign in a name does not start a formula
 PANELS = 12  # in one file
-NARROWEST = 9.0  # inches: what titles and legends need
-FEW_ROWS, STATED = 16, 40  # with more rows cells are lower; with yet more, their numbers would not be legible
+NARROWEST = 9.0  # inches, which titles and legends need
+FEW_ROWS, STATED = 16, 40  # with more rows than the first, cells are lower; with more than the second, they have no numbers
 MARKERS = "osD^vP*X<>"
 
 
@@ -45,7 +45,7 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 def drawn_name(name: str) -> str:
-    """A name as it can stand in a picture; a legend leaves out what begins with an underscore."""
+    """A name as it can be drawn: matplotlib's legends leave out names that begin with an underscore."""
     return f" {printable(name)}" if name.startswith("_") else printable(name)
 
 
@@ -62,7 +62,7 @@ def _page(chart: Chart, panels: Sequence[Panel], most: float, path: Path) -> Pat
     image = None
     for place, (panel, axes) in enumerate(zip(panels, places, strict=False)):
         image = _panel(panel, axes, colours, most) or image
-        if chart.shared:  # scales and what they are stand once, at the edge
+        if chart.shared:  # ticks and axis labels only at the edge of the figure
             lowest = place + across >= len(panels)
             axes.tick_params(labelbottom=lowest)
             axes.set_xlabel(panel.x.label if lowest else "")
@@ -77,7 +77,7 @@ def _page(chart: Chart, panels: Sequence[Panel], most: float, path: Path) -> Pat
 
 
 def _size(panels: Sequence[Panel], across: int) -> tuple[float, float]:
-    """Of one panel, in inches: room for the numbers of cells and for the names beside bars."""
+    """Width and height of one panel in inches, with room for the numbers of cells and for the names beside bars."""
     cells = [mark for panel in panels for mark in panel.marks if isinstance(mark, Cells)]
     if cells:
         rows, columns = len(cells[0].rows), len(cells[0].columns)
@@ -88,7 +88,7 @@ def _size(panels: Sequence[Panel], across: int) -> tuple[float, float]:
 
 
 def _colours(chart: Chart) -> dict[str, Any]:
-    """A colour for every label or group of the chart, in their order."""
+    """A colour and a marker for every label or group of the chart, in order of appearance."""
     series = [mark for panel in chart.panels for mark in panel.marks if isinstance(mark, Series)]
     groups = list(dict.fromkeys(mark.group or mark.label for mark in series if mark.group or mark.label))
     palette = plt.get_cmap("tab10" if len(groups) <= 10 else "tab20")
@@ -162,7 +162,7 @@ def _series(mark: Series, axes: Axes, colour: Any, marker: str, thickness: float
 def _points(
     mark: Series, known: Sequence[int], axes: Axes, x: np.ndarray, y: np.ndarray, errors: np.ndarray, style: dict[str, Any], marker: str
 ) -> None:
-    """Points with intervals in both directions, joined; those that are `filled` have the line's colour inside."""
+    """Joined points with intervals in both directions; `filled` points have the line's colour inside."""
     across = [mark.across[number] for number in known]
     if any(value.low is not None for value in across):
         low, high = (
@@ -178,7 +178,7 @@ def _points(
 
 
 def _cells(cells: Cells, axes: Axes, most: float) -> Any:
-    """One scale of colours for all panels, centred on zero; bold where the interval excludes zero."""
+    """Cells with one colour scale for all panels, centred on zero; numbers are bold where the interval excludes zero."""
     values = np.array([[np.nan if value.value is None else value.value for value in row] for row in cells.values], float)
     image = axes.imshow(values, cmap="RdBu_r", vmin=-most, vmax=most, origin="lower", aspect="auto")
     for row, column in np.ndindex(*values.shape) if len(cells.rows) <= STATED else ():

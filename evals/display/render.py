@@ -15,7 +15,7 @@ from proxytune.printable import printable
 
 
 def draw(tables: Sequence[Table], form: str, width: int) -> str:
-    """The tables as `table`, `markdown` or `latex`. Titles, notes and cells may hold any text: none of it acts where it is shown."""
+    """The tables as `table`, `markdown` or `latex`. Titles, notes and cells may hold any text; it is escaped for the form."""
     return DRAWINGS[form]([_escaped(table, ESCAPES[form]) for table in tables], width)
 
 
@@ -24,7 +24,7 @@ def _escaped(table: Table, escape: Callable[[str], str]) -> Table:
 
 
 def _markdown(tables: Sequence[Table], width: int) -> str:
-    # Cells are texts: an answer 007 is not the number 7.
+    # Cells are text: an answer 007 is not the number 7.
     return "\n\n".join(
         f"**{table.title}**\n\n{table.frame.to_markdown(index=False, disable_numparse=True, colalign=_sides(table.frame))}\n\n{table.note}"
         for table in tables
@@ -49,17 +49,17 @@ def _terminal(tables: Sequence[Table], width: int) -> str:
 
 
 def _sides(frame: pd.DataFrame) -> list[Literal["left", "right"]]:
-    """Columns of numbers stand right, but the first."""
+    """Columns of numbers are aligned right, except the first column."""
     return ["right" if place and frame.iloc[:, place].str.match(r"-?\d").any() else "left" for place in range(frame.shape[1])]
 
 
 def _in_markdown(text: str) -> str:
-    """Without code, cells, tags, formulas, entities and links; underscores and stars stay, as in names_like_this."""
+    """Escapes code, cells, tags, formulas, entities and links. Underscores and stars stay, as in names_like_this."""
     return re.sub(r"[\\`|<$]|&(?=#?\w+;)|(?<=\])\(", r"\\\g<0>", printable(text))
 
 
 def _in_latex(text: str) -> str:
-    """Without commands; what begins with a bracket or a star would be taken as an option of the row's end before it."""
+    """Escapes commands. A text that begins with a bracket or a star would be read as an option of the preceding end of row."""
     return ("{}" if text.startswith(("[", "*")) else "") + printable(text).translate(str.maketrans(LATEX_ESCAPE_RULES))
 
 

@@ -1,4 +1,4 @@
-"""What `ProxyLM` and its generations may be given, checked before anything is loaded: each mistake is one line."""
+"""The arguments of `ProxyLM` and of its generations, checked before anything is loaded. Each mistake is one line."""
 
 import math
 import re
@@ -17,9 +17,9 @@ from proxytune.member import Member
 from proxytune.mixture import Mixture, Rule, depends_on_context
 
 Place = str | Path
-MEANT = {"pretrained": "base", "peft": "expert"}  # what lm-eval's own class calls them
+MEANT = {"pretrained": "base", "peft": "expert"}  # names in lm-eval's own class
 ALIASES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-# What the harness passes by itself, and what would change the shape of the answers.
+# Arguments that the harness passes by itself, and arguments that would change the shape of the answers.
 SET_BY_HARNESS = {
     *("use_cache", "pad_token_id", "stop_strings", "token_healing", "num_return_sequences", "return_dict_in_generate", "is_assistant"),
     *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "continuous_batching_config", "transformers_version"),
@@ -27,10 +27,10 @@ SET_BY_HARNESS = {
 
 
 class Arguments(BaseModel):
-    """The arguments of `ProxyLM`: the mixture's own, and those of lm-eval's class that have their effect on a mixture.
+    """The arguments of `ProxyLM`: those of the mixture, and those of lm-eval's class that have an effect on a mixture.
 
     The models are either named (`base`, perhaps `expert` and `antiexpert` with a strength `alpha`, devices and a type) or
-    given as `members` with a `mixture`. `mixtures` are further rows to be answered in the same passes, into the `cache`.
+    given as `members` with a `mixture`. `mixtures` are further mixtures that are answered in the same passes, into the `cache`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, arbitrary_types_allowed=True)
@@ -45,16 +45,16 @@ class Arguments(BaseModel):
     members: dict[str, InstanceOf[Member]] | None = None
     mixture: InstanceOf[Mapping] | InstanceOf[Rule] | None = None
     mixtures: dict[str, InstanceOf[Mapping] | InstanceOf[Rule]] | None = None
-    batch_size: int | str = Field(default=8, description="texts that are generated together, or auto, or auto:N")
-    max_batch_size: int | None = Field(default=None, ge=1, description="the most that batch_size=auto tries")
-    batch_tokens: int = Field(default=2048, ge=1, description="tokens that are scored together")
+    batch_size: int | str = Field(default=8, description="number of texts generated together, or auto, or auto:N")
+    max_batch_size: int | None = Field(default=None, ge=1, description="the largest batch that batch_size=auto tries")
+    batch_tokens: int = Field(default=2048, ge=1, description="number of tokens scored together")
     cache: Place | None = None
     threads: int | None = Field(default=None, ge=1, le=1024)
     max_length: int | None = Field(default=None, ge=1, description="tokens of a request; default: the members' shortest window")
-    max_gen_toks: int = Field(default=256, ge=1, description="tokens of an answer where a task does not say")
+    max_gen_toks: int = Field(default=256, ge=1, description="tokens of an answer if the task does not say")
     add_bos_token: bool | None = None
-    prefix_token_id: int | None = Field(default=None, ge=0, description="what stands before a text without a context")
-    think_end_token: int | str | None = Field(default=None, description="an answer is what follows it")
+    prefix_token_id: int | None = Field(default=None, ge=0, description="the token before a text without a context")
+    think_end_token: int | str | None = Field(default=None, description="the answer is the text after this token")
     enable_thinking: bool | None = None
     chat_template_args: dict[str, Any] | None = None
 
@@ -126,12 +126,12 @@ class Arguments(BaseModel):
 
     @property
     def rows(self) -> dict[str, Mixture]:
-        """The mixture in force and the further ones; of models that are named there is none yet."""
+        """The mixture in use ('') and the further ones; empty if models are named."""
         return ({} if self.mixture is None else {"": self.mixture}) | (self.mixtures or {})
 
 
 def read_arguments(given: Mapping[str, Any]) -> Arguments:
-    """Raises `UserError` for an argument that is none, with what was meant, and for a value that cannot be."""
+    """The validated arguments. Raises `UserError` for an unknown argument, with a suggestion, and for an invalid value."""
     try:
         return Arguments.model_validate(dict(given))
     except ValidationError as error:
@@ -146,7 +146,7 @@ def read_arguments(given: Mapping[str, Any]) -> Arguments:
 
 
 def check_generation(given: Mapping[str, Any], max_gen_toks: int, max_length: int) -> dict[str, Any]:
-    """A request's generation arguments as lm-eval completes them. Raises `UserError` for one that is none or cannot be."""
+    """A request's generation arguments, completed as lm-eval does. Raises `UserError` for an unknown argument or an invalid value."""
     known = {name for name in vars(GenerationConfig()) if not name.startswith("_")} - SET_BY_HARNESS | {"until", *ALIASES}
     for name, value in given.items():
         if name not in known:

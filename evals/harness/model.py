@@ -1,7 +1,7 @@
-"""Mixtures in the lm-eval harness: a model class whose log-likelihoods and texts are ours, and its command line.
+"""Mixtures in the lm-eval harness: a model class that computes log-likelihoods and texts with our code, and the command line.
 
-Few-shot prompts, chat templates, BOS and stop sequences are the harness's own; so is the cut of what is too long for the
-window, only that it is counted and said.
+Few-shot prompts, chat templates, BOS and stop sequences are the harness's own. Requests that are too long for the window are cut as in
+the harness; in addition they are counted, with a warning.
 """
 
 import copy
@@ -19,9 +19,9 @@ from lm_eval.models.utils import resolve_max_length
 from lm_eval.utils import simple_parse_args_string
 from transformers import PreTrainedTokenizerBase
 
-from evals.commands.generate import Sources, load_mixture
 from evals.harness.arguments import Arguments, check_generation, read_arguments
 from evals.harness.responses import Responses
+from evals.mixtures import Sources, load_mixture
 from proxytune.content import content_key
 from proxytune.errors import UserError, brief
 from proxytune.member import Member
@@ -30,23 +30,23 @@ from proxytune.modeling import ProxyTunedForCausalLM
 from proxytune.scoring import Request, cut_to_window, score_greedily
 
 TASKS = Path(__file__).parent / "tasks"
-THEIRS = {  # arguments that lm-eval's own class takes, and heeds for a model that is loaded
+THEIRS = {  # arguments of lm-eval's own class that have an effect on a loaded model
     *("batch_size", "max_batch_size", "max_length", "add_bos_token", "prefix_token_id"),
     *("think_end_token", "enable_thinking", "chat_template_args"),
 }
-VERSION = 1  # of what a kept answer depends on in this file
+VERSION = 1  # of everything in this file that a cached answer depends on
 logger = logging.getLogger("proxytune")
 
 
 class ProxyLM(HFLM):
-    """lm-eval's HF model with a mixture in the place of the model.
+    """lm-eval's HF model with a mixture instead of a single model.
 
-    Built by `--model_args base=…,expert=…,antiexpert=…,alpha=…` or by `of` from members that are loaded; all arguments are those
-    of `Arguments`. `mixtures` are further rows to be answered in the same passes: their answers go into `cache`, where their
-    own models find them. `cache` is a file of answers, keyed by weights, mixture and request; the harness's `use_cache`, which
-    knows no model, is refused. Sampled texts are not kept.
+    Built from `--model_args base=…,expert=…,antiexpert=…,alpha=…`, or by `of` from loaded members; the arguments are those of
+    `Arguments`. `mixtures` are further mixtures that are answered in the same passes: their answers go into `cache`, where later
+    runs find them. `cache` is a file of answers, keyed by weights, mixture and request. The harness's `use_cache` is refused,
+    because its keys do not include the model. Sampled texts are not cached.
 
-    Raises `UserError` for an argument that is none or has no effect on a mixture, and for what cannot be loaded.
+    Raises `UserError` for an argument that is unknown or has no effect on a mixture, and for models that cannot be loaded.
     """
 
     def __init__(self, /, **given: Any):
@@ -71,12 +71,12 @@ class ProxyLM(HFLM):
 
     @classmethod
     def of(cls, members: Mapping[str, Member], mixture: Mixture, **options: Any) -> "ProxyLM":
-        """Of members that are loaded already."""
+        """A model from members that are already loaded."""
         return cls(members=members, mixture=mixture, **options)
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> "ProxyLM":
-        """How the harness's command line builds it. What `--model_args` says goes before `--device`, `--batch_size` and their defaults."""
+        """Called by the harness's command line. `--model_args` takes precedence over `--device`, `--batch_size` and their defaults."""
         return cls(**{name: value for name, value in (additional_config or {}).items() if value is not None} | arg_dict)
 
     @classmethod
@@ -85,7 +85,7 @@ class ProxyLM(HFLM):
 
     @property
     def max_length(self) -> int:
-        """The shortest of the windows that lm-eval would give the members, unless one was set."""
+        """The window that was set; otherwise the shortest of the windows that lm-eval would use for the members."""
         windows = [resolve_max_length(member.model.config, member.tokenizer) for member in self._members.values()]
         return self._max_length or min(windows)
 
@@ -146,11 +146,11 @@ class ProxyLM(HFLM):
             return super()._model_generate(context, max_length, stop, **settings)
         except UserError:
             raise
-        except (ValueError, TypeError) as error:  # transformers looks at a value only where it uses it
+        except (ValueError, TypeError) as error:  # transformers checks a value only where it uses it
             raise UserError(f"gen_kwargs: transformers cannot generate with {brief(settings)} ({' '.join(str(error).split())[:200]})") from error
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes beside its results: which weights, in which mixture."""
+        """What the harness writes beside its results: the weights and the mixture."""
         return {"model_num_parameters": self.model.num_parameters(), "model_dtype": str(self.model.dtype), "mixture": self._identity(self._mixture)}
 
     def set_cache_hook(self, cache_hook: Any) -> None:
@@ -169,7 +169,7 @@ class ProxyLM(HFLM):
         return [*row, ["rule", mixture.space, plausible]]
 
     def _keys(self, kind: str, request: Any) -> dict[str, str]:
-        """The key of a request under every mixture. Names do not count, and tokens, not texts, are what was asked."""
+        """The key of a request under every mixture. Names do not enter the key, and the request enters as tokens, not as text."""
         if self._responses is None:
             return dict.fromkeys(self._mixtures, "")
         keys = {}
@@ -202,9 +202,9 @@ def _check_fit(wanted: Arguments, model: ProxyTunedForCausalLM) -> None:
 
 
 def _with_bos(tokenizer: PreTrainedTokenizerBase, wanted: bool | None) -> PreTrainedTokenizerBase:
-    """The tokenizer as lm-eval would load it with `add_bos_token`; members keep theirs.
+    """The tokenizer as lm-eval would load it with `add_bos_token`; members keep their own.
 
-    Without BOS the harness encodes by itself. With it, it relies on the tokenizer, of which many add none unless told so.
+    Without BOS the harness encodes by itself. With BOS it relies on the tokenizer, and many tokenizers add a BOS token only if told to.
     """
     if not wanted:
         return tokenizer
@@ -218,9 +218,9 @@ def _with_bos(tokenizer: PreTrainedTokenizerBase, wanted: bool | None) -> PreTra
 
 
 def run_harness(arguments: Sequence[str]) -> None:
-    """lm-eval's own command line, with `--model proxytune` and the tasks of `evals/tasks` known to it.
+    """lm-eval's own command line, with `--model proxytune` and the tasks of `evals/harness/tasks`.
 
-    Raises `UserError` for what the harness says is wrong with a value: a task or a model that there is not, say.
+    Raises `UserError` for values that the harness refuses, such as an unknown task or model.
     """
     from lm_eval.__main__ import cli_evaluate
 
@@ -229,7 +229,7 @@ def run_harness(arguments: Sequence[str]) -> None:
     if given and given[0] == "run" and "--include_path" not in given:
         given += ["--include_path", str(TASKS)]
     if given and given[0] == "run" and "--device" not in given:
-        given += ["--device", "cpu"]  # the harness would take cuda:0 without a look
+        given += ["--device", "cpu"]  # the harness's default is cuda:0, even without a GPU
     sys.argv = ["lm-eval", *given]
     try:
         cli_evaluate()

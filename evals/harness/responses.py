@@ -1,4 +1,4 @@
-"""Answers that a model has given, kept on disk: keyed by the model itself and the request, never by the request alone."""
+"""A cache of answers on disk, keyed by the model itself and the request, never by the request alone."""
 
 import hashlib
 import json
@@ -10,19 +10,19 @@ from typing import Any
 
 from proxytune.errors import UserError
 
-ERRORS = (sqlite3.Error, UnicodeDecodeError)  # the second where sqlite3 would quote a damaged name
+ERRORS = (sqlite3.Error, UnicodeDecodeError)  # the second is raised when sqlite3 quotes a damaged name
 logger = logging.getLogger("proxytune")
 
 
 class Responses:
-    """One SQLite file of JSON values. An empty text, 0 and minus infinity are answers like any other; None is none.
+    """One SQLite file of JSON values. An empty text, 0 and minus infinity are valid answers; None means that there is no answer.
 
-    Each value stands with the digest of its key and itself. A value that is damaged is none; a file that is damaged is set aside,
-    which a warning says, and a new one begun.
+    Each value is stored with a digest of its key and itself. A damaged value counts as missing. A damaged file is renamed, with a
+    warning, and a new one is started.
     """
 
     def __init__(self, path: Path):
-        """Raises `UserError` where the file cannot be opened or is something else."""
+        """Raises `UserError` if the file cannot be opened or is not a file of answers."""
         self._path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,7 +33,7 @@ class Responses:
             self._begin_anew(error)
 
     def get(self, key: str) -> Any | None:
-        """Raises `UserError` where the file cannot be read, as while another process writes for more than a minute."""
+        """The answer, or None. Raises `UserError` if the file cannot be read, for example if another process writes for more than a minute."""
         try:
             row = self._file.execute("SELECT value FROM responses WHERE key = ?", (key,)).fetchone()
         except ERRORS as error:
@@ -43,7 +43,7 @@ class Responses:
         return json.loads(value) if digest == _digest(key, value) else None
 
     def put(self, values: Mapping[str, Any]) -> None:
-        """All of them or, if it is interrupted, none. Raises `UserError` where the file cannot be written."""
+        """Stores all answers or, if it is interrupted, none. Raises `UserError` if the file cannot be written."""
         texts = {key: json.dumps(value).encode() for key, value in values.items()}
         rows = [(key, (_digest(key, text) + b" " + text).decode()) for key, text in texts.items()]
         try:
@@ -54,17 +54,17 @@ class Responses:
 
     def _open(self) -> None:
         self._file = sqlite3.connect(self._path, timeout=60)
-        self._file.text_factory = bytes  # a damaged text need not be one
+        self._file.text_factory = bytes  # damaged text may not be valid UTF-8
         with self._file:
             self._file.execute("CREATE TABLE IF NOT EXISTS responses (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID")
-            self._file.execute("SELECT key, value FROM responses LIMIT 0")  # a table of that name may be something else
+            self._file.execute("SELECT key, value FROM responses LIMIT 0")  # a table of that name may have other columns
 
     def _write(self, rows: list[tuple[str, str]]) -> None:
         with self._file:
             self._file.executemany("INSERT OR REPLACE INTO responses VALUES (?, ?)", rows)
 
     def _begin_anew(self, error: Exception) -> None:
-        """Sets a damaged file aside; for any other error, of the disk or of a file in use, raises `UserError`."""
+        """Renames a damaged file and starts a new one. Raises `UserError` for any other error, such as a full disk or a file in use."""
         if not _is_damage(error):
             raise UserError(f"cache: '{self._path}' cannot be used ({error}); free some space or choose another") from error
         aside = self._path.with_name(f"{self._path.name}.damaged")

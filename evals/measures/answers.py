@@ -1,4 +1,4 @@
-"""Readings of what comes out of an arm: answers that it generates or chooses, and how far its next-token distribution is from the base's."""
+"""Readings of an arm's outputs: answers that it generates or chooses, and the divergence of its next-token distribution from the base's."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ from proxytune.padding import left_padded
 
 @dataclass(frozen=True)
 class Asked(Reading):
-    """Some items, asked in one form. The record has the reading's name, and a row for each item."""
+    """Items asked in one form. The frame has the reading's name and one row per item."""
 
     name: str
     items: Which
@@ -43,7 +43,7 @@ class Asked(Reading):
 
 @dataclass(frozen=True)
 class Generated(Asked):
-    """Greedy answers. `number`: an answer is right by its last number, and not by how it begins."""
+    """Answers by greedy decoding. An answer is right if it begins with the item's answer or, with `number`, if its last number is right."""
 
     number: bool = False
     version: ClassVar[int] = 1
@@ -75,7 +75,7 @@ class Generated(Asked):
 
 @dataclass(frozen=True)
 class Chosen(Asked):
-    """The candidate with the highest log-probability a token. `right` is a share and stands beside `tied`: a tie of k counts 1/k."""
+    """The candidate with the highest log-probability per token. `right` is a share: a tie of k candidates counts 1/k and is marked in `tied`."""
 
     version: ClassVar[int] = 2
 
@@ -136,7 +136,7 @@ def _divergences(
             values = divergence(logits[""], logits[arm])
             if not values.isfinite().all():
                 number = start + int((~values.isfinite()).nonzero()[0]) + 1
-                raise UserError(f"drift: '{arm}' has no finite divergence from the base for item {number}; take models that are not broken")
+                raise UserError(f"drift: '{arm}' has no finite divergence from the base for item {number}; use models that are not broken")
             found[arm] += values.tolist()
         progress(len(ids))
     return found

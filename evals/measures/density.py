@@ -1,7 +1,7 @@
-"""Density: how many coordinates share a hidden state's energy, how that goes with exposure, and what tuning changes of it.
+"""Density: how many coordinates share a hidden state's energy, how that varies with exposure, and how tuning changes it.
 
-Mathematics: `probes/density.py`, `probes/nulls.py`, `probes/knowledge/exposure.py`. Differences between models are paired over units; familiar
-and unfamiliar items are compared within strata of one length and last token where there are such (`matched` counts the items).
+Mathematics: `probes/density.py`, `probes/nulls.py`, `probes/knowledge/exposure.py`. Differences between models are paired over units. Familiar and
+unfamiliar items are compared within strata of the same length and last token, where such strata exist (`matched` counts the items).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,18 +29,19 @@ from probes.knowledge.familiarity import familiarity
 from proxytune.errors import UserError
 
 METRIC = "effective_rank"
-WHOLLY_SHOWN = ("e5", METRIC)  # at every site and place; other metrics in the residual stream at the last token
+WHOLLY_SHOWN = ("e5", METRIC)  # at every site and place; other metrics only in the residual stream at the last token
 SHOWN = (("e5", "E5"), (METRIC, "effective rank"))
 UNTRAINED = "untrained"
 UNCHANGED = "unchanged by construction"
-LEFT_OUT = " Some layers of many; all are in the JSON."
-FEW_STATES = 7  # so many columns fit a page
+LEFT_OUT = " Some layers of many are shown; all are in results.json."
+FEW_STATES = 7  # columns that fit on a page
 
 
 @dataclass(frozen=True)
 class Exposure:
-    """Of one model and column: `contrast` is familiar minus unfamiliar in the metric's unit, matched; `correlation` is Spearman's with exposure
-    within strata; `partial` is the same without what the model's own log-probability of the answer and the words' frequency explain."""
+    """One model and one column (metric, site, place, state). `contrast` is familiar minus unfamiliar in the metric's unit, matched. `correlation` is
+    Spearman's with exposure within strata. `partial` is the same, controlled for the model's own log-probability of the answer and for the words'
+    frequency."""
 
     arm: str
     metric: str
@@ -54,8 +55,8 @@ class Exposure:
 
 @dataclass(frozen=True)
 class Null:
-    """The base's density after a layer, beside that of vectors of its states' mean and covariance (`gaussian_sd` is of one vector) and that of an
-    untrained model: means over items and seeds, in the residual stream at the last token."""
+    """The base's density after a layer, beside that of Gaussian vectors with the same mean and covariance (`gaussian_sd`: standard deviation of one
+    vector) and that of an untrained model. Means over items and seeds, in the residual stream at the last token."""
 
     metric: str
     state: int
@@ -67,7 +68,7 @@ class Null:
 
 @dataclass(frozen=True)
 class Rank:
-    """RankMe of the states at the last token of a group of items: a rank of the matrix, not of one vector."""
+    """RankMe of the states at the last token of a group of items. It is a rank of the matrix of states, not of one vector."""
 
     arm: str
     group: str
@@ -77,8 +78,8 @@ class Rank:
 
 @dataclass(frozen=True)
 class Change:
-    """Effective rank, arm minus base, familiar minus unfamiliar, by block of layers, site and place; the same under random deltas, and
-    beyond them. `matched` of `n` familiar and unfamiliar items have a counterpart."""
+    """Effective rank, arm minus base, familiar minus unfamiliar, by block of layers, site and place. `random` is the same under random deltas;
+    `beyond_random` is `change` minus `random`. `matched` of `n` familiar and unfamiliar items have a counterpart."""
 
     arm: str
     block: str
@@ -112,7 +113,7 @@ class DensityFound:
 
 class Density(Measure[DensityFound]):
     name = "density"
-    question = "How dense are hidden states, how does that go with exposure, and what does tuning change of it?"
+    question = "How dense are hidden states, how does that vary with exposure, and how does tuning change it?"
     controls = "Matched for length and last token; an untrained model; Gaussian vectors; random deltas of the same norm."
     needs = frozenset({"knowledge.statement", "knowledge.popularity"})
     summary = DensityFound
@@ -147,21 +148,31 @@ class Density(Measure[DensityFound]):
 # What is concluded
 
 
-def density_change(records: Recorded, arm: str, site: str, place: str, states: Iterable[int]) -> list[np.ndarray]:
-    """For each seed, units' contributions [units, 2] to familiar minus unfamiliar, averaged over the states: arm minus base, and the same of
+Where = tuple[str, str, Sequence[int]]  # a site, a place and the states that are averaged
+
+
+def density_change(records: Recorded, arm: str, places: Sequence[Where]) -> list[np.ndarray]:
+    """For each seed, units' contributions [units, 2 * places] to familiar minus unfamiliar: arm minus base at each place, then the same under
     random deltas."""
-    chosen = {"metric": METRIC, "site": site, "place": place, "state": list(states)}
     base = records.study.base_arm
     seeds = []
     for prompts, *frames in zip(records("prompts", base), records("states", base), records("states", arm), records("random", arm), strict=True):
-        before, after = (matrix(frame, len(prompts), **chosen)[0].mean(axis=1) for frame in frames[:2])
-        drawn = np.mean([matrix(frame, len(prompts), **chosen)[0].mean(axis=1) for frame in draws(frames[2])], axis=0)
-        seeds.append(contrast(prompts, np.stack([after - before, drawn - before], axis=1)))
+        before, after = (_means(frame, len(prompts), places) for frame in frames[:2])
+        drawn = np.mean([_means(frame, len(prompts), places) for frame in draws(frames[2])], axis=0)
+        seeds.append(contrast(prompts, np.hstack([after - before, drawn - before])))
     return seeds
 
 
+def _means(frame: pd.DataFrame, items: int, places: Sequence[Where]) -> np.ndarray:
+    """Effective rank [items, places], averaged over each place's states."""
+    values, names = matrix(frame, items, metric=METRIC)
+    of_column = list(zip(names["site"].astype(str), names["place"].astype(str), names["state"], strict=True))
+    columns = {name: position for position, name in enumerate(of_column)}
+    return np.stack([values[:, [columns[site, place, state] for state in states]].mean(axis=1) for site, place, states in places], axis=1)
+
+
 def draws(frame: pd.DataFrame) -> list[pd.DataFrame]:
-    """The long frames of the single draws of random deltas."""
+    """One long frame for each draw of random deltas."""
     return [part.drop(columns="draw") for _, part in frame.groupby("draw", sort=True)]
 
 
@@ -193,7 +204,7 @@ def _correlations(records: Recorded, seeds: Sequence[tuple[pd.DataFrame, np.ndar
     for prompts, values, covariates in seeds:
         try:
             found.append(by_unit(prompts, rank_correlation(values, prompts["popularity"].to_numpy(float), strata_of(prompts), covariates)))
-        except UserError:  # nothing of popularity is left: there is no correlation, and the row says so
+        except UserError:  # popularity does not vary within strata: there is no correlation, and the row shows n/a
             return [UNKNOWN] * values.shape[1]
     return values_of(intervals(records.estimate(found)))
 
@@ -225,19 +236,21 @@ def _ranks(records: Recorded, arm: str) -> Iterator[Rank]:
 
 def _changes(records: Recorded, arm: str) -> Iterator[Change]:
     frame = records("states", arm)[0]
-    blocks = {name: list(states) for name, states in thirds(layers_of(frame)).items() if len(states)}
+    sites = frame.loc[frame["metric"] == METRIC, "place"].unique()
+    blocks = [(name, list(states)) for name, states in thirds(layers_of(frame)).items() if len(states)]
+    rows = [(block, site, str(place), states) for place in sites for site in SITES for block, states in blocks]
+    both = records.estimate(density_change(records, arm, [(site, place, states) for _, site, place, states in rows]))
+    half = len(rows)
+    beyond = Estimate(both.value[:half] - both.value[half:], both.draws[:half] - both.draws[half:])
+    found = values_of([*intervals(both), *intervals(beyond)])
     n, counterparts = _counts(records("prompts", arm))
-    for place in frame["place"].unique():
-        for site in SITES:
-            for block, states in blocks.items():
-                both = records.estimate(density_change(records, arm, site, str(place), states))
-                less = Estimate(both.value[:1] - both.value[1:], both.draws[:1] - both.draws[1:])
-                change, random, beyond = values_of([*intervals(both), *intervals(less)])
-                yield Change(arm, block, site, str(place), change, random, beyond, n, counterparts)
+    for position, (block, site, place, _) in enumerate(rows):
+        change, random, beyond_random = (found[position + shift] for shift in (0, half, 2 * half))
+        yield Change(arm, block, site, place, change, random, beyond_random, n, counterparts)
 
 
 def _counts(frames: Sequence[pd.DataFrame]) -> tuple[int, int]:
-    """Familiar and unfamiliar items of all seeds, and those of them with a counterpart of the same length and last token."""
+    """The number of familiar and unfamiliar items of all seeds, and how many of them have a counterpart of the same length and last token."""
     taking_part = [matched(contrast_of(frame), strata(frame["length"].tolist(), frame["last_token"].tolist())) for frame in frames]
     return int(sum((contrast_of(frame) != 0).sum() for frame in frames)), int(sum(part.sum() for part in taking_part))
 
@@ -271,10 +284,10 @@ def _exposure_table(summary: DensityFound, header: Header) -> list[Table]:
         columns[f"{name}: partial correlation"] = {row.arm: cell(row.partial, 100) for row in chosen}
     note = (
         "Contrast: familiar minus unfamiliar, in thousandths, matched for length and last token. Correlation: Spearman's with exposure, in "
-        "hundredths; partial: without what the model's own log-probability of the answer and the words' frequency explain. E5 (energy in the top "
+        "hundredths; partial: controlled for the model's own log-probability of the answer and for the words' frequency. E5 (energy in the top "
         f"5 % of coordinates): higher is sparser; effective rank: higher is denser. 95 % intervals, {over(header.runs)}."
     )
-    title = f"How density goes with exposure (last token, after layer {last} and the final norm)"
+    title = f"How density varies with exposure (last token, after layer {last} and the final norm)"
     return table(title, header.ordered([row.arm for row in rows]), columns, note, first="model")
 
 
@@ -288,8 +301,8 @@ def _null_table(summary: DensityFound) -> list[Table]:
     states = [row.state for row in summary.nulls]
     shown = some_states(states)
     note = (
-        "Density of one state, averaged over items (residual stream, last token). Gaussian: of vectors with the states' own mean and covariance, "
-        f"with the standard deviation of one vector. Means over seeds.{LEFT_OUT if len(shown) < len(set(states)) else ''}"
+        "Density of one state, averaged over items (residual stream, last token). Gaussian: vectors with the states' own mean and covariance; in "
+        f"parentheses the standard deviation of one vector. Means over seeds.{LEFT_OUT if len(shown) < len(set(states)) else ''}"
     )
     return table("Density by layer beside its nulls", [str(state) for state in shown], columns, note, first="after layer")
 
@@ -299,14 +312,14 @@ def _rank_table(summary: DensityFound, header: Header) -> list[Table]:
     shown = some_states([row.state for row in rows])
     columns = {f"layer {state}": {row.arm: cell(row.rankme) for row in rows if row.state == state} for state in shown}
     note = (
-        "Exp of the entropy of the singular values of the states of all familiar and unfamiliar items (residual stream, last token): how many "
-        "directions they share, at most the width. Intervals are over seeds; a single seed has none."
+        "Exp of the entropy of the normalized singular values of the states of all familiar and unfamiliar items (residual stream, last token): how "
+        "many directions the states use, at most the width. Intervals are over seeds; a single seed has none."
     )
     return table("RankMe", header.ordered([row.arm for row in rows]), columns, note)
 
 
 def some_states(of_rows: Sequence[int]) -> list[int]:
-    """All of few states, else five from first to last."""
+    """All states if they are few, otherwise five from first to last."""
     states = sorted(set(of_rows))
     return states if len(states) <= FEW_STATES else [states[len(states) * part // 4 - (part == 4)] for part in range(5)]
 
@@ -331,7 +344,7 @@ def _change_table(summary: DensityFound, header: Header) -> list[Table]:
     columns["low"] |= dict.fromkeys(header.proxied, UNCHANGED)
     note = (
         "Effective rank of the residual stream, arm minus base, familiar minus unfamiliar; below zero is erosion. Blocks: thirds of the layers. "
-        "Beyond random: minus the same under random deltas of the same norm. At the subject: at its last token in place of the statement's. "
+        "Beyond random: minus the same under random deltas of the same norm. At the subject: at the subject's last token instead of the statement's. "
         f"Rotated: in another basis. {_matched(rows[0])} 95 % intervals, {over(header.runs)}."
     )
     arms = header.ordered([*header.proxied, *(row.arm for row in rows)])
@@ -358,15 +371,15 @@ def _heat_map(summary: DensityFound, header: Header) -> Iterator[Chart]:
         cells = Cells(names, tuple(map(str, states)), tuple(map(tuple, of_states)), lines)
         panels.append(Panel((cells,), arm, exposure_axis(labels), Axis("after layer (0: embeddings)")))
     note = (
-        "red is denser, blue is sparser; bold: the 95 % interval excludes zero, as one in twenty does by chance\n"
-        "lines part embeddings, low, middle and high"
+        "red is denser, blue is sparser; bold: the 95 % interval excludes zero (by chance, one in twenty does)\n"
+        "lines separate embeddings, low, middle and high"
     )
     title = f"{header.title}: change of density (arm minus base), residual stream at the last token"
     yield Chart("density-change", title, tuple(panels), note, "effective rank, thousandths", paired=True, shared=True)
 
 
 def _by_layer(summary: DensityFound, header: Header) -> Iterator[Chart]:
-    """Whether density tells familiar from unfamiliar before any tuning, and whether the architecture alone would."""
+    """Whether density separates familiar from unfamiliar items before any tuning, and whether the architecture alone does."""
     if not summary.exposure:
         return
     panels = []

@@ -1,4 +1,7 @@
-"""Drift: how far tuning moved what comes out (KL to the base), the states (CKA, cosine) and the weights. Mathematics: `probes/drift.py`."""
+"""Drift: how far tuning moved the next-token distribution (KL to the base), the states (CKA, cosine) and the weights.
+
+Mathematics: `probes/drift.py`. The readings are `Divergence` (`answers.py`) and `States` (`states.py`).
+"""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -31,7 +34,7 @@ DRAWN = (
 
 @dataclass(frozen=True)
 class Distance:
-    """KL(base || arm) of the next-token distribution after the statement, in nats, of familiar or unfamiliar items."""
+    """KL(base || arm) of the next-token distribution after the statement, in nats, for familiar or for unfamiliar items."""
 
     arm: str
     group: str
@@ -40,8 +43,8 @@ class Distance:
 
 @dataclass(frozen=True)
 class BlockDrift:
-    """Of one block: `relative_change` and `stable_rank` of its matrices (means weighted by size), `cka` and `cosine` of its states with the
-    base's, by group of items. Intervals are over seeds only."""
+    """One block: `relative_change` and `stable_rank` of its matrices (means weighted by size), `cka` and `cosine` of its states with the
+    base's, for each group of items. Intervals are over seeds only."""
 
     arm: str
     block: str
@@ -58,8 +61,8 @@ class Drifted:
 
 class Drift(Measure[Drifted]):
     name = "drift"
-    question = "How far did tuning move the next-token distribution, the states and the weights?"
-    controls = "KL after a statement is the one distance that every arm has; familiar and unfamiliar items apart."
+    question = "How far did tuning move the next-token distribution (KL to the base), the states and the weights?"
+    controls = "KL after a statement is the one distance that every arm has; familiar and unfamiliar items separately."
     needs = frozenset({"knowledge.statement", "knowledge.popularity"})
     summary = Drifted
 
@@ -130,13 +133,13 @@ def _output_table(summary: Drifted, header: Header) -> list[Table]:
                 columns[f"{name}, {block}"] = _column(summary, what, "familiar", block, 1, 3)
         columns["CKA, low"] |= dict.fromkeys(header.proxied, UNCHANGED)
     note = (
-        "KL(base || arm) after the statement, in nats, familiar and unfamiliar: the distance that is fair to all arms. CKA (of states as a whole) "
-        "and cosine (prompt by prompt) with the base's states of familiar statements at the last token: 1 is unmoved; an expert has another shape. "
-        f"95 % intervals, {over(header.runs)}; CKA and cosine have them over seeds only."
+        "KL(base || arm) after the statement, in nats, for familiar and unfamiliar items: the one distance that every arm has. CKA (all states "
+        "together) and cosine (prompt by prompt) with the base's states of familiar statements at the last token: 1 is unchanged; an expert has "
+        f"another shape and has none. 95 % intervals, {over(header.runs)}; for CKA and cosine over seeds only."
     )
     arms = [*(row.arm for row in summary.distances), *header.proxied, *(row.arm for row in summary.blocks)]
     shown = header.ordered(list(dict.fromkeys(arms))) if summary.distances or summary.blocks else []
-    return table("Drift from the base: what comes out, and the states", shown, columns, note)
+    return table("Drift from the base: outputs and states", shown, columns, note)
 
 
 def _weight_table(summary: Drifted, header: Header) -> list[Table]:

@@ -1,7 +1,7 @@
 """Erosion: the verdict on "direct tuning erodes what lower layers hold", arm by arm, by the clauses of `probes/verdict.py`.
 
-Controls are arms of the same study that differ from the judged one in one setting: `shuffled: true`, and `frozen: lower` selected to match it
-(`select: {match: ARM}`). A clause whose control or reading the study lacks cannot be told, and neither can any of an arm that was tuned once.
+Controls are arms of the same study that differ from the judged arm in one setting: `shuffled: true`, and `frozen: lower` selected to match it
+(`select: {match: ARM}`). The state of a clause is "cannot tell" if the study lacks its control or its reading, or if the arm was tuned only once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ from probes.knowledge.exposure import needed, needed_seeds
 from probes.verdict import RULE, Clause, measured, state, verdict
 
 CLAIM = "direct tuning erodes what lower layers hold"
-SCALES = {  # of each clause: what its numbers are multiplied by, their digits, and what they are then
+SCALES = {  # for each clause: the factor of its numbers, their digits, and the unit after scaling
     "density": (1000.0, 1, "thousandths of effective rank"),
     "restoration": (100.0, 1, "points of probability"),
     "freezing": (100.0, 1, "points right"),
@@ -44,7 +44,7 @@ STATES = {"fails": "Failed", "holds": "held", "cannot tell": "cannot tell"}
 
 @dataclass(frozen=True)
 class Judged:
-    """A clause of an arm's verdict: what it claims, its interval, whether it holds, and how many seeds would decide it (`needs`)."""
+    """One clause of an arm's verdict: its claim, its interval, its state (holds, fails, cannot tell), and the seeds that would decide it."""
 
     clause: str
     claim: str
@@ -113,7 +113,7 @@ def _judge(records: Recorded, arm: str) -> Verdict:
 
 
 def tuning_runs(records: Recorded, arm: str) -> int:
-    """How many times the arm was tuned: once if elsewhere (`path`), whatever the seeds, else as often as its seeds differ in their states."""
+    """How many times the arm was tuned: once with a `path`, whatever the seeds; otherwise the number of seeds whose states differ."""
     spec = records.study.arms[records.study.arm_settings[arm].arm]
     if isinstance(spec, Direct) and spec.path is not None:
         return 1
@@ -122,12 +122,12 @@ def tuning_runs(records: Recorded, arm: str) -> int:
 
 def _density(records: Recorded, arm: str, runs: int) -> list[Clause]:
     low = list(thirds(layers_of(records("states", arm)[0]))["low"])
-    seeds = density_change(records, arm, "residual", "last", low)
+    seeds = density_change(records, arm, [("residual", "last", low)])
     clauses = [_clause(records, "density", seeds, 0, None, runs), _clause(records, "density/random", seeds, 0, 1, runs)]
     twin = _shuffled(records.study, arm)
     if twin is None:
         return [*clauses, measured("density/shuffled", None, runs, note="no arm is the same with shuffled: true")]
-    others = density_change(records, twin, "residual", "last", low)
+    others = density_change(records, twin, [("residual", "last", low)])
     beside = [np.stack([one[:, 0], other[:, 0]], axis=1) for one, other in zip(seeds, others, strict=True)]
     return [*clauses, _clause(records, "density/shuffled", beside, 0, 1, runs, note=f"minus {twin}")]
 
@@ -147,7 +147,7 @@ def _restoration(records: Recorded, arm: str, runs: int) -> list[Clause]:
 def _freezing(records: Recorded, arm: str, runs: int) -> Clause:
     twin = _frozen(records.study, arm)
     if twin is None or not records.has(STATEMENTS.name, arm):
-        missing = "no arm has its lower half frozen and is selected to match" if twin is None else "knowledge was not measured"
+        missing = "no arm with its lower half frozen is selected to match" if twin is None else "knowledge was not measured"
         return measured("freezing", None, runs, note=missing)
     seeds = []
     for frame, other in zip(records(STATEMENTS.name, twin), records(STATEMENTS.name, arm), strict=True):
@@ -168,7 +168,7 @@ def _savings(row: Recovered | None, runs: int) -> Clause:
 
 
 def _clause(records: Recorded, name: str, seeds: Sequence[np.ndarray], one: int, other: int | None, runs: int, note: str = "") -> Clause:
-    """A difference of two columns, or one column by itself, and how many seeds would decide it."""
+    """The clause for the difference of two columns, or for one column (`other` None), with the number of seeds that would decide it."""
     difference = [seed[:, [one]] if other is None else seed[:, [one]] - seed[:, [other]] for seed in seeds]
     found = records.estimate(difference)
     (value,) = intervals(found)
@@ -179,7 +179,7 @@ def _clause(records: Recorded, name: str, seeds: Sequence[np.ndarray], one: int,
         return clause
     effect, count = abs(clause.threshold - clause.boundary), len(difference[0])
     by_seeds, by_units = ((drawn.high - drawn.low) / 2 for drawn in (interval(value.value, draws) for draws in found.draws[0]))
-    if not records.study.same_items:  # then every seed brings units of its own, and seeds differ at least by those
+    if not records.study.same_items:  # every seed has its own units, so that seeds differ at least by the sampling of units
         by_seeds = max(by_seeds, by_units * t.ppf((1 + LEVEL) / 2, len(seeds) - 1) / norm.ppf((1 + LEVEL) / 2))
     elif (units := needed(by_units, count, effect)) > count:
         return clause._replace(note=f"{note}; {units} units needed, whatever the seeds".removeprefix("; "))
@@ -199,7 +199,7 @@ def _is_control(study: Study, label: str) -> bool:
 
 
 def _shuffled(study: Study, label: str) -> str | None:
-    """The arm tuned just so on shuffled answers."""
+    """The arm with the same tuning on shuffled answers."""
     _, tuning = _tuning(study, label)
     wanted = None if tuning is None else tuning.model_copy(update={"shuffled": True})
     return next((other for other in study.direct_settings if wanted is not None and _tuning(study, other)[1] == wanted), None)
@@ -223,10 +223,10 @@ def _verdict_table(row: Verdict, header: Header) -> Table:
     places = {state: [str(place) for place, clause in enumerate(row.clauses, start=1) if clause.state == state] for state in STATES}
     found = "; ".join(f"{words}: {', '.join(places[state]) or 'none'}" for state, words in STATES.items())
     note = (
-        f"{found}. A clause fails if its whole 95 % interval ({over(header.runs)}) is on the side named first, and holds if it does not fail and its "
-        "whole interval is on the second. The claim is supported if every clause holds, and refuted (not supported) if any one fails; else too "
-        "little is known: underpowered. One seed describes this model and this run, and judges nothing. Needed: so many seeds would decide "
-        "the clause four times in five, if the effect is the least that counts, or none."
+        f"{found}. A clause fails if its whole 95 % interval ({over(header.runs)}) is in the range 'fails if all', and holds if it does not fail and "
+        "its whole interval is in the range 'else holds if all'. The claim is supported if every clause holds, not supported if any one fails, and "
+        "otherwise underpowered. One seed describes this model and this run, and judges nothing. Needed: the number of seeds that would decide "
+        "the clause four times in five, if the effect is the least that counts, or zero."
     )
     judged = f": {row.verdict}" if row.verdict.startswith("cannot tell") else f" is {row.verdict}"
     return Table(f"Verdict, {row.arm}: '{row.claim}'{judged}", frame, note)

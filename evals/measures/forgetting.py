@@ -1,4 +1,4 @@
-"""Forgetting: what an arm no longer knows of what the base knew, by exposure, in three read-outs (see `probes/knowledge/familiarity.py`)."""
+"""Forgetting: what an arm no longer knows of what the base knew, by exposure, with three read-outs (see `probes/knowledge/familiarity.py`)."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,13 +23,13 @@ CHOICES = Chosen("forgetting/choice", "knowledge", "statement")
 READOUTS = {
     STATEMENTS.name: ("forgetting", "continuing a statement"),
     QUESTIONS.name: ("forgetting/question", "asked in the tuned format"),
-    CHOICES.name: ("forgetting/choice", "choosing among candidates, whatever the format"),
+    CHOICES.name: ("forgetting/choice", "choosing among candidates, in any format"),
 }
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """One arm, read-out and bucket of exposure: the arm's share, and the base's share minus it (`forgotten`; of the base itself none)."""
+    """One arm, read-out and bucket of exposure: the arm's `share` right, and the base's share minus it (`forgotten`; None for the base itself)."""
 
     readout: str
     bucket: str
@@ -49,7 +49,7 @@ class Forgotten:
 class Forgetting(Measure[Forgotten]):
     name = "forgetting"
     question = "What does an arm no longer know of what the base knew, by how often pretraining stated it?"
-    controls = "Paired over the same items; facts in no tuning data; facts never stated are the floor."
+    controls = "Paired over the same items; no fact is in the tuning data; facts that were never stated are the floor."
     needs = frozenset({"knowledge.statement", "knowledge.popularity"})
     summary = Forgotten
 
@@ -73,8 +73,8 @@ class Forgetting(Measure[Forgotten]):
                     ties[one.arm] = ties.get(one.arm, 0) + one.tied
             if ties:
                 columns["tied"] = {arm: str(count) for arm, count in ties.items()}
-            title = f"Forgotten of what the base knew, {how} (points)"
-            tables += table(title, [one.arm for one in rows], columns, "Base minus arm, by exposure; positive is forgotten.")
+            title = f"Forgotten of what the base knew, {how} (percentage points)"
+            tables += table(title, [one.arm for one in rows], columns, "Base minus arm, by exposure; above zero is forgotten.")
         return tables
 
     def charts(self, summary: Forgotten, header: Header) -> Iterable[Chart]:
@@ -87,7 +87,7 @@ class Forgetting(Measure[Forgotten]):
         for place, arm in enumerate(arms):
             x = tuple(number + (place - (len(arms) - 1) / 2) * 0.03 for number in range(len(labels)))
             lines.append(Series("line", all_scaled([one.share for one in rows if one.arm == arm], 100), x, label=arm))
-        panel = Panel(tuple(lines), x=exposure_axis(labels), y=Axis("statements continued rightly (%)"))
+        panel = Panel(tuple(lines), x=exposure_axis(labels), y=Axis("statements continued correctly (%)"))
         yield Chart("knowledge-by-exposure", f"{header.title}: knowledge by exposure, 95 % intervals", (panel,))
 
     def rows(self, summary: Forgotten) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What readings ask with: the items, prompts and settings of one world or data set and one seed."""
+"""What readings work with: the items, prompts and settings of one world or data set and one seed."""
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ TASK_ITEMS = 32
 
 @dataclass(frozen=True)
 class Inputs:
-    """`study` gives batch sizes, which decide nothing; `data` the models and items. All prompts are in the base's tokens."""
+    """`study` gives batch sizes, which do not change results; `data` gives models and items. All prompts are in the base's tokens."""
 
     study: Study
     data: StudyData
@@ -45,18 +45,18 @@ class Inputs:
         return self.data.test if which == "test" else self.data.knowledge
 
     def prompts(self, which: Which, form: Form) -> list[str]:
-        """What is asked of every item: its question in the study's format, or its statement to continue."""
+        """The prompt of every item: its question in the study's format, or its statement, which is to be continued."""
         if form == "statement":
             return [item.statement or "" for item in self.items(which)]
         return [prompt_text(item, self.tokenizer, self.data.prompt) for item in self.items(which)]
 
     @cached_property
     def inside(self) -> Prompts:
-        """The knowledge statements for those who look inside models."""
+        """The knowledge statements, for readings of hidden states."""
         statements, items = self.prompts("knowledge", "statement"), self.data.knowledge
         return Prompts(
             ids=[prompt_ids(self.tokenizer, statement) for statement in statements],
-            places=last_and_subject(self.tokenizer, items, statements),
+            positions=last_and_subject(self.tokenizer, items, statements),
             answers=[continuation_ids(self.tokenizer, item.answer)[0] for item in items],
             contrast=familiarity([float("nan") if item.popularity is None else item.popularity for item in items]).contrast,
         )
@@ -68,9 +68,9 @@ class Inputs:
 
     @cached_property
     def texts(self) -> list[str]:
-        """The language that the lens' translators are fitted on: the tuning data, or where there are none, the task, or else the statements.
+        """The texts that the lens' translators are fitted on: the tuning data; without any, the task's items; without any, the statements.
 
-        Statements are avoided: a translator that was fitted on them would know their last states by heart.
+        The knowledge statements are avoided: a translator that is fitted on them would memorize their last states.
         """
         data = self.data
         statements = dict.fromkeys(str(item.statement) for item in data.knowledge)
@@ -85,15 +85,15 @@ class Inputs:
         return all(item.subject is not None for item in self.data.knowledge)
 
     def known(self, member: Member) -> Known:
-        """What a model knows of the knowledge items; read once for each model's weights."""
+        """What a model knows of the knowledge items; computed once for each model's weights."""
         return self.once(("known", member.fingerprint), lambda: self.known_now(member))
 
     def known_now(self, member: Member) -> Known:
-        """The same of a model whose weights are changed on the way."""
+        """The same, computed anew: for a model whose weights change between calls."""
         return known(member, self.data.knowledge, batch_tokens=self.study.batch_tokens)
 
     def task_log_probability(self, member: Member) -> np.ndarray:
-        """Mean log-probability a token (nats) of each task item's answer after its prompt."""
+        """Mean log-probability per token (nats) of each task item's answer after its prompt."""
         prompt, tokenizer = self.data.prompt, member.tokenizer
         requests = []
         for item in self.task:
@@ -104,18 +104,18 @@ class Inputs:
         if not totals.isfinite().all():
             item = self.task[int((~totals.isfinite()).nonzero()[0])]
             name = member.model.name_or_path or type(member.model).__name__
-            raise UserError(f"task: '{name}' gives the answer of {item.question!r} no finite probability; take a model that is not broken")
+            raise UserError(f"task: '{name}' gives the answer of {item.question!r} no finite probability; use a model that is not broken")
         return (totals / torch.tensor([len(request.continuation) for request in requests])).numpy()
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What several readings of this process need, made once. `key` names the weights by their fingerprint."""
+        """A value that several readings of this process need, made once. `key` names the weights by their fingerprint."""
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]
 
 
 def common_columns(items: Sequence[Item]) -> pd.DataFrame:
-    """Who was asked what, in the columns that every record of items has."""
+    """The columns that every frame with one row per item has: unit, question, answer, popularity."""
     return pd.DataFrame(
         {
             "unit": [item.unit or item.question for item in items],
@@ -127,5 +127,5 @@ def common_columns(items: Sequence[Item]) -> pd.DataFrame:
 
 
 def as_content(items: Sequence[Item]) -> list[dict[str, Any]]:
-    """Items as they enter a key."""
+    """Items as they go into a record's key."""
     return [item.model_dump() for item in items]

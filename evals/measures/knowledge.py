@@ -1,4 +1,4 @@
-"""Knowledge: what tuning may lose. Statements in the pretraining format, continued greedily; their facts are in no tuning data."""
+"""Knowledge: what tuning may lose. Statements in the pretraining format, continued by greedy decoding; their facts are in no tuning data."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ STATEMENTS = Generated("knowledge", "knowledge", "statement")
 
 class Knowledge(Measure[Shares]):
     name = "knowledge"
-    question = "How many statements of pretraining does an arm still continue rightly?"
+    question = "How many statements from pretraining does an arm still continue correctly?"
     controls = "Statements of facts that the corpus states at least once; the same items for every arm."
     needs = frozenset({"knowledge.statement"})
     role = "kept"

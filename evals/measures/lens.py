@@ -1,4 +1,4 @@
-"""Lens: what a layer's state already says of the right answer. Mathematics: `probes/lens.py`, `probes/linear_probe.py`."""
+"""Lens: what a layer's state already encodes of the right answer. Mathematics: `probes/lens.py`, `probes/linear_probe.py`."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -32,14 +32,14 @@ LENSES = {"plain": "plain", "base": "base's", "own": "own"}
 
 
 class LensSettings(Settings):
-    tokens: int = Field(default=8192, ge=1, description="of text on which the translators are fitted, for each model")
+    tokens: int = Field(default=8192, ge=1, description="tokens of text on which the translators of each model are fitted")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ThroughLens(Reading):
     """Each model through the plain lens, the base's lens and its own, and linear probes of the same states.
 
-    Frames: `lens/items` (a row an item), `lens/states` (long: lens, what, state and one value an item) and `lens/translators` (a row a layer).
+    Frames: `lens/items` (one row per item), `lens/states` (long: lens, what, state; one value per item), `lens/translators` (one row per layer).
     """
 
     tokens: int
@@ -95,9 +95,9 @@ class ThroughLens(Reading):
 
 @dataclass(frozen=True)
 class LensRow:
-    """Through one lens, of one state, over exposed items: `log_probability` of the right answer's first token, its `share` among the candidates, and
-    how often it is the likeliest (`right`); `explained` is the variance of the last state that the arm's own translator explains. Of the `linear`
-    probe: its `accuracy`, and its `selectivity`, which is accuracy minus that on answers dealt at random."""
+    """One lens and one state, over exposed items: `log_probability` of the right answer's first token, its `share` among the candidates, and how
+    often it is the most probable candidate (`right`). `explained` is the share of the last state's variance that the arm's own translator explains.
+    For the `linear` probe: `accuracy`, and `selectivity`, which is accuracy minus the accuracy on randomly assigned answers."""
 
     arm: str
     lens: str
@@ -113,8 +113,8 @@ class LensFound:
 
 class LensMeasure(Measure[LensFound]):
     name = "lens"
-    question = "What do the layers already say of the right answer?"
-    controls = "The base's own lens on the tuned model; linear probes beside answers dealt at random."
+    question = "What do the layers already encode of the right answer?"
+    controls = "The base's own lens on the tuned model; linear probes of randomly assigned answers."
     needs = frozenset({"knowledge.statement", "knowledge.choices", "knowledge.popularity"})
     settings = LensSettings
     summary = LensFound
@@ -142,7 +142,7 @@ class LensMeasure(Measure[LensFound]):
             x = Axis("residual stream after layer (0: embeddings)", integers=True)
             panels.append(Panel(tuple(bands), arm, x, Axis("right candidate's share (%)")))
         if panels:
-            title = f"{header.title}: what the layers already say of the right answer, with 95 % bands"
+            title = f"{header.title}: what the layers already encode of the right answer, with 95 % bands"
             yield Chart("lens", title, tuple(panels), shared=True)
 
 
@@ -186,29 +186,30 @@ def _arms(rows: Sequence[LensRow]) -> list[str]:
 
 def _lens_table(summary: LensFound, header: Header) -> list[Table]:
     rows = [row for row in summary.rows if row.what == "share"]
-    # The base's own lens is the base's.
+    # For the base, the own lens and the base's lens are the same.
     rows += [replace(row, lens="own") for row in rows if row.arm == header.base and row.lens == "base"]
     note = (
         "The right candidate's share among the candidates, after the statement, in exposed items. Plain: the model's own final norm and head. "
-        "Base's: states first translated linearly as the base's are. Own: as the model's own are. Lost through the base's lens but not "
-        f"through the own one means rotated, not erased. 95 % intervals, {over(header.runs)}."
+        "Base's: states first pass the linear translator fitted on the base. Own: the one fitted on the model itself. What is lost through the "
+        f"base's lens but not through the own lens is rotated, not erased. 95 % intervals, {over(header.runs)}."
     )
-    title = "What the layers already say of the right answer, through a lens (per cent)"
+    title = "What the layers already encode of the right answer, through a lens (per cent)"
     return _by_layer(header, rows, "lens", LENSES, title, note)
 
 
 def _probe_table(summary: LensFound, header: Header) -> list[Table]:
     rows = [row for row in summary.rows if row.lens == "linear"]
     note = (
-        "Accuracy: how often a linear probe names the answer of people it was not trained on. Selectivity: minus its accuracy on answers dealt at "
-        f"random; near or below zero the states say who is meant, and not the answer. 95 % intervals, {over(header.runs)}."
+        "Accuracy: how often a linear probe names the right answer for people it was not trained on. Selectivity: accuracy minus the accuracy on "
+        "randomly assigned answers; near or below zero, the states encode who is meant, and not the answer. "
+        f"95 % intervals, {over(header.runs)}."
     )
-    title = "What a linear probe finds of the right answer (per cent; selectivity in points)"
+    title = "What a linear probe finds of the right answer (per cent; selectivity in percentage points)"
     return _by_layer(header, rows, "what", {"accuracy": "accuracy", "selectivity": "selectivity"}, title, note)
 
 
 def _by_layer(header: Header, rows: Sequence[LensRow], key: str, names: dict[str, str], title: str, note: str) -> list[Table]:
-    """A row for each of `names` and arm, and a column for each landmark among the layers."""
+    """One row for each of `names` and each arm, and one column for each selected layer."""
     if not rows:
         return []
     found = {(getattr(row, key), row.arm, row.state): row.value for row in rows}
@@ -220,7 +221,7 @@ def _by_layer(header: Header, rows: Sequence[LensRow], key: str, names: dict[str
 
 
 def _landmarks(layers: int) -> dict[int, str]:
-    """The states that deserve a column, in words: ends of blocks, the last but one, the last."""
+    """The states that get a column, with its title: ends of blocks, the last but one, the last."""
     ends = [(block[-1], f"{name} block's end") for name, block in thirds(layers).items() if len(block) and name != "high"]
     words: dict[int, list[str]] = {}
     for state, name in [*ends, (layers - 1, "before the last"), (layers, "last")]:

@@ -1,4 +1,4 @@
-"""Long frames: one value an item for each of many columns, and the columns' names (metric, site, state, …) as columns of their own."""
+"""Long frames: one value per item for each of many quantities; a quantity's names (metric, site, state, …) are columns of the frame."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +10,7 @@ Names = dict[str, Any]
 
 
 def long_frame(columns: Iterable[tuple[Names, np.ndarray]]) -> pd.DataFrame:
-    """A row for each item of each column, column after column, the items in one order."""
+    """One row for each item of each quantity, quantity after quantity, with the items always in the same order."""
     names, values = zip(*columns, strict=True)
     frame = pd.DataFrame(list(names))
     words = [name for name in frame if isinstance(frame[name].iloc[0], str)]
@@ -19,7 +19,7 @@ def long_frame(columns: Iterable[tuple[Names, np.ndarray]]) -> pd.DataFrame:
 
 
 def matrix(frame: pd.DataFrame, items: int, **wanted: Any) -> tuple[np.ndarray, pd.DataFrame]:
-    """Values [items, columns] of a long frame of so many items, and the names of each column: those columns that have all the `wanted` names."""
+    """Values [items, quantities] of a long frame with `items` items, and the names of each quantity; only quantities with all `wanted` names."""
     columns = frame.drop(columns="value").iloc[::items].reset_index(drop=True)
     chosen = np.ones(len(columns), bool)
     for name, value in wanted.items():

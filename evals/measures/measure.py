@@ -1,7 +1,7 @@
-"""The seam: a reading says what is recorded of models, a measure says what is concluded from records.
+"""The two base classes: a reading says what is recorded of models, a measure says what is concluded from records.
 
-A reading is expensive and keyed by its content; a measure is cheap and pure. To add a measure, write one module in this folder that ends in
-`register(...)`: the study file, the command line, the records, tables, figures and the results file then know it.
+A reading is expensive and keyed by its content; a measure is cheap and pure. To add a measure, write one module in this folder that ends with
+`register(...)`. The study file, the command line, records, tables, figures and results.json then include it.
 """
 
 from abc import ABC, abstractmethod
@@ -31,11 +31,10 @@ S = TypeVar("S")
 class Reading(ABC):
     """What is recorded. Equal readings that two measures ask for are made once.
 
-    `name` is what progress bars and `proxytune items` call it. Each frame of each label is one record. Its key is a hash of the weights, the
-    mixture, the seed, the frame's name, `version` and `decides`. A
-    change of what a reading gives needs a new `version`; the records of other readings stay. `subject` is what is loaded:
-    `Outputs` (members and mixtures over them) or `Pair` (the base and a model tuned from it). `beside_base` says that `Outputs` must hold
-    the base as well.
+    `name` is shown in progress bars and used by `proxytune items`. Each frame of each label (arm) is one record. The record's key is a hash of the
+    weights, the mixture, the seed, the frame's name, `version` and `decides`. If a reading changes what it records, it needs a new `version`; the
+    records of other readings stay valid. `subject` is what is loaded: `Outputs` (members and mixtures over them) or `Pair` (the base and a model
+    tuned from it). `beside_base` says that `Outputs` must also hold the base.
     """
 
     name: str
@@ -45,26 +44,26 @@ class Reading(ABC):
 
     @abstractmethod
     def decides(self, inputs: Inputs) -> dict[str, Any]:
-        """All that decides the frames besides weights, mixture and seed, as JSON."""
+        """Everything that decides the frames besides weights, mixture and seed, as JSON values."""
 
     @abstractmethod
     def frames(self, subject: Any, inputs: Inputs) -> tuple[str, ...]:
-        """The names of the frames that `read` gives for each label; none where this subject cannot be read."""
+        """The names of the frames that `read` returns for each label; empty if this subject cannot be read."""
 
     @abstractmethod
     def steps(self, subject: Any, inputs: Inputs) -> int:
-        """How many steps `read` reports to its progress."""
+        """How many steps `read` reports to `progress`."""
 
     @abstractmethod
     def read(self, subject: Any, inputs: Inputs, progress: Progress) -> dict[str, Frames]:
-        """The frames of every label of the subject."""
+        """The frames of every label of the subject, by label and frame name."""
 
     def first_prompt(self, inputs: Inputs) -> str | None:
-        """The first prompt and its answer, to be shown before the reading starts; None where there is nothing to show."""
+        """The first prompt and its answer, to be shown before the reading starts; None if there is nothing to show."""
         return None
 
     def protocol(self, inputs: Inputs) -> str:
-        """A hash of all that decides how arms are asked. Rows whose protocol differs cannot stand in one table."""
+        """A hash of everything that decides how arms are asked. Rows with different protocols cannot be in one table."""
         return content_key(reading=type(self).__name__, version=self.version, **self.decides(inputs))
 
 
@@ -75,7 +74,7 @@ class Settings(BaseModel):
 
 
 class Share(NamedTuple):
-    """What a measure gives to the comparison across measures: the arms' shares with joint draws, and the items' frames by seed and arm."""
+    """What a measure contributes to the comparison across measures: the arms' shares with joint draws, and the items' frames by seed and arm."""
 
     estimate: Estimate
     frames: Sequence[Sequence[pd.DataFrame]]
@@ -84,10 +83,10 @@ class Share(NamedTuple):
 class Measure(ABC, Generic[S]):
     """What is concluded.
 
-    `name` is the word in the study file, the module's name, the choice of `proxytune probe` and the key in the results. `question` is the
-    help text. `controls` says what the measure controls for. `needs` names the data without which it cannot be measured (`test`,
-    `knowledge`, and attributes of items such as `knowledge.choices`). `role` says how gap closed, contrasts and frontier use its share: `gain`
-    is what tuning is for, `kept` is what tuning may lose. `built_on` are measures that it concludes from.
+    `name` is the word in the study file, the module's name, the argument of `proxytune probe` and the key in the results. `question` is the
+    help text. `controls` says what the measure controls for. `needs` names the data that the measure requires (`test`, `knowledge`, and attributes
+    of items such as `knowledge.choices`). `role` says how gap closed, contrasts and frontier use its share: `gain` is what tuning is for, `kept` is
+    what tuning may lose. `built_on` names the measures whose conclusions it uses.
     """
 
     name: ClassVar[str]
@@ -100,7 +99,7 @@ class Measure(ABC, Generic[S]):
 
     @abstractmethod
     def readings(self, inputs: Inputs, settings: Any) -> list[Reading]:
-        """What has to be recorded."""
+        """The readings that the measure needs."""
 
     @abstractmethod
     def summarize(self, records: Recorded, settings: Any) -> S:
@@ -109,7 +108,7 @@ class Measure(ABC, Generic[S]):
     @property
     @abstractmethod
     def summary(self) -> type[S]:
-        """The class of the summary, to read it again from JSON."""
+        """The class of the summary, with which it is read back from JSON."""
 
     def tables(self, summary: S, header: Header) -> list[Table]:
         return []
@@ -118,13 +117,13 @@ class Measure(ABC, Generic[S]):
         return []
 
     def clauses(self, summary: S) -> Mapping[str, Sequence[Clause]]:
-        """By arm, the clauses of a verdict whose rule is fixed beforehand."""
+        """The clauses of a verdict whose rule is fixed beforehand, by arm."""
         return {}
 
     def rows(self, summary: S) -> list[dict[str, Any]]:
-        """Rows of the results' long table: `arm`, `measure`, `value`, `low`, `high`, `n`, `unparsed`, perhaps `tied`."""
+        """Rows of the results' long table: `arm`, `measure`, `value`, `low`, `high`, `n`, `unparsed`, and `tied` where choices were made."""
         return []
 
     def share(self, records: Recorded) -> Share | None:
-        """The arms' shares, of a measure with a `role`."""
+        """The arms' shares, for a measure with a `role`; None for other measures."""
         return None

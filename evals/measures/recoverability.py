@@ -1,4 +1,4 @@
-"""Recoverability: how soon what was lost returns when it is taught again. Mathematics: `probes/recoverability.py`."""
+"""Recoverability: how fast lost knowledge returns when it is taught again. Mathematics: `probes/recoverability.py`."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from finetune.items import Item
 from probes.knowledge.candidates import Known
 from probes.recoverability import CURVES, FORGOTTEN, NEVER, Curve, Relearning, Savings, relearn, savings, spurious
 
-RESAMPLES = 300  # of units, for how soon knowledge returns: each runs through a whole curve
+RESAMPLES = 300  # of units, for the intervals of the steps: each resample needs a whole curve
 WORDS = {"forgotten": "exposed facts, taught again", "never exposed": "facts never exposed, taught", "unrelated": "exposed facts, ten others taught"}
 
 
@@ -31,13 +31,13 @@ class RelearningSettings(Settings):
     """How knowledge is taught again."""
 
     learning_rate: float = Field(default=1e-4, gt=0, allow_inf_nan=False)
-    steps: int = Field(default=32, ge=1, description="at most; a fact not regained by then counts as not regained")
+    steps: int = Field(default=32, ge=1, description="at most; a fact that is not regained by then counts as not regained")
     batch_size: int = Field(default=16, ge=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Relearned(Reading):
-    """The curves of a tuned model; frame `recoverability`, a row for each curve, step and item."""
+    """The relearning curves of a tuned model. Frame `recoverability`: one row for each curve, step and item."""
 
     settings: RelearningSettings
     name: str = "recoverability"
@@ -86,9 +86,10 @@ class RelearningCurve:
 
 @dataclass(frozen=True)
 class Recovered:
-    """Of one arm: `lost` (base minus arm in the right candidate's probability before the first step); for each seed the steps to regain it
-    (`relearned`) and to gain as much for the first time (`learned`); the savings, whose `bound` says how they were read; the share of the
-    loss that ten unrelated facts bring back. The last two are None where the loss is within noise, or a curve could not be read."""
+    """One arm. `lost`: base minus arm in the right candidate's probability before the first step. For each seed, the steps to regain it (`relearned`)
+    and the steps in which new facts gain as much (`learned`). `savings`: 1 minus their ratio; `bound` says whether a seed's savings are exact or a
+    bound. `brought_back`: the share of the loss that ten unrelated facts bring back. `savings` and `brought_back` are None where the loss is within
+    noise, or a curve could not be read."""
 
     arm: str
     lost: Value
@@ -107,8 +108,8 @@ class RecoverabilityFound:
 
 class Recoverability(Measure[RecoverabilityFound]):
     name = "recoverability"
-    question = "How soon does what was lost return when it is taught again?"
-    controls = "Facts never exposed, taught as long; ten unrelated facts; facts drawn by the seed."
+    question = "How fast does lost knowledge return when it is taught again?"
+    controls = "Facts that were never exposed, taught for as many steps; ten unrelated facts; facts drawn by the seed."
     needs = frozenset({"knowledge.statement", "knowledge.choices", "knowledge.popularity"})
     settings = RelearningSettings
     summary = RecoverabilityFound
@@ -127,12 +128,12 @@ class Recoverability(Measure[RecoverabilityFound]):
         columns["savings"] = {arm: _savings(row) for arm, row in rows.items()}
         columns["unrelated facts bring back (% of the loss)"] = {arm: cell(row.brought_back, 100) for arm, row in rows.items()}
         note = (
-            "Steps of tuning on plain statements: until facts that were exposed have 95 % of the probability that the base gives them, and until "
-            "facts that never were have gained as much; n/a: not within the steps given. Savings: 1 minus their ratio; 1 is nothing to "
-            "relearn, 0 as slow as new facts. What ten unrelated facts bring back "
-            f"was never lost. Both n/a where the loss is within noise. 95 % intervals, {over(header.runs)}."
+            "Steps of tuning on plain statements: until exposed facts have 95 % of the probability that the base gives them (relearned), and until "
+            "facts that were never exposed have gained as much (learned anew); n/a: not within the steps given. Savings: 1 minus their ratio; 1: "
+            "nothing had to be relearned; 0: as slow as new facts. What ten unrelated facts bring back "
+            f"was never lost. The last two are n/a where the loss is within noise. 95 % intervals, {over(header.runs)}."
         )
-        return table("Recoverability: how soon what was lost returns", header.ordered(list(rows)), columns, note)
+        return table("Recoverability: how fast lost knowledge returns", header.ordered(list(rows)), columns, note)
 
     def charts(self, summary: RecoverabilityFound, header: Header) -> Iterable[Chart]:
         panels = []
@@ -148,7 +149,7 @@ class Recoverability(Measure[RecoverabilityFound]):
             x_axis = Axis("steps of tuning on plain statements (log scale)", ticks)
             panels.append(Panel(tuple(marks), row.arm, x_axis, Axis("right candidate's probability (%)", limits=(0.0, 100.0))))
         if panels:
-            title = f"{header.title}: how soon knowledge returns, with 95 % bands"
+            title = f"{header.title}: how fast knowledge returns, with 95 % bands"
             yield Chart("recoverability", title, tuple(panels), "dotted: what the base knows of the same facts", shared=True)
 
 
@@ -156,7 +157,7 @@ class Recoverability(Measure[RecoverabilityFound]):
 
 
 class Curves(NamedTuple):
-    """A record's curves, what the base knows of every item, every item's unit ("none" where no curve has it), and the units' strata."""
+    """A record's curves, what the base knows of every item, every item's unit ("none" if no curve has the item), and the units' strata."""
 
     curves: dict[str, Curve]
     base: Known
@@ -165,7 +166,7 @@ class Curves(NamedTuple):
 
 
 def _recovered(records: Recorded, arm: str) -> Recovered:
-    """Intervals resample units within seeds; with several seeds they are at least that of the seeds' t distribution."""
+    """Intervals resample units within seeds; with several seeds they are at least as wide as the t interval over the seeds."""
     frames = records("recoverability", arm)
     before = [frame[(frame["curve"] == FORGOTTEN) & (frame["step"] == 0)] for frame in frames]
     losses = [means_by_unit(part, (part["base_probability"] - part["probability"]).to_numpy()[:, None]) for part in before]
@@ -183,7 +184,7 @@ def _recovered(records: Recorded, arm: str) -> Recovered:
 
 
 def _curves(records: Recorded, frames: Sequence[pd.DataFrame]) -> Iterator[RelearningCurve]:
-    """Those that every seed of the arm has."""
+    """The curves that every seed of the arm has."""
     for name in CURVES:
         parts = [frame[frame["curve"] == name] for frame in frames]
         if any(part.empty for part in parts):
@@ -215,7 +216,7 @@ def _relearned(read: Curves) -> tuple[Savings, float | None]:
 
 
 def _return(of_seeds: Sequence[float | None], again: Sequence[Sequence[float | None]], most: float = np.inf) -> Value | None:
-    """The mean over seeds with its interval; `again` are the seeds' values of units drawn again. None where some seed has no value."""
+    """The mean over seeds with its interval; `again` holds the seeds' values for resampled units. None if some seed has no value."""
     known = _known(of_seeds)
     drawn = [np.mean(values) for seeds in again if (values := _known(seeds)) is not None]
     if known is None or len(drawn) <= len(again) / 2:
@@ -228,15 +229,14 @@ def _return(of_seeds: Sequence[float | None], again: Sequence[Sequence[float | N
 
 
 def _known(values: Sequence[float | None]) -> list[float] | None:
-    """The values where there are all."""
+    """The values if none is missing, otherwise None."""
     known = [value for value in values if value is not None]
     return known if len(known) == len(values) else None
 
 
 def _resampled(read: Curves, draw: int) -> Curves:
-    """Units drawn again within strata, with all their items; copies are items of their own, but of one unit, which must stay on one side.
-
-    The same units are drawn of every seed that has them.
+    """Units resampled within strata, with all their items. Copies of an item are items of their own, but belong to one unit, which must stay on one
+    side of a split. The same units are drawn in every seed that has them.
     """
     names, strata = np.array(list(read.strata)), np.array(list(read.strata.values()))
     generator = np.random.default_rng(draw)

@@ -1,4 +1,4 @@
-"""The measures that there are. A measure enters by `register`; every module of this folder is imported when the measures are first asked for."""
+"""The list of measures. A measure is added by `register`; every module of this folder is imported when the list is first needed."""
 
 import importlib
 import pkgutil
@@ -11,7 +11,7 @@ _measures: dict[str, Any] = {}
 
 
 def register(measure: Any) -> Any:
-    """Enters a `Measure`. Raises `UserError` where another one has its name."""
+    """Adds a `Measure`. Raises `UserError` if another measure has its name."""
     if type(_measures.get(measure.name, measure)) is not type(measure):
         raise UserError(f"measures: two are called '{measure.name}'; rename one")
     _measures[measure.name] = measure

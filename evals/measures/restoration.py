@@ -1,4 +1,4 @@
-"""Restoration: what comes back when parts of a tuned model are the base's again. Mathematics: `probes/restoration.py`, `probes/patching.py`."""
+"""Restoration: what returns when parts of a tuned model are set back to the base. Mathematics: `probes/restoration.py`, `probes/patching.py`."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from probes.internals.blocks import BLOCKS
 from probes.patching import patch_subject
 from probes.restoration import block_label, count_evaluations, damage, recovery, restore, shapley
 
-FEW_STATES = 7  # so many columns fit a page; of more, the best is shown
+FEW_STATES = 7  # columns that fit on a page; if there are more states, only the best is shown
 DRAWN = {
     "shapley": "Shapley value",
     "recovery": "restored alone",
@@ -33,10 +33,10 @@ DRAWN = {
 
 @dataclass(frozen=True)
 class Restored(Reading):
-    """The right candidate's probability with parts set back to the base, the task's cost of it, and with the base's states of the subject.
+    """The right candidate's probability with parts set back to the base, or with the base's state of the subject; and what restoring costs the task.
 
-    Frames: `restoration` (a row a restored part and item), `restoration/task` (the same of task items; there where there are any) and
-    `patching` (a row an item and state; there where every item names its subject).
+    Frames: `restoration` (one row per restored part and item), `restoration/task` (the same for task items, if there are any) and `patching`
+    (one row per item and state, if every item names its subject).
     """
 
     name: str = "restoration"
@@ -82,8 +82,8 @@ class Part:
     """What setting a part back to the base changes, in the right candidate's probability over exposed items.
 
     `what`: `loss` (base minus arm), `shapley`, `recovery` (the block alone), its controls `same-number` and `same-norm`, `damage` (the base with
-    this block tuned), `top` and `random` (so many per cent of all parameters), and `task` (nats a token of the task's answers).
-    `share` is the value over the loss; None where the loss is within noise.
+    this block tuned), `top` and `random` (`part` per cent of all parameters), and `task` (nats per token of the task's answers).
+    `share` is the value divided by the loss; None where the loss is within noise.
     """
 
     arm: str
@@ -95,8 +95,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Patched:
-    """The right candidate's share with the base's state of the subject after a layer, minus the share without; of the base itself
-    where `state` is None."""
+    """The right candidate's share with the base's state of the subject after layer `state`, minus the share without it. If `state` is None, the
+    share of the base minus that of the arm."""
 
     arm: str
     state: int | None
@@ -112,7 +112,7 @@ class RestorationFound:
 class Restoration(Measure[RestorationFound]):
     name = "restoration"
     question = "Which part of the weights holds what tuning lost?"
-    controls = "As many parameters elsewhere; as much change elsewhere; parameters at random; the task's cost."
+    controls = "As many parameters elsewhere; as much change elsewhere; random parameters; the cost to the task."
     needs = frozenset({"knowledge.statement", "knowledge.choices", "knowledge.popularity"})
     summary = RestorationFound
 
@@ -156,8 +156,8 @@ class Restoration(Measure[RestorationFound]):
 
 
 def restored_by_seed(records: Recorded, arm: str) -> tuple[list[tuple[str, str]], list[np.ndarray]]:
-    """What was restored, and for each seed units' changes of the right candidate's probability by it [units, parts], over exposed items; the
-    whole loss first."""
+    """The names of what was restored, and for each seed the units' changes of the right candidate's probability [units, parts], over exposed items.
+    The whole loss is first."""
     names: list[tuple[str, str]] = []
     seeds = []
     for frame in records("restoration", arm):
@@ -171,7 +171,7 @@ def restored_by_seed(records: Recorded, arm: str) -> tuple[list[tuple[str, str]]
             kind, _, part = label.partition("/")
             if kind != "blocks":
                 columns[kind, part] = value - unchanged
-        # A control that some seed does not have (no match outside its block) is left out of all.
+        # A control that one seed lacks (no match outside its block) is left out for all seeds.
         names = [name for name in names if name in columns] if names else list(columns)
         seeds.append((known[known["restored"] == block_label(())], columns))
     return names, [means_by_unit(frame, np.stack([columns[name] for name in names], axis=1)) for frame, columns in seeds]
@@ -235,8 +235,8 @@ def _shapley_table(summary: RestorationFound, header: Header) -> list[Table]:
         columns[block] = {row.arm: _with_share(row) for row in summary.parts if (row.what, row.part) == ("shapley", block)}
     note = (
         "Probability of the right candidate, exposed items. Lost: base minus arm. Each block's Shapley value: what setting it back to the base "
-        "brings back, averaged over every order in which the blocks could be; they add up to the loss, and the per cent are of it (left out where "
-        f"the loss is within noise). 95 % intervals, {over(header.runs)}."
+        "brings back, averaged over every order of the blocks. The values add up to the loss; per cent are of the loss (left out where "
+        f"it is within noise). 95 % intervals, {over(header.runs)}."
     )
     return table("Restoration: which block holds the loss (points of probability)", _arms(summary, header), columns, note)
 
@@ -247,7 +247,7 @@ def _with_share(row: Part) -> str:
 
 
 def _block_table(summary: RestorationFound, header: Header) -> list[Table]:
-    """Each block by itself, beside its controls and what it does to the task."""
+    """Each block by itself, beside its controls and its effect on the task."""
     found = {(row.arm, row.what, row.part): row.value for row in summary.parts}
     lines = [(arm, block) for arm in _arms(summary, header) for block in BLOCKS]
     frame = pd.DataFrame({"arm": [arm for arm, _ in lines], "block": [block for _, block in lines]}, dtype=str)
@@ -256,10 +256,10 @@ def _block_table(summary: RestorationFound, header: Header) -> list[Table]:
     frame["tuned alone"] = [cell(found.get((arm, "damage", block)), 100) for arm, block in lines]
     frame["task (nats a token)"] = [cell(found.get((arm, "task", block)), 1, 3) for arm, block in lines]
     note = (
-        "Restored alone: what comes back when this block is the base's again, in points of probability of the right candidate. Its controls: as many "
+        "Restored alone: what returns when this block is set back to the base, in points of the right candidate's probability. Its controls: as many "
         "parameters drawn outside it, and as much of the change's squared norm (n/a: nothing changed in it, or not enough outside); a block that "
-        "brings back no more is no special place. Tuned alone: what the base loses with this block tuned. Task: change of the log-probability of the "
-        f"task's answers when the block is restored; below zero is the task's price. 95 % intervals, {over(header.runs)}."
+        "brings back no more than its controls is not special. Tuned alone: what the base loses when only this block is tuned. Task: change of the "
+        f"log-probability of the task's answers when the block is restored; below zero is a cost. 95 % intervals, {over(header.runs)}."
     )
     return [Table("Restoration, block by block (points of probability)", frame, note)] if lines else []
 
@@ -272,8 +272,8 @@ def _most_changed_table(summary: RestorationFound, header: Header) -> list[Table
     frame = pd.DataFrame({"arm": [arm for arm, _ in lines], "restored": [names[what] for _, what in lines]}, dtype=str)
     for share in shares:
         frame[f"{share} %"] = [cell(found.get((arm, what, share)), 100) for arm, what in lines]
-    note = f"Of all parameters: those that changed most, and as many drawn at random, set back to the base. 95 % intervals, {over(header.runs)}."
-    return [Table("Restoration of so many parameters (points of probability brought back)", frame, note)] if lines else []
+    note = f"The parameters that changed most, and as many random ones, set back to the base. 95 % intervals, {over(header.runs)}."
+    return [Table("Restoration of a share of all parameters (points of probability brought back)", frame, note)] if lines else []
 
 
 def _patching_table(summary: RestorationFound, header: Header) -> list[Table]:
@@ -285,16 +285,16 @@ def _patching_table(summary: RestorationFound, header: Header) -> list[Table]:
     if len(states) <= FEW_STATES:
         for state in states:
             columns[f"layer {state}" if state else "embeddings"] = {row.arm: cell(row.value, 100) for row in rows if row.state == state}
-        note += "Then what comes back when the arm continues from the base's state of the subject's last token after that layer."
+        note += "Then what returns when the arm continues from the base's state of the subject's last token after that layer."
     else:
         best = {arm: max((row for row in rows if row.arm == arm and row.state is not None), key=lambda row: row.value.value or 0) for arm in arms}
         columns["brought back"] = {arm: cell(row.value, 100) for arm, row in best.items()}
         columns["after layer"] = {arm: str(row.state) for arm, row in best.items()}
         note += (
-            "Brought back: most that comes back when the arm continues from the base's state of the subject's last token after one layer, out of "
-            f"{len(states)}; the largest of so many is a little too large, and its interval does not say so."
+            "Brought back: the most that returns when the arm continues from the base's state of the subject's last token after one layer, out of "
+            f"{len(states)}; the largest of so many is biased upwards, and its interval does not include that bias."
         )
-    title = "Patching: the base's state of the subject in the arm (points)"
+    title = "Patching: the base's state of the subject in the arm (percentage points)"
     return table(title, arms, columns, f"{note} 95 % intervals, {over(header.runs)}.")
 
 

@@ -1,4 +1,4 @@
-"""What measures of right answers have in common: shares of units with joint intervals, their rows and their table."""
+"""Code that measures of right answers share: shares with joint intervals, their rows and their table."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ from evals.statistics.intervals import Estimate, bootstrap_means, interval
 from evals.statistics.value import Value, value_of
 from probes.knowledge.familiarity import familiarity
 
-SHARE, DIFFERENCE = (0.0, 1.0), (-1.0, 1.0)  # what shares and their differences can be
+SHARE, DIFFERENCE = (0.0, 1.0), (-1.0, 1.0)  # the possible values of shares and of their differences
 Select = Callable[[pd.DataFrame], np.ndarray]
 
 
 @dataclass(frozen=True)
 class ArmShare:
-    """An arm's share of right answers over `n` items of all seeds; `tied` counts items of which several choices had the highest score."""
+    """An arm's share of right answers over `n` items of all seeds. `tied` counts items for which several choices had the highest score."""
 
     arm: str
     share: Value
@@ -36,7 +36,7 @@ class Shares:
 
 
 def can_be_known(frame: pd.DataFrame) -> np.ndarray:
-    """All items but those that the corpus never states."""
+    """All items except those that the corpus never states."""
     return (frame["popularity"] != 0).to_numpy()
 
 
@@ -46,7 +46,7 @@ def in_bucket(label: str) -> Select:
 
 
 def estimate_shares(records: Recorded, frame: str, select: Select = can_be_known) -> Estimate:
-    """The share of right answers of the selected items' units, jointly for all arms that have the frame."""
+    """The share of right answers over the selected items' units, jointly for all arms that have the frame."""
     seeds = records.by_seed(frame)
     means = [np.stack([_unit_means(of_arm[select(of_arm)]) for of_arm in seed]) for seed in seeds]
     strata = [levels(seed[0][select(seed[0])]) for seed in seeds]
@@ -63,7 +63,7 @@ def summarize_shares(records: Recorded, frame: str) -> Shares:
 
 
 def counts(frames: Sequence[pd.DataFrame], select: Select) -> dict[str, Any]:
-    """`n`, `unparsed` and, where choices were made, `tied` of the selected items of all seeds."""
+    """`n`, `unparsed` and, where choices were made, `tied`, over the selected items of all seeds."""
     chosen = [frame[select(frame)] for frame in frames]
     unparsed = int(sum(frame["unparsed"].sum() for frame in chosen))
     tied = int(sum(frame["tied"].sum() for frame in chosen)) if all("tied" in frame for frame in chosen) else None
@@ -86,7 +86,7 @@ def share_table(measure: str, shares: Shares, header: Header) -> list[Table]:
     tied = {one.arm: str(one.tied) for one in shares.arms if one.tied is not None}
     if tied:
         columns["tied"] = tied
-    ties = "; tied: several choices were equally likely, each counts 1/k" if tied else ""
+    ties = "; tied: k choices were equally likely, each counts 1/k" if tied else ""
     most = max((one.n for one in shares.arms), default=0)
     note = f"Per cent right of {most} (unparsed counts as wrong{ties}); 95 % intervals, paired, {over(header.runs)}."
     return table(measure.capitalize(), [one.arm for one in shares.arms], columns, note)

@@ -1,4 +1,4 @@
-"""The reading of hidden states: density at every site, place and state, geometry, drift of the weights, and their nulls, from shared passes."""
+"""The reading of hidden states: density at every site, place and layer, geometry, drift of the weights, and null models, from shared passes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,13 +24,13 @@ PLACES = ("last", "subject")
 
 @dataclass(frozen=True)
 class States(Reading):
-    """The base's states or a tuned model's beside the base's.
+    """The states of the base, or of a tuned model beside the base.
 
-    Frames: `prompts` has a row an item. `states` is long (`long_frame`): metric, site, place, state; with the log-probability of the right answer's
-    first token (site `output`), and of a tuned model the cosine with the base's residual stream. `geometry` has a row a group of items and state.
-    Of the base also `untrained`: as `states`, of an untrained model. Of a tuned model `random`: as `states` with `draw`, under random
-    deltas of the same norm; and `weights`: a row a matrix. Memory: both models, a copy of both models' weights, and the moments of
-    `probes/internals/moments.py`.
+    Frames: `prompts` has one row per item. `states` is long (`long_frame`): metric, site, place, state. It includes the log-probability of the right
+    answer's first token (site `output`) and, for a tuned model, the cosine with the base's residual stream. `geometry` has one row per group of items
+    and state. The base also has `untrained`: like `states`, for an untrained model. A tuned model also has `random`: like `states`, with a column
+    `draw`, under random deltas of the same norm; and `weights`: one row per matrix. Memory: both models, a copy of both models' weights, and the
+    moments of `probes/internals/moments.py`.
     """
 
     name: str = "states"
@@ -74,7 +74,7 @@ class States(Reading):
 
 
 def layers_of(frame: pd.DataFrame) -> int:
-    """How many layers a long frame is of: states are counted from 0, the embeddings."""
+    """The number of layers in a long frame. States are counted from 0, which is the embeddings."""
     return int(frame.loc[frame["site"] == "residual", "state"].max())
 
 
@@ -89,7 +89,7 @@ def _long(inside: Inside, cosine: bool = False) -> pd.DataFrame:
 
 
 def _columns(inside: Inside, cosine: bool) -> Iterator[tuple[Names, np.ndarray]]:
-    """What attention and MLP of layer k add has k as its state, as the residual stream after layer k."""
+    """The outputs of attention and MLP in layer k have state k, like the residual stream after layer k."""
     arrays = {(*name.split("/"),): values for name, values in inside.density.items()} | ({("cosine", "residual"): inside.cosine} if cosine else {})
     for (metric, site), values in arrays.items():
         first = 1 if site in ("attention", "mlp") else 0
@@ -100,10 +100,10 @@ def _columns(inside: Inside, cosine: bool) -> Iterator[tuple[Names, np.ndarray]]
 
 
 def _geometry(inside: Inside, nulls: bool) -> pd.DataFrame:
-    """A row for every state of the familiar, the unfamiliar and `both` together: `rankme` of the last model, `cka` with the first.
+    """One row for every state of the familiar items, the unfamiliar items and `both`: `rankme` of the last model, `cka` with the first.
 
-    With `nulls` also the Gaussian null of all items' states. Base and tuned models have the same items in these groups, since RankMe
-    grows with their number.
+    With `nulls` also the density of Gaussian vectors with the moments of all items' states. Base and tuned models have the same items in these
+    groups, since RankMe grows with their number.
     """
     groups = {name: inside.moments[name] for name in ("familiar", "unfamiliar")}
     groups["both"] = groups["familiar"].plus(groups["unfamiliar"])

@@ -1,4 +1,4 @@
-"""What readings look at: `Outputs`, mixtures over loaded members, and `Pair`, the base beside a model tuned from it."""
+"""What readings read: `Outputs` (mixtures over loaded members) and `Pair` (the base beside a model tuned from it)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from proxytune.modeling import ProxyTunedForCausalLM
 
 @dataclass(frozen=True)
 class Outputs:
-    """Members that are loaded together, where they come from, and the mixtures over them by arm. The first member's tokenizer is the mixtures'."""
+    """Members that are loaded together, their sources, and the mixtures over them by arm. The mixtures use the first member's tokenizer."""
 
     members: Mapping[str, Member]
     sources: Mapping[str, Weights]
@@ -34,26 +34,26 @@ class Outputs:
         return list(self.mixtures)
 
     def only(self, labels: Sequence[str]) -> "Outputs":
-        """The same members with some of the mixtures."""
+        """The same members with these mixtures only."""
         return replace(self, mixtures={label: self.mixtures[label] for label in labels})
 
     def causes(self, label: str) -> dict[str, Any]:
-        """What decides an arm's records besides how it is asked.
+        """What decides an arm's records besides the protocol: part of the record's key.
 
-        These are the members with their coefficients, without the names they go by, and the first of all members, whose tokenizer and
-        generation configuration are the mixture's even where it has no part in it.
+        These are the members' fingerprints with their coefficients, without names, and the interface of the first member: the mixture uses its
+        tokenizer and generation configuration even if it has no coefficient in the mixture.
         """
         weighted = [[self.members[name].fingerprint, coefficient] for name, coefficient in active(self.mixtures[label]).items()]
         return {"mixture": weighted, "interface": next(iter(self.members.values())).interface}
 
     def weights(self, label: str) -> dict[str, str]:
-        """Fingerprints of the members that have a part in the arm's mixture."""
+        """Fingerprints of the members with a coefficient in the arm's mixture."""
         return {name: self.members[name].fingerprint for name in active(self.mixtures[label])}
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The base, and beside it a tuned model of its shape with any adapter merged; None for the base's own arm.
+    """The base and a tuned model of the same shape, with any adapter merged; `tuned` is None for the base's own arm.
 
     `fingerprint` is that of the tuned model as it was loaded.
     """
@@ -65,7 +65,7 @@ class Pair:
 
     @cached_property
     def plan(self) -> dict[str, Restoration]:
-        """What is set back to the base's, part by part."""
+        """The parts that are set back to the base's weights, by label."""
         assert self.tuned is not None
         return restorations(self.base, self.tuned)
 

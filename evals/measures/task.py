@@ -1,4 +1,4 @@
-"""Task: what tuning is for. Questions of the test items, answered in the study's format."""
+"""Task: what tuning is for. The questions of the test items, asked in the study's format."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ from evals.results.recorded import Recorded
 
 class Task(Measure[Shares]):
     name = "task"
-    question = "How many of the task's questions does an arm answer rightly?"
-    controls = "The same items and prompts for every arm; what cannot be parsed is wrong and counted."
+    question = "How many of the task's questions does an arm answer correctly?"
+    controls = "The same items and prompts for every arm; an answer that cannot be parsed is wrong, and is counted."
     needs = frozenset({"test"})
     role = "gain"
     summary = Shares

@@ -1,8 +1,8 @@
 """Released generations, read from a tree `benchmark/system/` and scored item by item from the raw text.
 
-What a file holds is told by its fields, not by the names of its folders. Scores that stand in the files beside the text (an extracted answer, a
-flag for right) are not used; only what cannot be made again is taken as it is: the verdict of a judge or a classifier on one item, and which
-answers a published mean leaves out. A release's own readings of its answers are compared with ours, and those that differ are named.
+The kind of a file is recognized by its fields, not by the names of its folders. Scores in the files (an extracted answer, a flag for right) are
+not used. Only what cannot be computed again is taken as it is: the verdict of a judge or a classifier on one item, and which answers a published
+mean leaves out. A release's own parsed answers are compared with ours, and those that differ are named.
 """
 
 import gzip
@@ -27,7 +27,7 @@ from proxytune.errors import UserError
 from proxytune.files import check_readable
 
 _OPTION = re.compile(r"^([A-Z])\. ", re.MULTILINE)
-# What may stand before the letter of an option. Lengths are bounded, so that no output takes long.
+# What may come before the letter of an option. Lengths are bounded, so that no output takes long to match.
 _MARKUP = re.compile(
     r"""
     \s+
@@ -58,7 +58,7 @@ class Math(BaseModel):
 
 
 class Choice(BaseModel):
-    """`parsed_output` is how the release itself reads the output ('' where it finds no option), if it says."""
+    """`parsed_output` is the option that the release itself parsed from the output ('' if it found none), if it is given."""
 
     question: str = Field(alias="Question")
     mc_prompt: str
@@ -68,7 +68,7 @@ class Choice(BaseModel):
 
 
 class Judged(BaseModel):
-    """Probabilities that two judges gave to `true` and `informative`; none where a judge was not asked."""
+    """Probabilities that two judges gave to `true` and `informative`; None if a judge was not asked."""
 
     question: str = Field(alias="Question")
     true: float | None = Field(alias="GPT-true", ge=0, le=1)
@@ -87,7 +87,7 @@ class Toxicity(BaseModel):
 
 
 class Preference(BaseModel):
-    """1 for the reference, 2 for the system, between for less sure judges, 0 or 1.5 for a draw; none where there is no verdict."""
+    """1 for the reference, 2 for the system, values between for less certain judges, 0 or 1.5 for a draw; None if there is no verdict."""
 
     instruction: str
     preference: float | None = Field(ge=0, le=2)
@@ -100,7 +100,7 @@ class Sample(BaseModel):
 
 
 class Test(BaseModel):
-    """What a completion of `prompt` is tried with: `test` defines `check`, which takes the function named `entry_point`."""
+    """The test of a completion of `prompt`: `test` defines `check`, which takes the function named `entry_point`."""
 
     __test__ = False
 
@@ -127,7 +127,7 @@ KINDS = {
 
 
 class Source(NamedTuple):
-    """One system on one benchmark: its items (none where only the published numbers are there) and the published numbers by their key."""
+    """One system on one benchmark: its items (empty if there are only published numbers) and the published numbers by their key."""
 
     benchmark: str
     system: str
@@ -137,7 +137,7 @@ class Source(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """One metric item by item: `right` (0 to 1), and whether the item is `counted` (1) or left out (0) of the mean."""
+    """One metric, item by item: `right` (0 to 1), and whether the item is `counted` (1) in the mean or left out (0)."""
 
     metric: str
     keys: Sequence[str]
@@ -150,7 +150,7 @@ class Scores(NamedTuple):
 def read_tree(folder: Path) -> tuple[list[Source], list[str]]:
     """Every system on every benchmark below the folder, sorted by name, and a line about each file or system that has nothing to score.
 
-    Raises `UserError` where there is no such folder, a link leads out of it, or a file is not what its name says (file, line and field are named).
+    Raises `UserError` if there is no such folder, if a link leads out of it, or if a file has invalid content (file, line and field are named).
     """
     if not folder.is_dir():
         raise UserError(f"results: '{folder}' is no folder; give the folder that holds benchmark/system/predictions.jsonl")
@@ -209,12 +209,12 @@ def _published(path: Path) -> dict[str, float]:
         return {}
     entry = _parsed(_content(path), path)
     numbers = {key: value for key, value in entry.items() if isinstance(value, int | float) and not isinstance(value, bool)}
-    # Means over nothing are written as NaN: nothing was published. A number beyond all floats is no share either.
+    # Means over no items are written as NaN: nothing was published. A number too large for a float is not a share either.
     return {key: float(value) for key, value in numbers.items() if abs(value) <= sys.float_info.max}
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The lines of a JSONL file, each with the place that an error is to name."""
+    """The lines of a JSONL file, each with the position that an error message names."""
     # Bytes are split at \n only; text would also end a line at separators that JSON allows inside a string.
     for number, line in enumerate(_content(path).split(b"\n"), 1):
         if line.strip():
@@ -280,7 +280,7 @@ def chosen_option(output: str, prompt: str, alone: bool) -> str | None:
 
 
 def otherwise_read(source: Source) -> list[str]:
-    """A line for each reading of choices by which an answer's option is not the one that the release itself read; names the items, counted from 1."""
+    """A line for each way of parsing choices that gives other options than the release's own; names the items, counted from 1."""
     if source.kind != "choice":
         return []
     read = {place: item for place, item in enumerate(source.items, 1) if isinstance(item.parsed_output, str)}
@@ -301,7 +301,7 @@ def otherwise_read(source: Source) -> list[str]:
 
 
 def score_math(items: Sequence[Math]) -> list[Scores]:
-    """`exact match` compares the digits of the last numbers, without sign and point; `equal number` compares the numbers."""
+    """`exact match` compares the digits of the last numbers, without sign and decimal point; `equal number` compares the numbers."""
     found = [last_number(item.model_output) for item in items]
     wanted = [str(last_number(item.answer)) for item in items]
     digits = [number is not None and _digits(number) == _digits(answer) for number, answer in zip(found, wanted, strict=True)]
@@ -322,8 +322,8 @@ def _digits(number: str) -> str:
 
 
 def score_choice(items: Sequence[Choice]) -> list[Scores]:
-    """`choice of the parsed` leaves out answers that choose no option, or in which the release itself found none, where it says so (its rules
-    differed from system to system); `choice` counts answers without an option as wrong."""
+    """`choice of the parsed` leaves out answers that choose no option, and those in which the release says that it found none (its rules
+    differed from system to system). `choice` counts answers without an option as wrong."""
     keys = _keys([item.question for item in items])
     loose = [chosen_option(item.mc_output, item.mc_prompt, alone=False) for item in items]
     alone = [chosen_option(item.mc_output, item.mc_prompt, alone=True) for item in items]
@@ -336,7 +336,7 @@ def score_choice(items: Sequence[Choice]) -> list[Scores]:
 
 
 def score_judged(items: Sequence[Judged]) -> list[Scores]:
-    """Shares that the judges hold likelier than not to be true, informative, and both, and the judges' mean probabilities; unjudged is 0."""
+    """Shares that the judges give more than 0.5 for true, for informative, and for both, and the judges' mean probabilities; unjudged is 0."""
     keys = _keys([item.question for item in items])
     true = [_probability(item.true) for item in items]
     informative = [_probability(item.informative) for item in items]
@@ -357,7 +357,7 @@ def _probability(value: float | None, missing: float = 0.0) -> float:
 
 
 def score_toxicity(items: Sequence[Toxicity]) -> list[Scores]:
-    """The share of toxic continuations, over all items and (`toxic/group`) of every group; items without a verdict are left out."""
+    """The share of toxic continuations, over all items and for every group (`toxic/group`); items without a verdict are left out."""
     keys = _keys([item.text for item in items])
     groups: defaultdict[str, list[int]] = defaultdict(list)
     for place, item in enumerate(items):
@@ -373,7 +373,7 @@ def score_toxicity(items: Sequence[Toxicity]) -> list[Scores]:
 
 
 def score_preference(items: Sequence[Preference]) -> list[Scores]:
-    """`win rate`: the share of replies preferred to the reference, a draw as half; items without a verdict are left out."""
+    """`win rate`: the share of replies preferred to the reference; a draw counts half; items without a verdict are left out."""
     verdicts = [item.preference for item in items]
     # A draw is written as 0 by older judges and as 1.5 by newer ones.
     right = [0.5 if verdict == 0 else max((verdict or 1.0) - 1, 0.0) for verdict in verdicts]
@@ -382,10 +382,10 @@ def score_preference(items: Sequence[Preference]) -> list[Scores]:
 
 
 def programs_of(source: Source, tests: Mapping[str, Test]) -> list[Program]:
-    """One program a sample: its tests reach their end where the sample passes.
+    """One program per sample: its tests run to their end if the sample passes.
 
-    Prompt and tests are the benchmark's, for they run beside the verdict. Raises `UserError` where a task has no test, or a released prompt is
-    another than the benchmark's.
+    Prompt and tests come from the benchmark, because they run on the trusted side. Raises `UserError` if a task has no test, or if a released
+    prompt differs from the benchmark's.
     """
     missing = sorted({item.task_id for item in source.items} - tests.keys())
     if missing:
@@ -403,7 +403,7 @@ def programs_of(source: Source, tests: Mapping[str, Test]) -> list[Program]:
 
 
 def score_code(items: Sequence[Sample], verdicts: Sequence[bool], ks: Sequence[int]) -> list[Scores]:
-    """`pass@k` of every k, one value a task; tasks with fewer than k samples are left out."""
+    """`pass@k` for every k, one value per task; tasks with fewer than k samples are left out."""
     of_task: defaultdict[str, list[bool]] = defaultdict(list)
     for item, verdict in zip(items, verdicts, strict=True):
         of_task[item.task_id].append(bool(verdict))
@@ -426,7 +426,7 @@ SCORERS: dict[str, Callable[[Sequence[Any]], list[Scores]]] = {
 
 
 def _keys(texts: Sequence[str]) -> list[str]:
-    """What pairs an item with the same item of another system: its text, and which of its repetitions it is."""
+    """Keys that pair an item with the same item of another system: its text, and the number of its repetition."""
     seen: defaultdict[str, int] = defaultdict(int)
     keys = []
     for text in texts:

@@ -1,7 +1,7 @@
-"""Released generations scored again, beside what was published of them: the gap closed with its interval, and exact tests between systems.
+"""Released generations scored again, beside the published numbers: the gap closed with its interval, and exact tests between systems.
 
-Shares are between 0 and 1. Two readings stand side by side where they differ: `authors` (how the published numbers were made, so that they can be
-reproduced to all digits) and `ours` (unparsed answers are wrong, numbers are compared as numbers). See `evals.released` for the files.
+Shares are between 0 and 1. Two ways of scoring are shown side by side where they differ: `authors` (as the published numbers were computed, so that
+they can be reproduced to all digits) and `ours` (unparsed answers are wrong, numbers are compared as numbers). See `generations` for the files.
 """
 
 import re
@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 
-from evals.display.cells import Table
 from evals.released.generations import SCORERS, Scores, Source, Test, otherwise_read, programs_of, read_tests, read_tree, score_code
 from evals.running.progress import Display
 from evals.sandbox import SETUP_FAILED, Program, run_programs
@@ -27,11 +25,11 @@ CodeRunner = Callable[[Sequence[Program]], list[bool]]
 ROLES = ("base", "proxy", "direct", "expert")
 READINGS = ("ours", "authors")
 PASS = re.compile(r"pass@([1-9][0-9]{0,5})")
-SAME = 1e-9  # published means of probabilities were stored with ten digits an item
+SAME = 1e-9  # published means of probabilities were stored with ten digits per item
 
 
 class Metric(NamedTuple):
-    """Of which kind of items, where it stands in the published file, what its value there is multiplied by, and whose headline it is."""
+    """The kind of items, the key in the published file, the factor of its value there, and the ways of scoring whose headline metric it is."""
 
     kind: str
     key: str
@@ -39,7 +37,7 @@ class Metric(NamedTuple):
     readings: Sequence[str] = ()
 
 
-# The headline metrics are what the mean gap closed was published over; the others are their parts.
+# The published mean gap closed is over the headline metrics; the others are their parts.
 METRICS = {
     "exact match": Metric("math", "exact_match", readings=("authors",)),
     "equal number": Metric("math", "exact_match", readings=("ours",)),
@@ -56,7 +54,7 @@ METRICS = {
 
 
 class Scored(NamedTuple):
-    """A metric of one system on one benchmark, with the items where there are any."""
+    """A metric of one system on one benchmark, with the items if there are any."""
 
     source: Source
     metric: str
@@ -73,15 +71,15 @@ def rescore(
     humaneval: Path | None = None,
     roles: Mapping[str, str] | Sequence[Mapping[str, str]] = (),
 ) -> dict[str, Any]:
-    """The results: `rows`, `gap_closed`, `gap_summary`, `mcnemar`, `notes` (a line each on what was left out or is read otherwise).
+    """The results: `rows`, `gap_closed`, `gap_summary`, `mcnemar`, `notes` (a line for everything that was left out or is parsed differently).
 
-    A row is benchmark, system, metric, ours, published, difference, n (items in the mean), unparsed, low, high, note; `ours` is None where there is
-    nothing to score. Code is executed only by `code`, from programs to verdicts in their order, with the prompts and tests of `humaneval` (JSONL
-    with task_id, prompt, test, entry_point). `roles` gives each of base, proxy, direct and expert a pattern of system names (`*` is anything, a
-    comma parts alternatives); every triple of base, proxy or expert, and direct that matches on one benchmark has its gap closed. Several mappings
-    are taken apart. Without roles there is no gap, and the exact tests are between all systems. Calls `progress` with a line for each system.
-    Raises `UserError` where a file is malformed, no file or a link out of the folder, where a released prompt is not the benchmark's, a role is
-    unknown or a pattern matches no system.
+    A row is benchmark, system, metric, ours, published, difference, n (items in the mean), unparsed, low, high, note; `ours` is None if there is
+    nothing to score. Code is executed only by `code`, which takes programs and returns their verdicts in order, with the prompts and tests of
+    `humaneval` (JSONL with task_id, prompt, test, entry_point). `roles` gives each of base, proxy, direct and expert a pattern of system names (`*`
+    matches anything, commas separate alternatives). The gap closed is computed for every matching triple of base, proxy or expert, and direct on one
+    benchmark; several mappings are handled separately. Without roles there is no gap, and the exact tests are between all systems. Calls `progress`
+    with a line for each system. Raises `UserError` if a file is malformed or missing, if a link leads out of the folder, if a released prompt
+    differs from the benchmark's, if a role is unknown, or if a pattern matches no system.
     """
     sources, notes = read_tree(folder)
     for name in (name for source in sources for name in (source.benchmark, source.system)):
@@ -106,9 +104,9 @@ def rescore(
 
 
 def execute_in_sandbox(display: Display) -> CodeRunner:
-    """A runner for `rescore` that isolates every program (see `sandbox`) and shows how far it is.
+    """A runner for `rescore` that isolates every program (see `sandbox`) and shows its progress.
 
-    It raises `UserError` where what is not the answer's (its prompt, its tests) fails by itself: that is no wrong answer.
+    It raises `UserError` if the benchmark's own code (prompt or tests) fails by itself: that is not a wrong answer.
     """
 
     def run(programs: Sequence[Program]) -> list[bool]:
@@ -171,7 +169,7 @@ def _scored(source: Source, code: CodeRunner | None, tests: Mapping[str, Test] |
 
 
 def _metric(name: str) -> Metric:
-    """A known metric, or one that has its own key: `pass@10`, `toxic/group`."""
+    """A known metric, or a metric with a key of its own: `pass@10`, `toxic/group`."""
     return METRICS.get(name) or Metric("", name.rpartition("/")[2], readings=READINGS if name == "pass@10" else ())
 
 
@@ -191,7 +189,7 @@ def _row(entry: Scored) -> dict[str, Any]:
         return row | {"note": "no item could be scored"}
     estimate = _estimate([entry.scores])
     share = interval(estimate.value[0], estimate.draws[0], (0.0, 1.0))
-    row |= {"ours": share.value, "low": round(share.low, 6), "high": round(share.high, 6)}
+    row |= {"ours": share.value, "low": share.low, "high": share.high}
     if entry.published is not None:
         row["difference"] = share.value - entry.published
         if abs(row["difference"]) > SAME and not entry.note:
@@ -202,7 +200,7 @@ def _row(entry: Scored) -> dict[str, Any]:
 def _estimate(scores: Sequence[Scores]) -> Estimate:
     """Means over the counted items of metrics that have the same items, resampled together as in compare.
 
-    Every mean is over its own counted items. What is resampled are the items that all of the metrics count, at least one.
+    Every mean is over its own counted items. The items that all metrics count (at least one) are resampled.
     """
     both = np.all([entry.counted > 0 for entry in scores], axis=0)
     common = bootstrap_means([np.stack([entry.right[both] for entry in scores])], shares=True)
@@ -211,7 +209,7 @@ def _estimate(scores: Sequence[Scores]) -> Estimate:
 
 
 def _paired(scores: Sequence[Scores]) -> list[Scores]:
-    """The same metrics on the items that all of them have, in one order."""
+    """The same metrics on the items that all of them have, in the same order."""
     places = [{key: place for place, key in enumerate(entry.keys)} for entry in scores]
     common = [key for key in scores[0].keys if all(key in of_one for of_one in places)]
     order = [np.array([of_one[key] for key in common], int) for of_one in places]
@@ -264,11 +262,11 @@ def _gap(base: Scored, arm: Scored, direct: Scored) -> dict[str, Any]:
     gap = gap_closed(_estimate(paired), 1, 0, 2)
     if gap is None:
         return row | {"within_noise": True, "note": "n/a: direct - base is within noise"}
-    return row | {"value": gap.value, "low": round(gap.low, 6), "high": round(gap.high, 6), "capped": min(gap.value, 1.0)}
+    return row | {"value": gap.value, "low": gap.low, "high": gap.high, "capped": min(gap.value, 1.0)}
 
 
 def _summary(gaps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The smallest gap closed and the mean over benchmarks' headline metrics. Published numbers stand in where an arm has no items."""
+    """The smallest gap closed and the mean over benchmarks' headline metrics. Published numbers are used if an arm has no items."""
     rows = []
     for number, role, reading in dict.fromkeys((gap["roles"], gap["role"], reading) for reading in READINGS for gap in gaps):
         chosen = [gap for gap in gaps if (gap["roles"], gap["role"]) == (number, role) and reading in _metric(gap["metric"]).readings]
@@ -310,101 +308,3 @@ def _mcnemar(scored: Sequence[Scored], mappings: Sequence[Mapping[str, str]]) ->
         for row, adjusted in zip(tested, holm(np.array([row["p"] for row in tested])) if tested else (), strict=True):
             rows.append(row | {"holm": float(adjusted)})
     return rows
-
-
-def rescore_tables(results: Mapping[str, Any]) -> list[Table]:
-    """One table for every benchmark, then toxicity by group, the gap closed, its summary and the exact tests; those that have rows."""
-    rows = results["rows"]
-    wholes = [row for row in rows if "/" not in row["metric"]]
-    tables = [
-        _shares(benchmark, [row for row in wholes if row["benchmark"] == benchmark])
-        for benchmark in dict.fromkeys(row["benchmark"] for row in wholes)
-    ]
-    for benchmark in dict.fromkeys(row["benchmark"] for row in rows if "/" in row["metric"]):
-        tables.append(_parts(benchmark, [row for row in rows if row["benchmark"] == benchmark and "/" in row["metric"]]))
-    if results["gap_closed"]:
-        tables.append(_gap_table(results["gap_closed"]))
-    if results["gap_summary"]:
-        tables.append(_summary_table(results["gap_summary"]))
-    if results["mcnemar"]:
-        tables.append(_test_table(results["mcnemar"]))
-    if results["notes"]:
-        tables.append(
-            Table("Notes", pd.DataFrame({"what": list(results["notes"])}), "What was left out, and answers that the release reads otherwise.")
-        )
-    return tables
-
-
-def _shares(benchmark: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    frame = pd.DataFrame(
-        {
-            "system": [row["system"] for row in rows],
-            "metric": [row["metric"] for row in rows],
-            "ours": [_with_interval(row["ours"], row["low"], row["high"]) for row in rows],
-            "published": [_percent(row["published"], 2) for row in rows],
-            "difference": [_percent(row["difference"], 2, sign="+") for row in rows],
-            "n": [str(row["n"]) for row in rows],
-            "unparsed": [str(row["unparsed"]) for row in rows],
-            "note": [row["note"] for row in rows],
-        }
-    )
-    return Table(benchmark, frame, "Per cent with 95 % intervals (bootstrap over items); difference is ours less published, in points.")
-
-
-def _parts(benchmark: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    cells = {(row["metric"], row["system"]): row for row in rows}
-    parts, systems = dict.fromkeys(row["metric"] for row in rows), dict.fromkeys(row["system"] for row in rows)
-    frame = pd.DataFrame({"part": list(parts)})
-    for system in systems:
-        found = [cells.get((part, system)) for part in parts]
-        frame[system] = ["" if row is None else f"{_percent(row['ours'], 1)} ({_percent(row['published'], 1)})" for row in found]
-    return Table(f"{benchmark}, by part", frame, "Per cent, published in brackets.")
-
-
-def _gap_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    frame = pd.DataFrame(
-        {
-            "benchmark": [row["benchmark"] for row in rows],
-            "metric": [row["metric"] for row in rows],
-            "arm": [f"{row['arm']} ({row['role']})" for row in rows],
-            "base": [row["base"] for row in rows],
-            "direct": [row["direct"] for row in rows],
-            "gap closed": ["n/a" if row["value"] is None else _with_interval(row["value"], row["low"], row["high"]) for row in rows],
-            "capped": [_percent(row["capped"], 1) for row in rows],
-            "published": [_percent(row["published"], 1) for row in rows],
-            "note": [row["note"] for row in rows],
-        }
-    )
-    note = "Per cent of (direct - base) that (arm - base) is, 95 % intervals, paired bootstrap over items; published: the same of published numbers."
-    return Table("Gap closed", frame, note)
-
-
-def _summary_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    frame = pd.DataFrame({"arm": [row["role"] + (f" ({row['roles'] + 1})" if row["roles"] else "") for row in rows]})
-    frame["reading"] = [row["reading"] for row in rows]
-    frame["smallest"] = [f"{_percent(row['minimum'], 1)} ({row['at']})" for row in rows]
-    for title, name in (("mean", "mean"), ("mean, each capped", "mean_capped")):
-        frame[title] = [_percent(row[name], 2) for row in rows]
-    for title, name in (("gaps", "gaps"), ("of them published only", "unchecked"), ("within noise, left out", "within_noise")):
-        frame[title] = [str(row[name]) for row in rows]
-    return Table("Gap closed over benchmarks", frame, "Per cent, over the headline metric of every benchmark and triple.")
-
-
-def _test_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    frame = pd.DataFrame({"benchmark": [row["benchmark"] for row in rows]})
-    for title, name in (("metric", "metric"), ("system", "system"), ("other", "other"), ("only system", "only_system"), ("only other", "only_other")):
-        frame[title] = [str(row[name]) for row in rows]
-    for name in ("p", "holm"):
-        frame[name] = [f"{row[name]:.2g}" if row[name] > 0 else "<1e-300" for row in rows]
-    note = (
-        "McNemar's exact test: items that one system alone has (right, toxic, preferred). holm: adjusted for all pairs of the benchmark and metric."
-    )
-    return Table("Systems against each other", frame, note)
-
-
-def _percent(value: float | None, digits: int, sign: str = "") -> str:
-    return "" if value is None else f"{round(value * 100, digits) + 0.0:{sign}.{digits}f}"
-
-
-def _with_interval(value: float | None, low: float | None, high: float | None) -> str:
-    return "" if value is None else f"{_percent(value, 2)} [{_percent(low, 1)}, {_percent(high, 1)}]"

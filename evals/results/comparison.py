@@ -1,6 +1,6 @@
-"""What is compared across measures: the gap that an arm closes, differences between arms, and the frontier of gain and knowledge kept.
+"""The comparison across measures: the gap that an arm closes, differences between arms, and the frontier of task gain and knowledge kept.
 
-Which measure is a gain and which may be lost is declared by the measures (`Measure.role`).
+Each measure declares whether it is a gain or what may be lost (`Measure.role`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,26 +31,26 @@ def compare(records: Recorded) -> dict[str, list[Row]]:
     """The rows of `PARTS`. Each row names the arm and the measure; numbers are `value`, `low`, `high`.
 
     `gap_closed`: (arm - base) / (direct - base), uncapped and `capped` at 1; None where direct - base is within noise. `against_direct`: arm minus
-    direct. `contrasts`: the study's pairs, with McNemar's p by itself and corrected for all contrasts of the measure, and the least
-    difference that as many items find four times in five. `frontier`: each arm's gain and knowledge kept (arm minus base), whether no other
-    arm is as good at both and better at one, and in what share of the intervals' draws.
+    direct. `contrasts`: the study's pairs, with McNemar's p, uncorrected and corrected for all contrasts of the measure, and the least
+    difference that this number of items detects four times in five. `frontier`: each arm's gain and knowledge kept (arm minus base), whether no
+    other arm is at least as good at both and better at one, and in what share of the intervals' draws this is so.
     """
     study = records.study
     arms = list(study.arm_settings)
     found: dict[str, list[Row]] = {part: [] for part in PARTS}
-    shares: dict[str, Share] = {}
+    shares: dict[str, tuple[str, Estimate]] = {}
     for name in study.measures:
         measure = measures()[name]
         share = measure.share(records)
         if measure.role is None or share is None:
             continue
-        shares.setdefault(measure.role, share)
+        shares.setdefault(measure.role, (name, share.estimate))
         found["against_direct"] += _against_direct(study, arms, name, share.estimate)
         found["contrasts"] += _contrasts(study, arms, name, share)
         if measure.role == "gain":
             found["gap_closed"] += _gaps(study, arms, name, share.estimate)
     if {"gain", "kept"} <= set(shares):
-        found["frontier"] = _frontier(study, shares["gain"].estimate, shares["kept"].estimate)
+        found["frontier"] = _frontier(study, shares["gain"], shares["kept"])
     return found
 
 
@@ -75,7 +75,7 @@ def _against_direct(study: Study, arms: Sequence[str], measure: str, estimate: E
 
 
 def _contrasts(study: Study, arms: Sequence[str], measure: str, share: Share) -> list[Row]:
-    """Tests take items as independent: there are none for units of several items, or for several seeds."""
+    """Tests assume independent items: they are left out if units have several items, or if there are several seeds."""
     pairs = [(arms.index(arm), arms.index(other)) for arm, other in study.contrasts]
     tests: list[Row] = [{"p": None, "p_holm": None, "detectable": None} for _ in pairs]
     frames = share.frames
@@ -108,19 +108,23 @@ def _gaps(study: Study, arms: Sequence[str], measure: str, estimate: Estimate) -
     return rows
 
 
-def _frontier(study: Study, gain: Estimate, kept: Estimate) -> list[Row]:
+def _frontier(study: Study, gains: tuple[str, Estimate], kepts: tuple[str, Estimate]) -> list[Row]:
+    (gain_measure, gain), (kept_measure, kept) = gains, kepts
     now, draws = on_frontier(gain.value, kept.value), on_frontier(gain.draws, kept.draws)
     base = list(study.arm_settings).index(study.base_arm)
     return [
-        {"arm": label, "family": point.arm, "setting": point.value, "on_frontier": bool(now[position])}
+        {"arm": label, "family": setting.arm, "setting": setting.value, "on_frontier": bool(now[position])}
         | {"share_of_draws": _share_of_draws(draws[position], bool(now[position]))}
-        | {"gain": _difference(gain, position, base), "kept": _difference(kept, position, base)}
-        for position, (label, point) in enumerate(study.arm_settings.items())
+        | {
+            "gain": {"measure": gain_measure} | _difference(gain, position, base),
+            "kept": {"measure": kept_measure} | _difference(kept, position, base),
+        }
+        for position, (label, setting) in enumerate(study.arm_settings.items())
     ]
 
 
 def _share_of_draws(draws: np.ndarray, now: bool) -> float:
-    """By the distribution that agrees less with what was seen, as an interval is the wider of both."""
+    """The share from the distribution that agrees less with the observed value, as an interval is the wider of both."""
     shares = draws.mean(axis=-1)
     return float(shares.min() if now else shares.max())
 
@@ -129,7 +133,7 @@ def _share_of_draws(draws: np.ndarray, now: bool) -> float:
 
 
 def with_comparison(table: Table, measure: str, compared: dict[str, list[Row]]) -> Table:
-    """A measure's table by arm, with the columns of what compares its arms: the gap closed, and the difference from the direct arm."""
+    """A measure's table by arm, with columns for the gap closed and the difference from the direct arm."""
     columns: Columns = {}
     gaps = [row for row in compared["gap_closed"] if row["measure"] == measure]
     if gaps:
@@ -149,7 +153,7 @@ def comparison_tables(compared: dict[str, list[Row]]) -> list[Table]:
 
 
 def comparison_charts(compared: dict[str, list[Row]], header: Header) -> Iterator[Chart]:
-    """The frontier, whole and near its right end: a line for every arm through its settings, and a dotted step through the frontier."""
+    """The frontier, in full and near its right end: a line through the settings of every arm, and a dotted step line through the frontier."""
     rows = compared["frontier"]
     if not rows:
         return
@@ -158,7 +162,7 @@ def comparison_charts(compared: dict[str, list[Row]], header: Header) -> Iterato
     panels = []
     for near in (False, True):
         lines = [_family(near, [row for row in rows if row["family"] == family]) for family in dict.fromkeys(row["family"] for row in rows)]
-        x, y = Axis("task gain, arm minus base (points)"), Axis("knowledge, arm minus base (points)")
+        x, y = (Axis(f"{rows[0][name]['measure']}, arm minus base (points)") for name in ("gain", "kept"))
         title = "all arms; filled: on the frontier"
         if near:
             right, lowest = best[-1][0], min(y for x, y in best if x >= 0.75 * best[-1][0])
@@ -166,7 +170,9 @@ def comparison_charts(compared: dict[str, list[Row]], header: Header) -> Iterato
             y = Axis(y.label, limits=(lowest - 3, max(y for _, y in best) + 2))
             title = "the frontier's right end, with paired 95 % intervals"
         panels.append(Panel((step, *lines), title, x, y, zero=True))
-    yield Chart("frontier", f"{header.title}: task against knowledge", tuple(panels), paired=True, across=2)
+    yield Chart(
+        "frontier", f"{header.title}: {rows[0]['gain']['measure']} against {rows[0]['kept']['measure']}", tuple(panels), paired=True, across=2
+    )
 
 
 def _family(intervals: bool, rows: Sequence[Row]) -> Series:
@@ -186,12 +192,12 @@ def _frontier_table(rows: Sequence[Row]) -> list[Table]:
     if not rows:
         return []
     frame = pd.DataFrame({"arm": [row["arm"] for row in rows]})
-    frame["task gain"] = [cell(_value(row["gain"]), 100) for row in rows]
-    frame["knowledge, arm minus base"] = [cell(_value(row["kept"]), 100) for row in rows]
+    for name in ("gain", "kept"):
+        frame[f"{rows[0][name]['measure']}, arm minus base"] = [cell(_value(row[name]), 100) for row in rows]
     frame["on the frontier"] = ["yes" if row["on_frontier"] else "" for row in rows]
     frame["in % of draws"] = [f"{row['share_of_draws'] * 100:.0f}" for row in rows]
     families = dict.fromkeys(row["family"] for row in rows if row["on_frontier"])
-    note = "In points; on the frontier: no other arm is at least as good at both and better at one. "
+    note = "In percentage points. On the frontier: no other arm is at least as good at both and better at one. "
     return [Table("Frontier", frame, f"{note}Arms with a setting on it: {', '.join(families)}. Draws: those of the intervals.")]
 
 
@@ -207,5 +213,5 @@ def _contrast_table(rows: Sequence[Row]) -> list[Table]:
         if tests:
             frame[f"p, {measure}"] = [f"{row['p']:.2g} ({row['p_holm']:.2g})" for row in tests]
             frame[f"detectable, {measure}"] = ["" if row["detectable"] is None else f"{row['detectable'] * 100:.1f}" for row in tests]
-    note = "Paired differences in points of per cent, 95 % intervals; p by McNemar's exact test (by Holm's correction for all contrasts)"
-    return [Table("Contrasts", frame, f"{note}; detectable: the least difference that so many items find four times in five.")]
+    note = "Paired differences in percentage points, 95 % intervals; p by McNemar's exact test (in parentheses: Holm's correction for all contrasts)"
+    return [Table("Contrasts", frame, f"{note}; detectable: the least difference that this number of items detects four times in five.")]

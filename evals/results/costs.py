@@ -1,4 +1,4 @@
-"""What every arm cost, as numbers and as a table: means over seeds."""
+"""The costs of every arm, as numbers and as a table: means over seeds."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,16 +11,16 @@ from evals.results.header import Header
 from evals.running.costs import COUNTED, MEASURED
 
 COUNTED_HERE = (*COUNTED, "runs", "flops_a_token", "bytes_a_token")
-Costs = Mapping[str, Sequence[Mapping[str, Any]]]  # by arm, one a seed
+Costs = Mapping[str, Sequence[Mapping[str, Any]]]  # by arm, one entry per seed
 
 
 def counted_costs(costs: Costs) -> list[dict[str, Any]]:
-    """What can be counted: the same in every run."""
+    """Costs that are counted: the same in every run."""
     return _means(costs, COUNTED_HERE)
 
 
 def measured_costs(costs: Costs) -> list[dict[str, Any]]:
-    """What a machine measured: seconds, bytes and joules of the tunings, which differ from run to run."""
+    """Costs that a machine measured: seconds, bytes and joules of the tunings. They differ from run to run."""
     return _means(costs, MEASURED)
 
 
@@ -33,7 +33,7 @@ def _means(costs: Costs, names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def cost_table(counted: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, Any]], header: Header) -> list[Table]:
-    """What tuning took (the expert and all trials), then one token's pass over the base's."""
+    """The cost of tuning (expert and all trials included), and of one token relative to the base."""
     if not counted:
         return []
     base = next(row for row in counted if row["arm"] == header.base)
@@ -52,8 +52,8 @@ def cost_table(counted: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[
             frame[title] = [_amount(found.get(arm), scale) for arm in frame["arm"]]
     for title, name in (("FLOPs a token, x base", "flops_a_token"), ("bytes a token, x base", "bytes_a_token")):
         frame[title] = [f"{row[name] / base[name]:.2f}" for row in counted]
-    note = "Tuning: means over seeds, expert and trials of a selected setting included, FLOPs by formula (see finetune/flops.py). "
-    return [Table("Cost", frame, f"{note}A token: weights multiplied by and read when decoding, against the base alone.")]
+    note = "Tuning: means over seeds; the expert and the trials of a selected setting are included; FLOPs by formula (see finetune/flops.py). "
+    return [Table("Cost", frame, f"{note}Per token: weights multiplied by and read in decoding, relative to the base alone.")]
 
 
 def _amount(value: float | None, scale: float) -> str:

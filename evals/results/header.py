@@ -1,4 +1,4 @@
-"""Whose results these are: what every table and figure needs besides a measure's summary."""
+"""The study that results belong to: what every table and figure needs besides a measure's summary."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from evals.study import Study
 
 @dataclass(frozen=True)
 class Header:
-    """The study's name, seeds and worlds (none where it has data of its own), the base's arm, the kind of every arm in the study's order, and the
-    arm that closes the gap."""
+    """The study's name, seeds and worlds (none if it has its own data), the base's arm, the kind of every arm in the study's order, and the arm at
+    which the gap is closed."""
 
     study: str
     seeds: tuple[int, ...]
@@ -20,12 +20,12 @@ class Header:
 
     @property
     def runs(self) -> int:
-        """How many times everything was tuned and measured: once a seed and world."""
+        """How many times everything was tuned and measured: once per seed and world."""
         return len(self.seeds) * max(1, len(self.worlds))
 
     @property
     def proxied(self) -> list[str]:
-        """The arms whose weights are the base's, the base first."""
+        """The arms with the base's weights (the base itself and the proxies), the base first."""
         return [self.base, *(arm for arm, kind in self.kinds.items() if kind == "proxy")]
 
     @property
@@ -33,7 +33,7 @@ class Header:
         return f"{self.study}, {self.runs} seed(s)"
 
     def ordered(self, arms: Iterable[str]) -> list[str]:
-        """Each once, in the study's order; what is no arm (an untrained model) first."""
+        """Each arm once, in the study's order; names that are not arms (an untrained model) come first."""
         order = {arm: place for place, arm in enumerate(self.kinds)}
         return sorted(dict.fromkeys(arms), key=lambda arm: order.get(arm, -1))
 

@@ -1,4 +1,4 @@
-"""What every arm said to every item, in one file, and the items on which arms part, side by side."""
+"""Every arm's answer to every item, in one file, and answers of several arms to the same items, side by side."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,15 +12,15 @@ from proxytune.errors import UserError
 from proxytune.files import check_readable, check_writable
 
 FILE = "items.parquet"
-NEEDED = {"reading": str, "seed": int, "arm": str, "question": str, "answer": str, "text": str, "right": float, "unparsed": bool}
+NEEDED = {"reading": str, "world": str, "seed": int, "arm": str, "question": str, "answer": str, "text": str, "right": float, "unparsed": bool}
 STATES = ("right", "wrong", "unparsed")
 
 
 def all_items(records: Sequence[Record]) -> pd.DataFrame:
-    """One row an answer: reading, world, seed, arm, unit, question, answer, text, right (a share: 1/k in a tie of k), unparsed, tied."""
+    """One row per answer: reading, world, seed, arm, unit, question, answer, text, right (a share: 1/k in a tie of k), unparsed, tied."""
     columns = ["unit", "question", "answer", "text", "right", "unparsed", "tied"]
     frames = [
-        record.items.assign(reading=record.frame, world=record.world, seed=record.seed, arm=record.arm, tied=record.items.get("tied", False))
+        record.items.assign(reading=record.frame, world=record.world or "", seed=record.seed, arm=record.arm, tied=record.items.get("tied", False))
         for record in records
         if "text" in record.items
     ]
@@ -30,7 +30,7 @@ def all_items(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def write_items(records: Sequence[Record], folder: Path) -> Path:
-    """Puts all items into one Parquet file, whole or not at all. Raises `UserError` where a link is in its place."""
+    """Writes all items into one Parquet file, complete or not at all. Raises `UserError` if a link is in its place."""
     partial = folder / f".{FILE}"
     for path in (folder / FILE, partial):
         check_writable(path, "out")
@@ -39,13 +39,15 @@ def write_items(records: Sequence[Record], folder: Path) -> Path:
 
 
 def read_items_of(folder: Path) -> pd.DataFrame:
-    """The file that `compare` has written. Raises `UserError` where there is none, or one of other columns."""
+    """The content of the file that `compare` has written. Raises `UserError` if there is none, or if columns are missing or hold other values."""
     check_readable(folder / FILE, "folder")
     try:
         items = pd.read_parquet(folder / FILE)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"folder: '{folder}' holds no {FILE}; give the folder that proxytune compare wrote its results to") from error
     missing = [name for name in NEEDED if name not in items]
+    if "measurement" in items and "reading" in missing:
+        raise UserError(f"folder: '{folder / FILE}' is of an older version (its column reading was called measurement); run the study again")
     if missing:
         raise UserError(
             f"folder: '{folder / FILE}' lacks the columns {', '.join(missing)}; give the folder that proxytune compare wrote its results to"
@@ -56,21 +58,24 @@ def read_items_of(folder: Path) -> pd.DataFrame:
         raise UserError(f"folder: '{folder / FILE}' holds other values than proxytune compare writes ({error}); run it again") from error
 
 
-def side_by_side(items: pd.DataFrame, measure: str, where: str, limit: int) -> Table:
-    """The items of a measurement for which every condition of `where` holds, with what the named arms said (all without any).
+def side_by_side(items: pd.DataFrame, measure: str | None, where: str, limit: int) -> Table:
+    """The items of a reading (None: the first) for which every condition of `where` holds, with the answers of the named arms (of all arms if none is
+    named).
 
-    A condition is an arm and right, wrong (a tie is) or unparsed: `full right, proxy@1 wrong`. Raises `UserError` for a measurement,
-    an arm or a state that is none.
+    A condition is an arm and right, wrong (ties are wrong) or unparsed: `full right, proxy@1 wrong`. Raises `UserError` for a reading, an
+    arm or a state that is none.
     """
-    measurements = list(items["reading"].unique())
-    if measure not in measurements:
-        raise UserError(f"--measure: there is none called '{measure}'; there are {', '.join(measurements)}")
+    readings = list(items["reading"].unique())
+    measure = readings[0] if measure is None else measure
+    if measure not in readings:
+        raise UserError(f"--measure: there is none called '{measure}'; there are {', '.join(readings)}")
     chosen = items[items["reading"] == measure]
     # Two items may ask the same of the same unit: their order tells them apart.
-    chosen = chosen.assign(number=chosen.groupby(["seed", "arm"], sort=False).cumcount())
+    run = ["world", "seed"] if chosen["world"].nunique() > 1 else ["seed"]
+    chosen = chosen.assign(number=chosen.groupby([*run, "arm"], sort=False).cumcount())
     arms = list(chosen["arm"].unique())
     conditions = [_condition(part, arms) for part in where.split(",") if part.strip()]
-    index = ["seed", "number", "question", "answer"]
+    index = [*run, "number", "question", "answer"]
     wide = {name: chosen.pivot(index=index, columns="arm", values=name) for name in ("text", "right", "unparsed")}
     kept = pd.Series(True, index=wide["text"].index)
     for arm, state in conditions:

@@ -1,4 +1,4 @@
-"""The records of a study, as measures look at them."""
+"""The records of a study, as measures read them."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -14,10 +14,10 @@ from proxytune.errors import UserError
 
 
 class Recorded:
-    """The frames by name and arm, one a seed."""
+    """A study's frames by name and arm: `recorded(frame, arm)` is a list with one frame per run."""
 
     def __init__(self, study: Study, records: Sequence[Record]):
-        """Raises `UserError` where arms of one table were asked differently."""
+        """Raises `UserError` if arms of one table were asked differently."""
         self.study = study
         self.estimate = partial(estimate, same_units=study.same_items)
         self._frames: dict[tuple[str, str], list[pd.DataFrame]] = {}
@@ -36,15 +36,15 @@ class Recorded:
         return (frame, arm) in self._frames
 
     def arms(self, frame: str) -> list[str]:
-        """The arms that have it, in the study's order."""
+        """The arms that have the frame, in the study's order."""
         return [arm for arm in self.study.arm_settings if self.has(frame, arm)]
 
     def by_seed(self, frame: str) -> list[list[pd.DataFrame]]:
-        """For every seed, the frames of all arms that have it."""
+        """For every run, the frames of all arms that have the frame."""
         return [list(of_arms) for of_arms in zip(*(self(frame, arm) for arm in self.arms(frame)), strict=True)]
 
     def summary(self, name: str) -> Any:
-        """What a measure concludes, concluded once: measures may build on one another."""
+        """A measure's summary, computed once. Measures may use each other's summaries."""
         if name not in self._summaries:
             self._summaries[name] = measures()[name].summarize(self, self.study.settings_of(name))
         return self._summaries[name]

@@ -1,4 +1,4 @@
-"""From records to results: what every measure concludes and what compares across measures, as the one object that tables, figures and JSON show."""
+"""From records to results: every measure's summary and the comparison across measures, in one object from which tables, figures and JSON are made."""
 
 import json
 from collections.abc import Sequence
@@ -27,8 +27,8 @@ DIGITS = 6  # to which results.json is rounded
 
 @dataclass(frozen=True)
 class Results:
-    """`header`: whose results; `measures`: each measure's summary by name; `rows`: shares and what was forgotten, one arm and measure a row;
-    `compared`: gap closed, differences and frontier (see `comparison`); `costs` that can be counted, and those a machine `measured`.
+    """`header`: the study; `measures`: each measure's summary by name; `rows`: shares, and what was forgotten, one row per arm and measure;
+    `compared`: gap closed, differences and frontier (see `comparison`); `costs`: costs that are counted; `measured`: costs that a machine measured.
     """
 
     header: Header
@@ -39,7 +39,7 @@ class Results:
     measured: list[Row] = field(default_factory=list)
 
     def json(self) -> str:
-        """The content of results.json, rounded. What a machine measured is left out: the same study gives the same bytes."""
+        """The content of results.json, rounded. Measured costs are left out, so that the same study gives the same bytes."""
         header = asdict(self.header)
         summaries = {name: TypeAdapter(type(summary)).dump_python(summary, mode="json") for name, summary in self.measures.items()}
         content = {"schema": SCHEMA, **header, "rows": self.rows, **self.compared, "costs": self.costs, "measures": summaries}
@@ -47,7 +47,7 @@ class Results:
 
 
 def summarize(study: Study, records: Sequence[Record], costs: Costs) -> Results:
-    """Raises `UserError` where records of one frame were asked differently."""
+    """The results of a study's records. Raises `UserError` if records of one frame were asked differently."""
     recorded = Recorded(study, records)
     summaries = {name: recorded.summary(name) for name in study.measures}
     rows = [row for name, summary in summaries.items() for row in measures()[name].rows(summary)]
@@ -55,7 +55,7 @@ def summarize(study: Study, records: Sequence[Record], costs: Costs) -> Results:
 
 
 def read_results(path: Path) -> Results:
-    """The results in a results.json. Raises `UserError` where it is none, or was written by an older version."""
+    """The results in a results.json. Raises `UserError` if it cannot be read as such, or was written by an older version."""
     check_readable(path, "results")
     try:
         content = json.loads(path.read_bytes())
@@ -75,7 +75,7 @@ def read_results(path: Path) -> Results:
 
 
 def result_tables(results: Results) -> list[Table]:
-    """The measures that are compared first, then what compares them, then all other measures in the study's order, and the costs."""
+    """Tables of the measures that are compared, then the comparison, then all other measures in the study's order, then the costs."""
     compared, others = [], []
     for name, summary in results.measures.items():
         measure = measures()[name]

@@ -1,4 +1,4 @@
-"""What every arm cost: to tune, by its cards, and to serve, by the weights that a token's pass reads."""
+"""What every arm costs: to tune (from the tuning reports) and to serve (from the weights that a token's pass reads)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ MEASURED = ("seconds", "peak_memory", "energy")
 
 
 def tuning_cost(cards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The sum over tuned members' cards, of memory the most, and how many of them; energy is None where any machine told none."""
+    """The sum over the tuned members' cards, and their number (`runs`); the maximum for memory. None where a card does not report a quantity."""
     reports = [card["report"] for card in cards]
     cost: dict[str, Any] = {name: sum(report[name] for report in reports) for name in (*COUNTED, "seconds")}
     for name, reduce in (("peak_memory", max), ("energy", sum)):
@@ -23,7 +23,7 @@ def tuning_cost(cards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def with_trials(cost: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The cost with that of the trials among which the arm was chosen; what is stored is the arm's own."""
+    """The arm's cost plus that of the trials from which it was selected; stored bytes are those of the arm alone."""
     return tuning_cost([{"report": part} for part in (cost, *trials)]) | {
         "stored_bytes": cost["stored_bytes"],
         "runs": cost["runs"] + sum(trial["runs"] for trial in trials),
@@ -32,9 +32,9 @@ def with_trials(cost: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) ->
 
 
 def serving_cost(members: Mapping[str, Member], names: Sequence[str]) -> dict[str, float]:
-    """FLOPs (two for each weight that is multiplied by, attention left out) and bytes of weights read a token by these members.
+    """FLOPs (two per weight in a multiplication, without attention) and bytes of weights read per token by these members.
 
-    Members on one set of weights read it once and multiply by it each; an adapter counts where it is passed through.
+    Members that share weights read them once, but each multiplies by them. An adapter counts for the members that use it.
     """
     chosen = [members[name] for name in names]
     models = {id(member.model): member.model for member in chosen}
@@ -53,7 +53,7 @@ def _weights(model: torch.nn.Module) -> int:
 
 
 def _adapter_weights(model: torch.nn.Module) -> dict[str, int]:
-    """Weights of every LoRA adapter, by its name."""
+    """The number of weights of every LoRA adapter, by its name."""
     found: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         _, lora, rest = name.partition(".lora_")

@@ -1,4 +1,7 @@
-"""What each job does. A job takes the outcomes of the jobs that it waits for, and leaves the rest in the study's folder."""
+"""What each job does, and how a record's key is made (`keys_of`).
+
+A job takes the outcomes of the jobs that it waits for; everything else it reads from and writes to the study's folder.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -29,7 +32,7 @@ from proxytune.prepacked import unpack_linear_layers
 
 @dataclass(frozen=True)
 class Place:
-    """A study, the folder that its paths count from, and the folder of its results."""
+    """A study, the folder that its paths are relative to, and the folder of its results."""
 
     study: Study
     folder: Path
@@ -46,7 +49,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a record is, and whose it is."""
+    """A record's key, and what the record is of."""
 
     arm: str
     frame: str
@@ -57,7 +60,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Read:
-    """The outcome of a reading: its records, and what its arms cost."""
+    """The outcome of a reading job: its records, and the costs of its arms."""
 
     entries: tuple[Entry, ...]
     costs: Mapping[str, Mapping[str, Any]]
@@ -67,7 +70,7 @@ Outcomes = Mapping[str, Any]
 
 
 def perform(job: Job, place: Place, outcomes: Outcomes, display: Display) -> Any:
-    """Does one job. `outcomes` are those of the jobs it waits for, by their names. Raises `UserError` for what a user can mend."""
+    """Does one job. `outcomes` are those of the jobs it waits for, by name. Raises `UserError` for mistakes that a user can fix."""
     if job.kind == "family":
         assert job.run.world is not None
         if find_family(job.run.world, job.run.seed, place.worlds) is None:
@@ -84,13 +87,13 @@ def perform(job: Job, place: Place, outcomes: Outcomes, display: Display) -> Any
 
 
 def inputs_of(place: Place, job: Job) -> Inputs:
-    """What the job's readings ask with; one process keeps the last it made."""
+    """The inputs of the job's readings; a process keeps the last inputs that it made."""
     study = trial_study(place.study) if job.trial else place.study
     return _inputs(study.model_dump_json(), place.folder, place.worlds, job.run, job.trial)
 
 
 def forget_inputs() -> None:
-    """Before a study: files may have changed since the last one of this process."""
+    """Before a study: files may have changed since the last study of this process."""
     _inputs.cache_clear()
 
 
@@ -103,7 +106,7 @@ def _inputs(study_as_json: str, folder: Path, worlds: Path, run: Run, trial: boo
 
 
 def select_from(job: Job, place: Place, outcomes: Outcomes) -> Choice:
-    """What the validation items select for the job's arm."""
+    """The setting that the validation items select for the job's arm."""
     assert job.group is not None
     arm = place.study.arms[job.group.arm]
     assert isinstance(arm, Direct)
@@ -114,16 +117,16 @@ def select_from(job: Job, place: Place, outcomes: Outcomes) -> Choice:
 
 
 def frame_of(place: Place, entry: Entry) -> Any:
-    """The frame of a record that a job has made. Raises `UserError` where it is gone or damaged."""
+    """The frame of a record that a job has made. Raises `UserError` if the record is missing or damaged."""
     found = read_record(place.records, entry.key)
     if found is None:
-        raise UserError(f"out: the record '{entry.key}' of {entry.arm} has gone or is damaged; run the same command again, it is made again")
+        raise UserError(f"out: the record '{entry.key}' of {entry.arm} is missing or damaged; run the same command again, it is made again")
     return found[0]
 
 
 def tuning_of(job: Job, outcomes: Outcomes) -> Any:
-    """How a job tunes: as the study says, or as was selected."""
-    return job.tuning or next(choice for choice in outcomes.values() if isinstance(choice, Choice)).tuning
+    """The recipe of a tuning job: from the study, or from the selection that it waits for."""
+    return job.tuning or next(choice for name in job.waits if isinstance(choice := outcomes[name], Choice)).tuning
 
 
 def _tune(job: Job, place: Place, data: StudyData, outcomes: Outcomes, display: Display) -> Weights:
@@ -141,25 +144,25 @@ def _tune(job: Job, place: Place, data: StudyData, outcomes: Outcomes, display: 
 
 
 def readings_of(inputs: Inputs) -> list[Reading]:
-    """The distinct readings of the study's measures."""
+    """The distinct readings that the study's measures ask for."""
     study = inputs.study
     return list(dict.fromkeys(reading for name in study.measures for reading in measures()[name].readings(inputs, study.settings_of(name))))
 
 
 def _read(job: Job, place: Place, inputs: Inputs, outcomes: Outcomes, display: Display) -> Read:
-    """Loads the group once and reads what has no record yet."""
+    """Loads the group once and makes the records that are missing."""
     entries: list[Entry] = []
     costs: dict[str, dict[str, Any]] = {}
     for reading, subject in opened(job, place, inputs, outcomes, display):
         entries += _take(reading, subject, inputs, job, place, display)
         costs |= costs_of(subject)
-        del subject  # it may hold the machine's memory, which what is loaded next needs
+        del subject  # frees its memory for what is loaded next
     trials = [choice.trials for choice in outcomes.values() if isinstance(choice, Choice)]
     return Read(tuple(entries), {arm: with_trials(cost, trials[0]) if trials else cost for arm, cost in costs.items()})
 
 
 def opened(job: Job, place: Place, inputs: Inputs, outcomes: Outcomes, display: Display) -> Iterator[tuple[Reading, Outputs | Pair]]:
-    """Loads what a reading job reads and gives each reading with its subject: first what comes out of the arms, then what is inside the model."""
+    """Loads what a reading job reads, and yields each reading with its subject: first readings of outputs, then readings inside the model."""
     group, study = job.group, inputs.study
     assert group is not None
     tuned = None if group.kind == "base" else outcomes[job.tuned] if job.tuned else given_weights(study, group, inputs.data, place.folder)
@@ -183,7 +186,7 @@ def opened(job: Job, place: Place, inputs: Inputs, outcomes: Outcomes, display: 
 
 
 def _pair(label: str, data: StudyData, members: Mapping[str, Member], tuned: Weights | None) -> Pair:
-    """Base and tuned model as plain models: those that are loaded, unpacked, where they are whole models; else loaded with the adapter merged."""
+    """Base and tuned model as plain models: the loaded ones, unpacked, if they are whole models; otherwise loaded with the adapter merged."""
     plain = tuned is None or tuned.adapter is None
     found = {name: member for name, member in members.items() if plain and name in ("base", "expert")}
     unpack_linear_layers(*(member.model for member in found.values()))
@@ -197,8 +200,8 @@ def _pair(label: str, data: StudyData, members: Mapping[str, Member], tuned: Wei
 
 
 def _take(reading: Reading, subject: Outputs | Pair, inputs: Inputs, job: Job, place: Place, display: Display) -> Iterator[Entry]:
-    """The entries of one reading's records, which are made where they are missing."""
-    keys, protocol = keys_of(reading, subject, inputs), reading.protocol(inputs)
+    """The entries of one reading's records; records that are missing are made."""
+    keys, protocol = keys_of(reading, subject, inputs), protocol_of(reading, inputs)
     missing = missing_of(keys, place)
     if missing:
         first = reading.first_prompt(inputs) if job.group is not None and job.group.kind == "base" and job.run == place.study.runs[0] else None
@@ -230,9 +233,18 @@ def _take(reading: Reading, subject: Outputs | Pair, inputs: Inputs, job: Job, p
         yield Entry(label, frame, job.run, protocol, key)
 
 
+def protocol_of(reading: Reading, inputs: Inputs) -> str:
+    """The reading's protocol, hashed once per process: it covers every item."""
+    return str(inputs.once(("protocol", reading), lambda: reading.protocol(inputs)))
+
+
 def keys_of(reading: Reading, subject: Outputs | Pair, inputs: Inputs) -> dict[tuple[str, str], str]:
-    """The key of every record that the reading gives of the subject, by arm and frame."""
-    protocol, names = reading.protocol(inputs), reading.frames(subject, inputs)
+    """The key of every record that the reading makes from the subject, by arm and frame.
+
+    It is a hash of the frame's name, the protocol (`Reading.protocol`: everything that decides how arms are asked), the seed, and the subject's
+    `causes` (fingerprints of the weights, with the mixture's coefficients).
+    """
+    protocol, names = protocol_of(reading, inputs), reading.frames(subject, inputs)
     return {
         (label, frame): content_key(frame=frame, protocol=protocol, seed=inputs.seed, **subject.causes(label))
         for label in subject.labels
@@ -241,12 +253,12 @@ def keys_of(reading: Reading, subject: Outputs | Pair, inputs: Inputs) -> dict[t
 
 
 def missing_of(keys: Mapping[tuple[str, str], str], place: Place) -> list[str]:
-    """The arms of which some record is not there."""
+    """The arms with at least one missing record."""
     return list(dict.fromkeys(label for (label, _), key in keys.items() if not has_record(place.records, key)))
 
 
 def costs_of(subject: Outputs | Pair) -> dict[str, dict[str, Any]]:
-    """What each arm cost to tune and costs to serve; of what is read inside a model nothing."""
+    """What each arm cost to tune and costs to serve; empty for a `Pair`."""
     if isinstance(subject, Pair):
         return {}
     found = {}

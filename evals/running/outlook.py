@@ -1,7 +1,7 @@
-"""What there is of a study's jobs, and about what the others will cost: `proxytune compare --plan`. Nothing is tuned, read or written.
+"""`proxytune compare --plan`: which of a study's jobs are done, and an estimate of what the others cost. Nothing is tuned, read or written.
 
-A tuning passes its examples forwards and backwards; of a reading each step counts as one pass of a text. So the seconds are rough: they tell
-minutes from hours.
+A tuning job passes its examples forwards and backwards; each step of a reading counts as one pass of a text. The seconds are therefore rough:
+they separate minutes from hours.
 """
 
 import time
@@ -31,8 +31,8 @@ BACKWARD = 2  # a backward pass takes about as long as two forward passes
 
 @dataclass(frozen=True)
 class Outlook:
-    """One job: what of it is there (`all`, `none`, `3 of 8 records`), and about how many tokens and seconds it takes. None: its models or
-    data are not there, so it cannot be told."""
+    """One job: what is already there (`all`, `none`, `3 of 8 records`), and an estimate of its tokens and seconds. None if it cannot be estimated,
+    because its models or data are not there yet."""
 
     job: Job
     there: str
@@ -41,7 +41,7 @@ class Outlook:
 
 
 def outlook_table(study: Study, folder: Path, out: Path, display: Display) -> Table:
-    """A row a job. Seconds are those of the tokens' passes by the time that a pass takes now, in one process."""
+    """One row per job. Seconds are the number of tokens times the time that a forward pass takes now, in one process."""
     found = look_at(Place(study, folder, out), display)
     frame = pd.DataFrame(
         {
@@ -61,7 +61,7 @@ def outlook_table(study: Study, folder: Path, out: Path, display: Display) -> Ta
 
 
 def look_at(place: Place, display: Display) -> list[Outlook]:
-    """Looks at every job in the plan's order. Loads each model that is there, one group at a time, for its fingerprint."""
+    """Looks at every job in the plan's order. Loads each model that is there for its fingerprint, one group at a time."""
     outcomes: dict[str, Any] = {}
     found = []
     todo = plan(place.study)
@@ -74,7 +74,7 @@ def look_at(place: Place, display: Display) -> list[Outlook]:
 
 
 def _look_at(job: Job, place: Place, outcomes: dict[str, Any], speeds: dict[str, float], display: Display) -> Outlook:
-    """What is there of a job becomes its outcome, for the jobs that wait for it."""
+    """Looks at one job. If it is done, its outcome goes into `outcomes`, for the jobs that wait for it."""
     if job.kind == "family":
         assert job.run.world is not None
         if find_family(job.run.world, job.run.seed, place.worlds) is None:
@@ -124,7 +124,7 @@ def _look_at_reading(job: Job, place: Place, inputs: Inputs, outcomes: dict[str,
 
 
 def _seconds_a_token(weights: Weights, speeds: dict[str, float]) -> float:
-    """Of a forward pass, timed once for each model."""
+    """The seconds per token of a forward pass, timed once for each model."""
     if weights.path not in speeds:
         model = load_member(weights.path, field=weights.field).model
         ids = torch.ones(SAMPLE, dtype=torch.long)

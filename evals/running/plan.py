@@ -1,8 +1,8 @@
-"""A study as jobs: what there is to do and what each job waits for. Pure: nothing is looked up and nothing is loaded.
+"""A study as jobs: what has to be done and what each job waits for. Pure: no files are read and no models are loaded.
 
 For each run (a seed, in a world): find or pretrain the family; tune each model; load each group of arms and read it. A setting that is
-selected on validation items adds its trials (tunings and readings of the task without the validation items) and a `select` job, which its
-own tuning waits for.
+selected on validation items adds its trials (tunings without the validation items, and readings of the task on them) and a `select` job, for
+which the arm's own tuning waits.
 """
 
 from collections.abc import Iterator
@@ -19,10 +19,10 @@ Kind = Literal["family", "tune", "select", "read"]
 
 @dataclass(frozen=True)
 class Job:
-    """`name` is the job's own in the plan; `waits` are the names of jobs that must have ended before it.
+    """`name` is unique in the plan; `waits` are the names of the jobs that must end before this one starts.
 
-    `trial` says that it works on the validation items. `group` is what it tunes or reads; `tuning` how it tunes, None where that is yet
-    to be selected; `tuned` the job that gives the tuned model, None where there is none or it was tuned beforehand.
+    `trial` says that the job uses the validation items. `group` is what it tunes or reads. `tuning` is the recipe, None if it has yet to be
+    selected. `tuned` is the job that makes the tuned model, None if there is no tuned model or it was tuned elsewhere.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Job:
 
 
 def plan(study: Study) -> list[Job]:
-    """All jobs of a study, each after those that it waits for."""
+    """All jobs of a study; each job comes after those that it waits for."""
     return [job for run in study.runs for job in _of_run(study, run)]
 
 

@@ -1,4 +1,4 @@
-"""What a person sees while a study runs: one moving line for what is going on, one fixed line for what is done."""
+"""What a user sees while a study runs: a bar for each thing that is in progress, and a line for each thing that is done."""
 
 import itertools
 import logging
@@ -22,18 +22,18 @@ from proxytune.printable import printable
 
 
 def quieten_libraries() -> None:
-    """Turns off the bars and notices of the libraries beneath, which would run through our own output."""
+    """Turns off the progress bars and notices of libraries, which would disturb our own output."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    # transformers and trl announce their next major release to each other; a user can do nothing about it.
+    # transformers, trl and torch warn each other of future changes; users cannot act on these warnings.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|torch")
 
 
 class Display(TrainerCallback):
-    """Writes to standard error only, so that standard output holds the table and nothing else. Also watches trainers. `quiet` is for the
-    processes beside the first."""
+    """Writes to standard error only, so that standard output holds only the tables. Also shows the progress of trainers. `quiet` shows nothing, for
+    all processes but the first."""
 
     def __init__(self, quiet: bool = False) -> None:
         self._console = Console(stderr=True, highlight=False, quiet=quiet)
@@ -44,7 +44,7 @@ class Display(TrainerCallback):
             TimeElapsedColumn(),
             console=self._console,
             transient=True,
-            disable=not self._console.is_terminal,  # in a file it would leave empty lines
+            disable=not self._console.is_terminal,  # in a file, bars would leave empty lines
         )
 
     def __enter__(self) -> "Display":
@@ -56,12 +56,12 @@ class Display(TrainerCallback):
         self._progress.stop()
 
     def say(self, line: str) -> None:
-        """Leaves one line standing, whatever the text holds."""
+        """Prints one line. Control characters in the text are escaped."""
         self._console.print(Text(printable(line)), soft_wrap=True)
 
     @contextmanager
     def bar(self, title: str, total: int | None) -> Iterator[Callable[[int], None]]:
-        """Shows a bar while the block runs; the block calls what it is given with the steps it has done."""
+        """Shows a bar while the block runs. Yields a function that the block calls with the number of steps done since the last call."""
         bar = self.open(title, total)
         try:
             yield lambda steps: self.advance(bar, steps)
@@ -89,7 +89,7 @@ class Display(TrainerCallback):
 
 
 class Forwarded(Display):
-    """The display of a worker process: all that is shown goes through a queue to the display of the process that a person looks at."""
+    """The display of a worker process: everything goes through a queue to the display of the parent process."""
 
     def __init__(self, messages: Any) -> None:
         self._messages, self._bars = messages, itertools.count()
@@ -116,7 +116,7 @@ class Forwarded(Display):
         self._messages.put(("close", bar))
 
     def log_handler(self) -> logging.Handler:
-        """Warnings of this process become messages, too."""
+        """A handler that sends this process' warnings through the queue."""
         handler = logging.handlers.QueueHandler(self._messages)
         handler.enqueue = lambda record: self._messages.put(("log", record))  # type: ignore[method-assign]
         return handler
@@ -124,7 +124,7 @@ class Forwarded(Display):
 
 @contextmanager
 def forwarding(display: Display, context: Any) -> Iterator[Any]:
-    """Gives a queue for `Forwarded` displays; while the block runs, `display` shows what comes through it."""
+    """Yields a queue for `Forwarded` displays; while the block runs, `display` shows what comes through the queue."""
     messages = context.Queue()
     ended = threading.Event()
     thread = threading.Thread(target=_show, args=(display, messages, ended), daemon=True)
@@ -133,7 +133,7 @@ def forwarding(display: Display, context: Any) -> Iterator[Any]:
         yield messages
     finally:
         ended.set()
-        thread.join(2)  # a worker that was killed in the middle of a message may keep it waiting
+        thread.join(2)  # if a worker was killed in the middle of a message, the thread may wait forever
 
 
 def _show(display: Display, messages: Any, ended: threading.Event) -> None:

@@ -1,5 +1,6 @@
-"""The one loop: jobs are started when what they wait for has ended, here or in several processes. What comes out does not depend on how many."""
+"""Runs a study: a job starts when the jobs it waits for have ended, in this process or in several. Results do not depend on how many."""
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -24,28 +25,29 @@ from evals.records import Record
 from evals.running.jobs import Place, Read, forget_inputs, frame_of, perform
 from evals.running.plan import Job, plan
 from evals.running.progress import Display, Forwarded, forwarding
-from evals.study import Study
+from evals.running.workers import worker_context
+from evals.study import Run, Study
 from proxytune.errors import UserError
 
-SMALL = 100_000_000  # parameters of all members together: below, jobs run side by side
+SMALL = 100_000_000  # parameters of all members together, up to which jobs run in parallel
 LOCK = ".running"
 
 
 @dataclass(frozen=True)
 class Finished:
-    """All records in the study's order, and what every arm cost, one a run."""
+    """All records in the study's order, and every arm's costs, one entry per run."""
 
     records: list[Record]
     costs: dict[str, list[Mapping[str, Any]]]
 
 
 def run_study(study: Study, folder: Path, out: Path, display: Display, *, jobs: int | None = None, patient: bool = False) -> Finished:
-    """Does all jobs of a study that are not done yet; returns the records.
+    """Does all jobs of a study that are not done yet, and returns all records.
 
-    Stop it at any time and start it again: what is recorded or tuned is not done again, and the end is the same. `jobs` is how many processes
-    work (None: as many as the machine has cores for; one where the members together exceed 100M parameters). `patient` waits for another
-    command that works in `out`. Writes `out`/records, `out`/checkpoints, `out`/worlds and `out`/study.json. Raises `UserError` where `out` cannot be
-    written or is in use, for what a job cannot do, and under a launcher of several processes.
+    It can be stopped at any time and started again: what is recorded or tuned is not done again, and the results are the same. `jobs` is the
+    number of processes (None: one per core, divided by the study's threads; always one if the members together exceed 100M parameters). `patient`
+    waits for another command that works in `out`. Writes `out`/records, `out`/checkpoints, `out`/worlds and `out`/study.json. Raises `UserError` if
+    `out` cannot be written or is in use, if a job fails by a user's mistake, and under a launcher of several processes (torchrun).
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("launcher: a study starts its own processes; start it without torchrun, and tune large arms beforehand with proxytune tune")
@@ -64,7 +66,7 @@ def _run(place: Place, todo: Sequence[Job], display: Display, jobs: int | None) 
     study = place.study
     forget_inputs()
     parameters = 0
-    if not study.worlds:  # what is wrong with a user's data is said before any work, and once
+    if not study.worlds:  # mistakes in a user's data are reported once, before any work
         data = data_for(study, place.folder, study.runs[0], place.worlds, display.say)
         parameters = sum(count_parameters(path) for path in (data.base, data.small) if path is not None)
     workers = workers_for(study, parameters, jobs, len(todo), display.say)
@@ -80,8 +82,9 @@ def _run(place: Place, todo: Sequence[Job], display: Display, jobs: int | None) 
         for entry in read.entries
     ]
     order = {arm: position for position, arm in enumerate(study.arm_settings)}
+    frames = {frame: position for position, frame in enumerate(dict.fromkeys(record.frame for record in records))}
     runs = {run: position for position, run in enumerate(study.runs)}
-    records.sort(key=lambda record: (record.frame, order[record.arm], runs[record.world, record.seed]))  # type: ignore[index]
+    records.sort(key=lambda record: (frames[record.frame], order[record.arm], runs[Run(record.world, record.seed)]))
     return Finished(records, _costs(reads, order))
 
 
@@ -94,7 +97,7 @@ def _costs(reads: Sequence[Read], order: Mapping[str, int]) -> dict[str, list[Ma
 
 
 def workers_for(study: Study, parameters: int, wanted: int | None, most: int, say: Callable[[str], None]) -> int:
-    """How many processes work: as wanted, else one for every so many cores as a job has threads, but one where models are large."""
+    """The number of processes: as wanted, by default the number of cores divided by the threads per job; one if models are large."""
     if parameters > SMALL:
         if (wanted or 1) > 1:
             say(f"--jobs {wanted}: the members have {parameters:,} parameters together, more than {SMALL:,}; one job runs at a time")
@@ -104,7 +107,7 @@ def workers_for(study: Study, parameters: int, wanted: int | None, most: int, sa
 
 
 def count_parameters(path: str) -> int:
-    """Of the model in a folder or of a hub name, by its configuration alone. 0 where that cannot be read: loading it will say why."""
+    """The number of parameters of a local or hub model, from its configuration alone. 0 if that cannot be read; loading it reports the reason."""
     try:
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
@@ -117,7 +120,7 @@ Start = Callable[[Job, Mapping[str, Any]], "Future[Any]"]
 
 
 def _work_off(todo: Sequence[Job], start: Start, outcomes: dict[str, Any], workers: int) -> None:
-    """Starts jobs in the plan's order as soon as what they wait for has ended, so many at a time; the first error stops all."""
+    """Starts jobs in the plan's order as soon as the jobs they wait for have ended, at most `workers` at a time. The first error stops all."""
     waiting = list(todo)
     running: dict[Future[Any], Job] = {}
     while waiting or running:
@@ -131,7 +134,7 @@ def _work_off(todo: Sequence[Job], start: Start, outcomes: dict[str, Any], worke
 
 
 def _needed(job: Job, todo: Sequence[Job]) -> tuple[str, ...]:
-    """The jobs whose outcomes a job takes: those it waits for, and for a reading also the selection that its tuning waited for."""
+    """The jobs whose outcomes a job takes: those it waits for and, for a reading, the selection that its tuning waited for."""
     before = next((other for other in todo if other.name == job.tuned), None)
     selections = [
         name for name in (before.waits if before is not None else ()) if any(other.name == name and other.kind == "select" for other in todo)
@@ -154,22 +157,19 @@ def _here(place: Place, display: Display) -> Iterator[Start]:
 @contextmanager
 def _in_processes(place: Place, display: Display, workers: int) -> Iterator[Start]:
     """Jobs in processes of their own. However this one ends, none of them is left."""
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload([__name__])  # the libraries are imported once for all workers
+    context = worker_context()
     with forwarding(display, context) as messages:
         executor = ProcessPoolExecutor(workers, context, initializer=_prepare, initargs=(messages, place.study.threads))
         try:
             yield lambda job, outcomes: executor.submit(_perform_there, place, job, outcomes)
         except BrokenProcessPool as error:
-            raise UserError("jobs: a process has died, perhaps for want of memory; run the same command with --jobs 1, it goes on") from error
+            raise UserError("jobs: a process has died, perhaps for lack of memory; run the same command with --jobs 1, it continues") from error
         finally:
             _end(executor)
 
 
 def _end(executor: ProcessPoolExecutor) -> None:
-    """Ends idle workers, and those that are at work after an error or a signal: what they have not saved is made again."""
+    """Ends idle workers, and after an error or a signal also busy ones: what they have not saved is made again in the next run."""
     executor.shutdown(wait=False, cancel_futures=True)
     for process in multiprocessing.active_children():
         process.join(0.2)
@@ -185,13 +185,14 @@ _display: Forwarded | None = None
 
 
 def _prepare(messages: Any, threads: int) -> None:
-    """Of a worker: signals are the parent's affair, and without a parent there is no worker."""
+    """Initializes a worker: the parent handles Ctrl-C, and the worker exits when its parent does."""
     global _display
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
+    gc.freeze()  # trainers collect garbage often; they need not look through the libraries each time
     torch.set_num_threads(threads)
     _display = Forwarded(messages)
     _display.__enter__()
@@ -210,7 +211,7 @@ def _perform_there(place: Place, job: Job, outcomes: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def _alone_in(out: Path, patient: bool, display: Display) -> Iterator[None]:
-    """Holds the folder for this command; the system gives it back however the command ends."""
+    """Locks the folder for this command; the system releases the lock however the command ends."""
     lock = FileLock(out / LOCK)
     try:
         lock.acquire(timeout=0)

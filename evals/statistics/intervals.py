@@ -1,12 +1,12 @@
 """Intervals: joint draws of several arms' means over units and seeds, and what is derived from those draws.
 
-Arms are drawn together, so that a difference between two of them is paired. With one seed the draws are a bootstrap over
-units (people, questions), and the interval covers units only: it is of this model and this run. With several seeds there are
-draws of two laws, a t law over the seeds' means and the bootstrap of units within seeds, and an interval is the wider of both:
-three seeds agree by luck, and then their t interval is far narrower than the sampling of units alone allows.
+Arms are drawn together, so that a difference between two arms is paired. With one seed the draws are a bootstrap over units
+(people, questions), and the interval covers units only: it describes this model and this run. With several seeds there are draws
+from two distributions: a t distribution over the seeds' means, and the bootstrap of units within seeds. The interval is the wider
+of both. Three seeds can agree by chance, and then their t interval is far narrower than the sampling of units alone allows.
 
-Not covered: both sources at once where seeds have the same units. The seeds' means then differ by tuning only, and the interval
-is of these units or of these seeds, whichever is the wider.
+Not covered: both sources at once when seeds have the same units. The seeds' means then differ by tuning only, and the interval
+is over these units or over these seeds, whichever is wider.
 """
 
 import math
@@ -24,15 +24,15 @@ from probes.knowledge.exposure import within_strata
 
 DRAWS = 4000
 LEVEL = 0.95
-BATCH = 200  # draws at a time: bounds memory, not results
-PSEUDO_UNITS = 2.0  # in all: one right and one wrong for an arm, one half for each of the four answers of two arms
+BATCH = 200  # draws at a time: bounds memory, does not change results
+PSEUDO_UNITS = 2.0  # in total: one right and one wrong for one arm, one half for each of the four outcomes of two arms
 
 
 class Estimate(NamedTuple):
-    """A value for every series and its draws; differences of rows are paired.
+    """A value for every series, and its draws; differences of rows are paired.
 
-    With one seed draws follow one law. With several they follow two (`laws`), of which `interval` takes the wider; whatever is
-    derived from draws is derived from both.
+    With one seed there are draws from one distribution. With several seeds there are draws from two (axis `laws`), and `interval` takes
+    the wider interval; everything that is derived from draws is derived from both.
     """
 
     value: Float[np.ndarray, " series"]
@@ -56,21 +56,21 @@ def bootstrap_means(
     strata: Sequence[Shaped[np.ndarray, " _"]] | None = None,
     same_units: bool = False,
 ) -> Estimate:
-    """Means over units, then over seeds, of several series measured on the same units.
+    """Means over units, then over seeds, of several series that are measured on the same units.
 
     `shares` says that every value is a share of right answers, in [0, 1]. Draws are then smoothed by pseudo-units
-    (`_with_pseudo_units`), without which a sample that is all right would have no interval at all. Values stay plain means.
+    (`_with_pseudo_units`); without them a sample in which all answers are right would have no interval. Values stay plain means.
 
-    `strata` are labels of every seed's units: how many units each stratum has was decided and not drawn, so that what differs
-    between strata is no sampling error. Left out, all units are one stratum. `same_units` says that every seed has the same units,
-    in one order; else they are taken as different ones.
+    `strata` are labels of every seed's units. The number of units in each stratum is taken as fixed, so that differences between
+    strata are not sampling error. Default: all units are one stratum. `same_units` says that every seed has the same units, in the
+    same order; otherwise units of different seeds are taken as different.
 
-    `stream` tells apart draws of units that must be independent of each other (different units); seeds are drawn alike
-    in every stream, so that what differs between seeds but not within them cancels in a contrast. Deterministic.
+    `stream` separates draws of units that must be independent of each other (different units). Seeds are drawn in the same way in
+    every stream, so that what differs between seeds but not within them cancels in a contrast. Deterministic.
 
-    With one seed: the Bayesian bootstrap of units (`_law_of_units`). With several: that, and `_law_of_seeds`, where units count
-    only by what they do to their seed's mean. The price is width: 4.3 standard errors with three seeds and 12.7 with two, so
-    that two seeds say next to nothing about how seeds differ.
+    With one seed: the Bayesian bootstrap of units (`_law_of_units`). With several: that, and `_law_of_seeds`, in which units count
+    only through their seed's mean. The cost is width: 4.3 standard errors with three seeds and 12.7 with two, so that two seeds say
+    almost nothing about how seeds differ.
     """
     value = np.mean([units.mean(axis=1) for units in seeds], axis=0)
     labels = [np.zeros(units.shape[1]) for units in seeds] if strata is None else strata
@@ -97,10 +97,10 @@ def _law_of_units(
     same_units: bool,
     generator: np.random.Generator,
 ) -> Float[np.ndarray, "series draws"]:
-    """Draws of the mean of these seeds when only their units are drawn again, within strata: as if of one seed.
+    """Draws of the mean of these seeds when only their units are resampled, within strata: as if all were one seed.
 
-    Units that all seeds have count once, with their mean over seeds: the same seed twice tells no more than once. Seeds of units of
-    their own are strata, each with the weight of one seed.
+    Units that all seeds have count once, with their mean over seeds: the same seed twice gives no more information than once. Seeds
+    with units of their own are strata, each with the weight of one seed.
     """
     total = sum(units.shape[1] for units in seeds)
     if same_units:
@@ -120,23 +120,23 @@ def _law_of_units(
 
 @cache
 def _seed_weights(seeds: int) -> Float[np.ndarray, "seeds draws"]:
-    """Weights whose sums with the seeds' means are draws of the mean's error: s / √k · t, k - 1 degrees of freedom.
+    """Weights whose weighted sums of the seeds' means are draws of the mean's error: s / √k · t, k - 1 degrees of freedom.
 
-    This is the usual t interval of a mean of k seeds (normal seed means assumed), drawn as a multivariate t law over the
-    seeds' contrasts so that it holds for every difference of arms at once. Three seeds can be resampled in only ten ways,
-    and their spread comes out a third too small: an interval of their bootstrap covers between 76 and 99 % instead of 95.
-    The draws fill the law evenly (Halton) because its tails are long: random ones would miss the interval's ends by 6 %
-    with three seeds, these do by 2 %.
+    This is the usual t interval of a mean of k seeds (seed means are assumed to be normal). It is drawn as a multivariate t
+    distribution over the seeds' contrasts, so that it holds for every difference of arms at once. Three seeds can be resampled in only
+    ten ways, and their spread comes out a third too small: an interval from their bootstrap covers between 76 and 99 % instead of 95.
+    The draws are quasi-random (Halton) because the distribution's tails are long: with three seeds, random draws would miss the
+    interval's ends by 6 %, these miss them by 2 %.
     """
     uniform = Halton(seeds, rng=seeds).random(DRAWS).T
     return helmert(seeds).T @ norm.ppf(uniform[1:]) / np.sqrt(seeds * chi2.ppf(uniform[0], seeds - 1))
 
 
 def _own_weight(seeds: Sequence[Float[np.ndarray, "series units"]]) -> float:
-    """How much of a whole 0/1 answer one unit is, pooled over series and seeds: 1 / its number of independent answers.
+    """The weight of one unit relative to one 0/1 answer, pooled over series and seeds: 1 / its number of independent answers.
 
-    The variance of units over that of 0/1 answers of the same mean (Kish's design effect over the answers in a unit), at
-    most 1 and exactly 1 where units are 0/1. Also 1 where nothing varies: the cautious end.
+    This is the variance of units divided by that of 0/1 answers with the same mean (Kish's design effect over the answers in a unit).
+    It is at most 1, and exactly 1 where units are 0/1. It is also 1 where nothing varies, which is the cautious choice.
     """
     several = [units for units in seeds if units.shape[1] > 1]
     found = sum(float(units.var(axis=1, ddof=1).sum()) for units in several)
@@ -149,8 +149,8 @@ def _bayesian_bootstrap(
 ) -> tuple[Float[np.ndarray, "series draws"], Float[np.ndarray, " draws"]]:
     """Means under exponential weights of the units (Rubin 1981, The Bayesian bootstrap), and the weights' sums.
 
-    Units of several answers have a spread that their mean does not tell: it is estimated from as many degrees of freedom as there
-    are units above strata, and the draws are widened as a t interval is. Whole 0/1 answers (`own` 1) are not, other values wholly.
+    The spread of units with several answers does not follow from their mean. It is estimated with (units - strata) degrees of freedom,
+    and the draws are widened as a t interval is, but only by the fraction 1 - `own`: 0/1 answers (`own` 1) are not widened at all.
     """
     count = units.shape[1]
     values = units.mean(axis=1, keepdims=True)
@@ -173,17 +173,17 @@ def _with_pseudo_units(
     generator: np.random.Generator,
     beside: Float[np.ndarray, "series strata"],
 ) -> Float[np.ndarray, "series draws"]:
-    """The draws of shares as if `PSEUDO_UNITS` more had been seen, of which every series has half right and half wrong.
+    """The draws of shares as if `PSEUDO_UNITS` more units had been seen, of which every series has half right and half wrong.
 
-    A Hadamard matrix gives their answers: every two series agree on half of them, a quarter in each of the four ways. So
-    one seed of n 0/1 units, x of them right, is drawn from Beta(x + 1, n - x + 1) (Bayes and Laplace), and the 2 x 2 table of
-    two arms from a Dirichlet law with one half added to each cell (Jeffreys; Agresti and Min 2005 add the same to a
-    Wald interval). The pseudo-units' weights are drawn: arms alike on every unit differ in their draws, too, by about
-    2 / n at the interval's ends. Units of several answers shrink the pseudo-units to `own` of a unit. Strata share the pseudo-units
-    equally; `beside` is by how much each stratum's mean lies below the whole: a wrong answer is worth more where all is right.
+    A Hadamard matrix gives their answers: every two series agree on half of them, a quarter in each of the four combinations. So
+    one seed with n 0/1 units, x of them right, is drawn from Beta(x + 1, n - x + 1) (Bayes and Laplace), and the 2 x 2 table of
+    two arms from a Dirichlet distribution with one half added to each cell (Jeffreys; Agresti and Min 2005 add the same to a
+    Wald interval). The pseudo-units' weights are drawn: arms that are equal on every unit therefore differ in their draws, by about
+    2 / n at the interval's ends. For units with several answers a pseudo-unit has the weight `own`. Strata share the pseudo-units
+    equally; `beside` is how far each stratum's mean lies below the whole: a wrong answer counts more where all answers are right.
 
-    Covers 95 % up to what counts of few units allow; the differences that are too narrow are those of one arm nearly all
-    right with one nearly all wrong, at less than about 50 units.
+    Covers 95 %, as far as counts of few units allow. Too narrow are only differences between an arm with nearly all answers
+    right and one with nearly all wrong, with fewer than about 50 units.
     """
     order = 1 << len(draws).bit_length()
     right = (1 + hadamard(order)[1 : len(draws) + 1]) / 2
@@ -193,21 +193,21 @@ def _with_pseudo_units(
 
 
 def interval(value: float, draws: Float[np.ndarray, "*laws draws"], bounds: tuple[float, float] = (-math.inf, math.inf)) -> Interval:
-    """The value with its percentile interval at 95 %, the wider of several laws at each end, cut to what it can be (`bounds`).
+    """The value with its 95 % percentile interval, the wider of several distributions at each end, clipped to possible values (`bounds`).
 
-    It is widened to hold the value: draws of shares lean away from 0 and 1, so that a sample all right would lie just outside
-    its own interval.
+    It is widened to contain the value: draws of shares are pulled away from 0 and 1, so that a sample with all answers right would
+    lie just outside its own interval.
     """
     low, high = np.clip(np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=-1), *bounds)
     return Interval(float(value), float(min(low.min(), value)), float(max(high.max(), value)))
 
 
 def gap_closed(estimate: Estimate, arm: int, base: int, direct: int) -> Interval | None:
-    """(arm - base) / (direct - base), uncapped; None where direct - base is within noise (its interval holds zero)."""
+    """(arm - base) / (direct - base), uncapped; None where direct - base is within noise (its interval contains zero)."""
     gap = interval(estimate.value[direct] - estimate.value[base], estimate.draws[direct] - estimate.draws[base])
     if not gap.excludes_zero():
         return None
-    with np.errstate(divide="ignore", invalid="ignore"):  # draws without any gap are left out below
+    with np.errstate(divide="ignore", invalid="ignore"):  # draws with a gap of zero are left out below
         draws = (estimate.draws[arm] - estimate.draws[base]) / (estimate.draws[direct] - estimate.draws[base])
     whole = np.isfinite(draws).reshape(-1, draws.shape[-1]).all(axis=0)
     return interval((estimate.value[arm] - estimate.value[base]) / gap.value, draws[..., whole])

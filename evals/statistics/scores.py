@@ -6,9 +6,10 @@ from scipy.stats import hypergeom
 
 
 def pass_at_k(n: int | Int[np.ndarray, "*problems"], c: int | Int[np.ndarray, "*problems"], k: int) -> Float[np.ndarray, "*problems"]:
-    """The chance that some of k answers is right, for every problem, unbiased from c right ones of n (Chen et al. 2021, eq. 1).
+    """The probability that at least one of k answers is right, for every problem: the unbiased estimate from c right answers of n.
 
-    1 - C(n - c, k) / C(n, k): the chance that k of the n, drawn without replacement, hold a right one. nan where k > n.
+    1 - C(n - c, k) / C(n, k): the probability that k of the n answers, drawn without replacement, include a right one (Chen et al. 2021,
+    eq. 1). nan where k > n.
     """
     return np.asarray(1 - hypergeom.pmf(0, n, c, k))
 
@@ -16,10 +17,10 @@ def pass_at_k(n: int | Int[np.ndarray, "*problems"], c: int | Int[np.ndarray, "*
 def expected_calibration_error(
     confidence: Float[np.ndarray, "*arms items"], right: Bool[np.ndarray, "*arms items"] | Float[np.ndarray, "*arms items"], bins: int = 10
 ) -> Float[np.ndarray, "*arms"]:
-    """The gap between confidence and share right within a bin, averaged over items (Guo et al. 2017, eq. 5).
+    """The difference between confidence and share right within a bin, averaged over items (Guo et al. 2017, eq. 5).
 
-    Bins are of equal width, open below and closed above; 0 is in the first. Biased upwards with few items a bin, and
-    it depends on `bins`: compare arms at the same ones. `right` may be a share (of a tie).
+    Bins have equal width, are open below and closed above; 0 is in the first bin. The error is biased upwards with few items per bin, and
+    depends on `bins`: compare arms with the same bins. `right` may be a share (for ties).
     """
     bin_of = np.digitize(confidence, np.linspace(0, 1, bins + 1)[1:-1], right=True)
     inside = bin_of[..., None] == np.arange(bins)
@@ -28,5 +29,5 @@ def expected_calibration_error(
 
 
 def brier(probability: Float[np.ndarray, "*arms items"], right: Bool[np.ndarray, "*arms items"]) -> Float[np.ndarray, "*arms"]:
-    """The mean squared error of the probability of being right (Brier 1950, halved: for one outcome, between 0 and 1)."""
+    """The mean squared error of the probability of being right (Brier 1950, halved: for one outcome, so that it is between 0 and 1)."""
     return np.asarray(np.square(probability - right).mean(axis=-1))

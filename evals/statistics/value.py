@@ -10,7 +10,7 @@ from evals.statistics.intervals import Interval
 
 @dataclass(frozen=True)
 class Value:
-    """A value with the ends of its 95 % interval, unrounded. None for what could not be measured; `note` says why, or what a reader needs to know."""
+    """A value with the ends of its 95 % interval, unrounded. None if it could not be measured. `note`, if given, is shown instead of the value."""
 
     value: float | None
     low: float | None = None
@@ -25,7 +25,7 @@ UNKNOWN = Value(None)
 
 
 def value_of(interval: Interval) -> Value:
-    """An interval whose numbers may be NaN or infinite: these become None."""
+    """The value of an interval; numbers that are NaN or infinite become None."""
     return Value(finite(interval.value), finite(interval.low), finite(interval.high))
 
 

@@ -1,1 +1,1 @@
-"""What happens inside a model: states at chosen tokens, parameters in blocks, moments of states."""
+"""Parts of a model that probes share: states at chosen tokens, parameters in blocks, moments of states."""

@@ -1,8 +1,8 @@
-"""Hidden states, attention and MLP outputs at chosen tokens, one batch at a time, in one pass for all probes that want them.
+"""Hidden states, attention and MLP outputs at chosen tokens, one batch at a time, from one pass for all probes.
 
-State k is the residual stream after layer k, with what enters the first layer as state 0, as in transformers; unlike there the
-last state is taken before the final norm too. Only the chosen tokens are kept, so memory is bounded by one batch's pass,
-however many prompts there are. Costs a plain forward pass.
+State k is the residual stream after layer k; state 0 is the input of the first layer. This is as in transformers, except that
+the last state too is taken before the final norm. Only states at the chosen tokens are kept, so memory is bounded by one batch
+and does not depend on the number of prompts. Costs a plain forward pass.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,22 +25,22 @@ MLPS = ("mlp", "feed_forward", "block_sparse_moe")
 
 
 class States(NamedTuple):
-    """Of one batch, in fp32; `indices` says which prompts, `logits` are the model's own after the last token."""
+    """The states of one batch, in fp32. `indices` are the prompts' numbers; `logits` are the model's, after the last token."""
 
     indices: list[int]
-    residual: Float[Tensor, "batch places states hidden"]
-    attention: Float[Tensor, "batch places layers hidden"]
-    mlp: Float[Tensor, "batch places layers hidden"]
+    residual: Float[Tensor, "batch positions states hidden"]
+    attention: Float[Tensor, "batch positions layers hidden"]
+    mlp: Float[Tensor, "batch positions layers hidden"]
     logits: Float[Tensor, "batch vocabulary"]
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module:
-    """The norm between the last layer and the head. Raises `UserError` for an architecture that keeps it elsewhere."""
+    """The norm between the last layer and the head. Raises `UserError` for an architecture with other names."""
     return _child(model.base_model, FINAL_NORMS, model)
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
-    """The layers from first to last. Raises `UserError` for an architecture that does not keep them in one list."""
+    """The layers from first to last. Raises `UserError` for an architecture without one list of them."""
     count = model.config.get_text_config().num_hidden_layers
     for child in model.base_model.children():
         if isinstance(child, nn.ModuleList) and len(child) == count:
@@ -49,13 +49,13 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def read_states(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], places: Sequence[Sequence[int]], *, batch_size: int, pad: int
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], *, batch_size: int, pad: int
 ) -> Iterator[States]:
-    """Yields the states of each batch of prompts (token ids), the longest prompts first, so that little is padding.
+    """Yields the states of each batch of prompts (token ids), longest prompts first, so that there is little padding.
 
-    `places` has for every prompt the same number of token positions, which may be negative: -1 is the last. Two models that
-    are given the same prompts yield the same batches. Raises `UserError` for an architecture whose parts are not known here, and for
-    states and logits that are not finite.
+    `positions` has the same number of token positions for every prompt; negative ones count from the end: -1 is the last token. Two
+    models that read the same prompts yield the same batches. Raises `UserError` for an architecture whose parts are unknown here,
+    and for states and logits that are not finite.
     """
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     layers = layers_of(model)
@@ -64,10 +64,10 @@ def read_states(
         indices = order[start : start + batch_size]
         batch = [prompts[index] for index in indices]
         input_ids, mask = left_padded(batch, pad, model.device)
-        # Padding stands on the left: a position counted from the end is the same column in every row.
-        columns = [[place if place < 0 else place - len(prompt) for place in places[index]] for index, prompt in zip(indices, batch, strict=True)]
+        # Padding is on the left: a position counted from the end is the same column in every row.
+        columns = [[at if at < 0 else at - len(prompt) for at in positions[index]] for index, prompt in zip(indices, batch, strict=True)]
         chosen = torch.tensor(columns, device=model.device).remainder(input_ids.shape[1])
-        # Entered here and not around the generator: between two batches the caller's own mode is in force.
+        # Entered here and not around the generator, so that the caller's mode applies between two batches.
         with torch.inference_mode(), ExitStack() as hooks:
             kept: dict[str, list[Tensor]] = {"residual": [], "attention": [], "mlp": []}
             hooks.callback(layers[0].register_forward_pre_hook(_keep_input(kept["residual"], chosen), with_kwargs=True).remove)
@@ -84,9 +84,9 @@ def read_states(
 
 
 def check_states(model: PreTrainedModel, states: Sequence[Float[Tensor, "items hidden"]], named: Callable[[int], str], part: str = "") -> None:
-    """Raises `UserError` naming the model, the lowest layer and the item where a state's square, which probes take, is not finite.
+    """Raises `UserError` naming the model, the lowest layer and the item where a state or its squared norm is not finite.
 
-    `named` says what the item of a row is called; `part` is what has as many states as the model has layers: attention or mlp.
+    `named` gives the name of a row's item. `part` is empty for the residual stream, else attention or mlp, which have one output per layer.
     """
     for number, state in enumerate(states):
         broken = ~state.float().square().sum(-1).isfinite()
@@ -96,7 +96,7 @@ def check_states(model: PreTrainedModel, states: Sequence[Float[Tensor, "items h
 
 
 def check_logits(model: PreTrainedModel, logits: Float[Tensor, "items vocabulary"], named: Callable[[int], str], when: str = "") -> None:
-    """Raises `UserError` naming the model and the item for logits that stand for no law; some may be -inf."""
+    """Raises `UserError` naming the model and the item for logits that are not a distribution; some may be -inf."""
     broken = ~logits.logsumexp(-1).isfinite()
     if broken.any():
         raise UserError(_not_finite(model, f"the logits{when}", named(int(broken.nonzero()[0]))))
@@ -104,7 +104,7 @@ def check_logits(model: PreTrainedModel, logits: Float[Tensor, "items vocabulary
 
 def _not_finite(model: PreTrainedModel, what: str, item: str) -> str:
     name = model.name_or_path or type(model).__name__
-    return f"model: in '{name}' {what} of {item} holds NaN, infinity or what is too large to square; take a model that is not broken"
+    return f"model: in '{name}' {what} of {item} holds NaN, infinity or a number too large to square; use a model with finite weights"
 
 
 def _check(model: PreTrainedModel, states: States) -> None:
@@ -112,28 +112,28 @@ def _check(model: PreTrainedModel, states: States) -> None:
         return f"item {states.indices[row] + 1}"
 
     for part, tensor in (("", states.residual), ("attention", states.attention), ("mlp", states.mlp)):
-        for place in tensor.unbind(1):
-            check_states(model, place.unbind(1), named, part)
+        for of_position in tensor.unbind(1):
+            check_states(model, of_position.unbind(1), named, part)
     check_logits(model, states.logits, named)
 
 
 def last_and_subject(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], prompts: Sequence[str]) -> list[list[int]]:
-    """For every prompt the place of its last token and of its subject's last token; only the former where some item has no subject.
+    """For every prompt the positions of its last token (-1) and of its subject's last token; only -1 where some item has no subject.
 
-    Raises `UserError` for a subject that does not stand in the prompt.
+    Raises `UserError` for a subject that is not in the prompt.
     """
     if any(item.subject is None for item in items):
         return [[-1] for _ in items]
-    places = []
+    positions = []
     for item, prompt in zip(items, prompts, strict=True):
         start = prompt.find(str(item.subject))
         if start < 0:
-            raise UserError(f"subject: {item.subject!r} does not stand in the statement {prompt!r}; write it as it stands there")
-        # The first token that reaches the subject's end; the ids are those of `prompt_ids`, which drops an end token at most.
+            raise UserError(f"subject: {item.subject!r} is not in the statement {prompt!r}; write it as it is there")
+        # The first token that reaches the subject's end. The ids are those of `prompt_ids`, which may only drop an end token.
         offsets = tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"][: len(prompt_ids(tokenizer, prompt))]
         end = start + len(str(item.subject))
-        places.append([-1, next(place for place, (_, stop) in enumerate(offsets) if stop >= end)])
-    return places
+        positions.append([-1, next(index for index, (_, stop) in enumerate(offsets) if stop >= end)])
+    return positions
 
 
 def _child(parent: nn.Module, names: Sequence[str], model: PreTrainedModel) -> nn.Module:

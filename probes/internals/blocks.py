@@ -1,9 +1,9 @@
-"""A model's parameters in five blocks, from what reads the tokens to what names the next one; how to take them out and put them back.
+"""A model's parameters in five blocks, from the embeddings to the head; how to copy them out and write them back.
 
-`embeddings` (of tokens and positions), `low`, `middle` and `high` (the first third of the layers, what is between, the last third) and
-`unembedding` (the final norm, and the head where it has weights of its own; a tied head belongs to the embeddings, once). Also the null
-of a tuned model: noise of the same size in every matrix. Costs one copy of the weights. Not covered: LoRA adapters that are not merged,
-prepacked or quantised weights, and architectures with parts elsewhere; all of them are refused.
+`embeddings` (of tokens and positions), `low`, `middle` and `high` (the first, middle and last third of the layers) and `unembedding`
+(the final norm, and the head where it has weights of its own; a tied head belongs to the embeddings, once). Also the null of a
+tuned model: noise of the same norm in every matrix. Costs one copy of the weights. Not covered, and refused with an error: LoRA
+adapters that are not merged, prepacked or quantised weights, and architectures with other parts.
 """
 
 import numpy as np
@@ -20,9 +20,9 @@ BLOCKS = ("embeddings", "low", "middle", "high", "unembedding")
 
 
 def thirds(layers: int) -> dict[str, range]:
-    """The layers 1 to `layers` as `low`, `middle` and `high`; layer k's output is state k, so these are the blocks' states too.
+    """The layers 1 to `layers` as `low`, `middle` and `high`. Layer k's output is state k, so these are also the blocks' states.
 
-    A third is rounded down, but is at least one layer for as long as there are any: one layer is low, two are low and high.
+    A third is rounded down, but has at least one layer: of one layer it is low, of two they are low and high.
     """
     width = max(1, layers // 3)
     first_high = max(width, layers - width) + 1
@@ -32,11 +32,11 @@ def thirds(layers: int) -> dict[str, range]:
 def blocks_of(model: PreTrainedModel) -> dict[str, list[str]]:
     """The names of the parameters in each of `BLOCKS`: every parameter in exactly one, a shared one under its first name.
 
-    Raises `UserError` for a parameter that is in no block known here.
+    Raises `UserError` for a parameter that belongs to none of the blocks.
     """
     layers = layers_of(model)
     embeddings = [module for name, module in model.base_model.named_children() if isinstance(module, nn.Embedding) or "embed" in name]
-    # In this order the later of two claims wins: a tied head is embeddings, an embedding inside a layer is the layer's.
+    # Later entries override earlier ones: a tied head belongs to the embeddings, an embedding inside a layer to the layer.
     parts: list[tuple[str, nn.Module]] = [("unembedding", final_norm(model)), ("unembedding", model.get_output_embeddings())]
     parts += [("embeddings", module) for module in [*embeddings, model.get_input_embeddings()]]
     parts += [(block, layers[number - 1]) for block, numbers in thirds(len(layers)).items() for number in numbers]
@@ -59,36 +59,37 @@ def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def put(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
-    """Copies the given weights over the model's own, in place; those not given stay."""
+    """Writes the given weights into the model, in place; other weights stay."""
     parameters = dict(model.named_parameters())
     for name, value in weights.items():
         parameters[name].copy_(value)
 
 
 def check_same_shape(base: Member, tuned: Member) -> None:
-    """Raises `UserError` unless both have plain parameters of the same names, shapes and type, so that one's can stand in the other."""
+    """Raises `UserError` unless both have plain parameters of the same names, shapes and dtypes, so that weights can be exchanged."""
     found = []
     for field, member in (("base", base), ("tuned", tuned)):
         if member.adapter is not None or any(".lora_" in name for name, _ in member.model.named_parameters()):
-            raise UserError(f"{field}: it has a LoRA adapter that is not merged, so its weights are not its own; merge it first")
+            raise UserError(f"{field}: it has a LoRA adapter that is not merged; merge it first")
         if any(isinstance(module, PrepackedLinear) for module in member.model.modules()):
             raise UserError(f"{field}: its layers are prepacked, so they cannot be written to; load it with prepacked=False")
         shapes = {name: (tuple(parameter.shape), parameter.dtype) for name, parameter in member.model.named_parameters()}
         for name, (_, dtype) in shapes.items():
             if not dtype.is_floating_point:
-                raise UserError(f"{field}: '{name}' is of {dtype}, not of a floating type; load it without quantisation")
+                raise UserError(f"{field}: '{name}' is of {dtype}, not a floating-point type; load it without quantisation")
         found.append(shapes)
     before, after = found
     for name in [*before, *after]:
         if before.get(name) != after.get(name):
-            one, other = (" of ".join(map(str, shapes[name])) if name in shapes else "not there" for shapes in found)
-            raise UserError(f"tuned: '{name}' is {other}, in the base {one}; give two models of one shape and type")
+            one, other = (" of ".join(map(str, shapes[name])) if name in shapes else "missing" for shapes in found)
+            raise UserError(f"tuned: '{name}' is {other}, in the base {one}; give two models of the same shape and dtype")
 
 
 def random_delta(base_weights: dict[str, Tensor], tuned_weights: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """The base with Gaussian noise in every matrix whose Frobenius norm there is that of tuned - base.
+    """The base plus Gaussian noise; in every matrix the noise has the Frobenius norm of tuned - base.
 
-    The same for the same seed, whatever the dictionaries' order. In half precision the norm holds up to the rounding of the weights.
+    The same seed gives the same noise, whatever the order of the dictionaries. In half precision the norm is exact up to the
+    rounding of the weights.
     """
     noisy = {}
     for number, name in enumerate(sorted(base_weights)):
@@ -101,11 +102,11 @@ def random_delta(base_weights: dict[str, Tensor], tuned_weights: dict[str, Tenso
 
 
 def change_of(base: Tensor, tuned: Tensor) -> Tensor:
-    """tuned - base, in fp32 at least, on the tuned model's device."""
+    """tuned - base, in at least fp32, on the tuned model's device."""
     wide = torch.promote_types(tuned.dtype, torch.float32)
     return tuned.to(wide) - base.to(tuned.device, wide)
 
 
 def frobenius(tensor: Tensor) -> float:
-    """The norm, summed in fp64."""
+    """The Frobenius norm, summed in fp64."""
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))

@@ -1,8 +1,8 @@
-"""Means and covariances of two models' states on the same prompts, summed batch by batch, and what follows from them.
+"""Means and covariances of two models' states on the same prompts, summed batch by batch, and statistics computed from them.
 
-Linear CKA without its bias (Nguyen et al. 2021, arXiv 2010.15327, after Song et al. 2012), RankMe (Garrido et al. 2023, arXiv
-2210.02885) and the moments that a Gaussian null needs. Memory: three square matrices of the hidden width a state, in fp64,
-however many prompts there are. Not covered: kernels other than the linear one.
+Debiased linear CKA (Nguyen et al. 2021, arXiv 2010.15327, after Song et al. 2012), RankMe (Garrido et al. 2023, arXiv
+2210.02885) and the moments that a Gaussian null needs. Memory: three square matrices of the hidden width per state, in fp64,
+for any number of prompts. Not covered: kernels other than the linear one.
 """
 
 import torch
@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 class Moments:
-    """Of pairs (x, y) of states; sums of several are additive where they have one `origin`.
+    """Moments of pairs (x, y) of states. Moments with the same `origin` can be added.
 
-    Every state is counted from the origin, the first batch's mean: what follows does not depend on it, but rounding does. Rows are
-    kept until there are as many as a state is wide; from then on they are summed, and what follows is taken from the sums. Fewer
-    rows are cheaper looked at pair by pair. All is in fp64, for RankMe takes roots of what rounding leaves of small eigenvalues.
+    The origin (the first batch's mean) is subtracted from every state: results do not depend on it, but rounding does. Rows are kept
+    until there are as many as the hidden width; from then on they are summed, and results come from the sums. With fewer rows,
+    products of pairs of rows are cheaper. Everything is in fp64, because RankMe takes roots of small eigenvalues.
     """
 
     def __init__(self, origin: tuple[Float[Tensor, "states hidden"], Float[Tensor, "states hidden"]]):
@@ -25,7 +25,7 @@ class Moments:
         self._added: dict[str, Tensor] = {}
 
     def add(self, x: Float[Tensor, "batch states hidden"], y: Float[Tensor, "batch states hidden"]) -> None:
-        """Adds a batch; x and y are of the same prompts."""
+        """Adds a batch; x and y are states at the same prompts."""
         if not len(x):
             return
         self.count += len(x)
@@ -40,7 +40,7 @@ class Moments:
         return self._added
 
     def _rows(self) -> dict[str, Float[Tensor, "states rows hidden"]] | None:
-        """The rows themselves while there are no sums yet."""
+        """The rows, while there are no sums yet."""
         return None if self._added or not self._waiting else self._stacked()
 
     def _stacked(self) -> dict[str, Float[Tensor, "states rows hidden"]]:
@@ -67,7 +67,7 @@ class Moments:
         self._added[name] = self._added[name].add_(value) if name in self._added else value.clone()
 
     def plus(self, other: "Moments") -> "Moments":
-        """Those of both, which must have one origin."""
+        """The moments of both together; they must have the same origin."""
         result = Moments((self.origin["x"], self.origin["y"]))
         result.count = self.count + other.count
         for sums in (self._sums, other._sums):
@@ -83,7 +83,7 @@ class Moments:
         return self._sums[which * 2] / self.count - torch.einsum("si,sj->sij", mean, mean)
 
     def rankme(self, which: str = "x") -> Float[Tensor, " states"]:
-        """exp of the entropy of the centred states' singular values, divided by their sum: between 1 and the hidden width."""
+        """exp of the entropy of the centred states' singular values as shares of their sum: between 1 and the hidden width."""
         rows = self._rows()
         if rows is None:
             values = torch.linalg.eigvalsh(self.covariance(which))
@@ -94,13 +94,13 @@ class Moments:
         return torch.special.entr(roots / roots.sum(-1, keepdim=True)).sum(-1).exp()
 
     def cka(self) -> Float[Tensor, " states"]:
-        """Debiased linear CKA of x and y, state by state: 1 for equal states, near 0 for unrelated ones. NaN for fewer than four prompts."""
+        """Debiased linear CKA of x and y for each state: 1 for equal states, near 0 for unrelated ones. NaN for fewer than four prompts."""
         if self.count < 4:
             return torch.full((len(self.origin["x"]),), torch.nan, dtype=torch.float64)
         return self._dependence("x", "y") / (self._dependence("x", "x") * self._dependence("y", "y")).sqrt()
 
     def _dependence(self, one: str, other: str) -> Float[Tensor, " states"]:
-        """Song et al.'s unbiased HSIC for linear kernels, times n (n - 3); from sums over prompts alone where there are sums."""
+        """Song et al.'s unbiased HSIC for linear kernels, times n (n - 3); computed from the sums where there are sums."""
         n, rows = self.count, self._rows()
         if rows is not None:
             kernels = [_without_diagonal(values @ values.mT) for values in (rows[one], rows[other])]
@@ -113,7 +113,7 @@ class Moments:
             trace = across.square().sum((-2, -1)) - sizes
             totals = [sums[name].square().sum(-1) - sums[f"|{name}|"] for name in (one, other)]
             products = torch.einsum("si,sij,sj->s", sums[one], across, sums[other])
-            # |other|one sums the other's squared lengths times the one's states.
+            # |other|one is the sum of other's squared lengths times one's states.
             products = products - (sums[f"|{other}|{one}"] * sums[one]).sum(-1) - (sums[f"|{one}|{other}"] * sums[other]).sum(-1) + sizes
         return trace + totals[0] * totals[1] / ((n - 1) * (n - 2)) - 2 * products / (n - 2)
 

@@ -1,1 +1,1 @@
-"""What a model knows: answers read out of it, candidates of a fact, and how well it had the chance to learn it."""
+"""What a model knows: its answers, the right candidate against the others, and how that depends on exposure."""

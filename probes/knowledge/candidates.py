@@ -1,4 +1,4 @@
-"""What a model knows of items, whatever the format: the right candidate against the others after the item's statement.
+"""What a model knows of items, independent of the tuned format: the right candidate against the others after the item's statement.
 
 One scoring pass of the statements and their candidates. Not covered: items without candidates.
 """
@@ -24,17 +24,17 @@ Ids = tuple[int, ...]
 
 
 class Known(NamedTuple):
-    """`right`: the right candidate alone has the highest mean log-probability a token. `probability`: its share among the candidates
-    (softmax of these means), which moves long before a choice flips."""
+    """`right`: the right candidate alone has the highest mean log-probability per token. `probability`: its share among the candidates
+    (softmax of these means), which changes long before the choice does."""
 
     right: Bool[np.ndarray, " items"]
     probability: Float[np.ndarray, " items"]
 
 
 def known(member: Member, items: Sequence[Item], *, batch_tokens: int = 2048) -> Known:
-    """Reads every item. Raises `UserError` for an item without a statement or choices, and for scores that are no numbers.
+    """Scores every item's candidates. Raises `UserError` for an item without a statement or choices, and for scores that are NaN.
 
-    Where all candidates are single tokens, one pass of the statements is enough.
+    Where all candidates are single tokens, one pass over the statements is enough.
     """
     for item in items:
         if item.statement is None or item.answer not in item.choices:
@@ -47,14 +47,14 @@ def known(member: Member, items: Sequence[Item], *, batch_tokens: int = 2048) ->
     right, probability = [], []
     for item, means in zip(items, read(member, prefixes, candidates, batch_tokens), strict=True):
         name = member.model.name_or_path or type(member.model).__name__
-        place = item.choices.index(item.answer)
-        right.append(best_choices(means.tolist(), f"knowledge: '{name}' at {item.question!r}") == [place])
-        probability.append(float(means.softmax(0)[place]))
+        answer = item.choices.index(item.answer)
+        right.append(best_choices(means.tolist(), f"knowledge: '{name}' at {item.question!r}") == [answer])
+        probability.append(float(means.softmax(0)[answer]))
     return Known(np.array(right), np.array(probability))
 
 
 def _scored(member: Member, prefixes: Sequence[Ids], candidates: Sequence[Sequence[Ids]], batch_tokens: int) -> Sequence[Tensor]:
-    """Of every item, each candidate's mean log-probability a token."""
+    """For every item, each candidate's mean log-probability per token."""
     requests = [Request(prefix, ids) for prefix, those in zip(prefixes, candidates, strict=True) for ids in those]
     model = ProxyTunedForCausalLM({"model": member}, {"model": 1.0})
     totals = score(model, requests, {"model": {"model": 1.0}}, batch_tokens=batch_tokens)["model"]
@@ -71,6 +71,6 @@ def _at_once(member: Member, prefixes: Sequence[Ids], candidates: Sequence[Seque
         ids, mask = left_padded([prefixes[index] for index in batch], int(member.tokenizer.pad_token_id), member.model.device)
         with torch.inference_mode():
             logits = member.model(input_ids=ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=False, logits_to_keep=1).logits
-            laws = logits[:, -1].double().log_softmax(-1).cpu()
-        found |= {index: law[[ids[0] for ids in candidates[index]]] for index, law in zip(batch, laws, strict=True)}
+            rows = logits[:, -1].double().log_softmax(-1).cpu()
+        found |= {index: row[[ids[0] for ids in candidates[index]]] for index, row in zip(batch, rows, strict=True)}
     return [found[index] for index in range(len(prefixes))]

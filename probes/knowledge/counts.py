@@ -1,16 +1,16 @@
-"""Familiarity from a corpus, where nobody gives a popularity: in how many documents subject and answer of an item stand together.
+"""Familiarity from a corpus, for items without a popularity: the number of documents with both subject and answer of an item.
 
-Source: the pair counts of Min et al. 2025, arXiv 2512.19134 (QuCo-RAG). Costs one pass over the corpus: on one core some 20 MB of
-text a second for a hundred items, 5 for ten thousand. Memory holds the items and a few megabytes, or one document if it is longer.
+Source: the pair counts of Min et al. 2025, arXiv 2512.19134 (QuCo-RAG). Costs one pass over the corpus: on one core about 20 MB of
+text per second for a hundred items, 5 for ten thousand. Memory holds the items and a few megabytes, or one document if it is longer.
 
-Standing together is not stating: a document that says "Lagos is not the capital of Nigeria" counts, and so does one that
-names both a page apart. A subject within its answer (Mexico, Mexico City) stands wherever the answer does. Not covered:
-aliases and other spellings (the count is then too low), inflection, scripts without spaces between words.
+Occurring together is not the same as being stated: a document that says "Lagos is not the capital of Nigeria" counts, and so does
+one that has both on different pages. A subject within its answer (Mexico, Mexico City) occurs wherever the answer does. Not covered:
+aliases and other spellings (the count is then too low), inflection, and scripts without spaces between words.
 
-For a corpus too large to lie here, such as the trillions of tokens behind an open model, there is the infini-gram index (Liu et al.
-2024, arXiv 2401.17377): write its count of "SUBJECT AND ANSWER" into the items as their `popularity`, where every probe looks for
-familiarity. It counts places with both within a number of tokens, not documents, estimates where a term is very frequent, and
-compares exact tokens: ask for every case and spelling that is to count.
+For a corpus that is too large to store, such as the trillions of tokens of an open model, use the infini-gram index (Liu et al.
+2024, arXiv 2401.17377): write its count of "SUBJECT AND ANSWER" into the items as their `popularity`, which every probe uses as
+familiarity. It counts occurrences of both within a number of tokens, not documents; it estimates counts of very frequent terms;
+and it compares exact tokens, so ask for every case and spelling that should count.
 """
 
 import json
@@ -28,17 +28,17 @@ from finetune.items import Item
 from proxytune.errors import UserError
 
 ENDINGS = (".txt", ".jsonl", ".json", ".parquet")
-CHUNK = 2**20  # bytes of text that are in memory at a time, beside what is left of the last document
-ROWS = 256  # of Parquet, likewise
+CHUNK = 2**20  # bytes of text in memory at a time, plus the rest of the last document
+ROWS = 256  # of Parquet in memory at a time
 WORD = re.compile(r"\w+")
 
 Progress = Callable[[int], None]
 
 
 class Counts(NamedTuple):
-    """For each item the number of documents that hold its subject and its answer, its subject at all, its answer at all.
+    """For each item the number of documents with its subject and its answer, with its subject, and with its answer.
 
-    The latter two are what a correlation with the first is to be freed of: a rare name is in few documents together with anything.
+    The last two are covariates of a correlation with the first: a rare name is in few documents together with anything.
     """
 
     together: list[float]
@@ -47,17 +47,17 @@ class Counts(NamedTuple):
 
 
 def count_statements(corpus: Path, items: Sequence[Item], progress: Progress = lambda bytes_read: None) -> list[float]:
-    """For each item the number of documents in which subject and answer stand together; see `count_documents`."""
+    """For each item the number of documents with both subject and answer; see `count_documents`."""
     return count_documents(corpus, items, progress).together
 
 
 def count_documents(corpus: Path, items: Sequence[Item], progress: Progress = lambda bytes_read: None) -> Counts:
-    """Counts documents; one that holds a term twice counts once.
+    """Counts documents; a document with a term twice counts once.
 
     A document is a line of plain text, or the `text` of a line of JSON (.jsonl, .json) or of a row of Parquet (.parquet); a folder
-    is all of its files. A term stands in a document if it is there literally, with no letter, digit or underscore right before or
-    after it; case, the run of white space between two words, the form of the apostrophe and Unicode's composition do not matter.
-    `progress` is told the bytes that were read of the files that `corpus_files` lists.
+    is all of its files. A document has a term if the term occurs literally, without a letter, digit or underscore right before or
+    after it. Case, the amount of white space between words, the form of the apostrophe and Unicode composition do not matter.
+    `progress` is called with the number of bytes read of the files of `corpus_files`.
 
     Raises `UserError` for an item without a subject, a term without a letter or digit, a corpus that is missing, empty or cannot be read.
     """
@@ -77,7 +77,7 @@ def count_documents(corpus: Path, items: Sequence[Item], progress: Progress = la
                 together.update((subject, answer) for answer in answers_of[subject] & present)
         progress(size)
     if not documents:
-        raise UserError(f"corpus: '{corpus}' holds no documents; it needs one a line, or one a row")
+        raise UserError(f"corpus: '{corpus}' has no documents; it needs one per line, or one per row")
     return Counts(
         [float(together[pair]) for pair in zip(subjects, answers, strict=True)],
         [float(alone[subject]) for subject in subjects],
@@ -86,7 +86,7 @@ def count_documents(corpus: Path, items: Sequence[Item], progress: Progress = la
 
 
 def corpus_files(corpus: Path) -> list[Path]:
-    """The file itself, or the files of a folder and its folders whose ending is known, in the order of their names; hidden ones are left out.
+    """The file itself, or all files with a known ending in a folder and its subfolders, sorted by name; hidden ones are left out.
 
     Raises `UserError` where there is none.
     """
@@ -96,7 +96,7 @@ def corpus_files(corpus: Path) -> list[Path]:
         raise UserError(f"corpus: there is no file or folder '{corpus}'; give plain text, JSON lines, Parquet or a folder of these")
     found = sorted(path for path in corpus.rglob("*") if path.suffix in ENDINGS and path.is_file() and not _hidden(path.relative_to(corpus)))
     if not found:
-        raise UserError(f"corpus: the folder '{corpus}' holds no file that ends in {', '.join(ENDINGS)}; give it one")
+        raise UserError(f"corpus: the folder '{corpus}' has no file that ends in {', '.join(ENDINGS)}; add one")
     return found
 
 
@@ -106,7 +106,7 @@ def _hidden(path: Path) -> bool:
 
 def _terms(item: Item) -> tuple[str, str]:
     if item.subject is None:
-        raise UserError(f"subject: the item {item.question!r} has none; counting needs whom or what it is about in every item")
+        raise UserError(f"subject: the item {item.question!r} has none; counting needs the subject of every item")
     found = {"subject": item.subject, "answer": item.answer}
     for name, term in found.items():
         if not WORD.search(term):
@@ -120,11 +120,11 @@ def _folded(text: str) -> str:
 
 
 def _finder(terms: Iterable[str]) -> Callable[[str], set[str]]:
-    """The function from a document to those of the folded terms that stand in it."""
+    """The function from a document to those of the folded terms that occur in it."""
     words_of = {term: frozenset(WORD.findall(term)) for term in terms}
-    # A term of one word and nothing else needs no second look: it is one of the document's words or it is not.
+    # A term that is a single word is found by comparing words.
     single = {term for term, words in words_of.items() if term in words}
-    # Any other is looked for only where all of its words are, and asked about only where its longest is: that one is rarest.
+    # Any other term is searched only in documents with all its words, and checked only where its longest, rarest word occurs.
     longer = defaultdict[str, list[tuple[str, frozenset[str], re.Pattern[str]]]](list)
     for term in sorted(words_of.keys() - single):
         literal = r"\s+".join(map(re.escape, term.split()))
@@ -143,7 +143,7 @@ def _finder(terms: Iterable[str]) -> Callable[[str], set[str]]:
 
 
 def _read(corpus: Path) -> Iterator[tuple[list[str], int]]:
-    """Some documents at a time, and how many of the files' bytes they took."""
+    """Some documents at a time, with the number of bytes read for them."""
     for path in corpus_files(corpus):
         yield from _read_parquet(path) if path.suffix == ".parquet" else _read_lines(path)
 
@@ -151,7 +151,7 @@ def _read(corpus: Path) -> Iterator[tuple[list[str], int]]:
 def _read_lines(path: Path) -> Iterator[tuple[list[str], int]]:
     text_of = _text_of_json if path.suffix in (".jsonl", ".json") else str
     number = 0
-    # In bytes, where a line ends at a line feed and at none of the other separators that a text may hold.
+    # Read as bytes, where lines end only at a line feed and not at other separators that a text may contain.
     with path.open("rb") as file:
         while lines := file.readlines(CHUNK):
             texts = []
@@ -162,7 +162,7 @@ def _read_lines(path: Path) -> Iterator[tuple[list[str], int]]:
                     if decoded.strip():
                         texts.append(text_of(decoded))
                 except ValueError as error:
-                    raise UserError(f"corpus: '{path}' line {number}, {' '.join(str(error).split())}; mend the line or take it out") from error
+                    raise UserError(f"corpus: '{path}' line {number}, {' '.join(str(error).split())}; correct or remove the line") from error
             yield texts, sum(map(len, lines))
 
 
@@ -178,7 +178,7 @@ def _text_of_json(line: str) -> str:
 
 def _read_parquet(path: Path) -> Iterator[tuple[list[str], int]]:
     try:
-        # Buffered: without, a whole column of a row group is read at once.
+        # Buffered: otherwise a whole column of a row group is read at once.
         with ParquetFile(path, buffer_size=CHUNK, pre_buffer=False) as file:
             kinds = {field.name: field.type for field in file.schema_arrow}
             if kinds.get("text") not in (pyarrow.string(), pyarrow.large_string()):
@@ -188,4 +188,4 @@ def _read_parquet(path: Path) -> Iterator[tuple[list[str], int]]:
                 before, read = size * read // rows, read + batch.num_rows
                 yield [text for text in batch.column(0).to_pylist() if text], size * read // rows - before
     except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
-        raise UserError(f"corpus: '{path}' cannot be read as Parquet ({' '.join(str(error).split())}); write it anew") from error
+        raise UserError(f"corpus: '{path}' cannot be read as Parquet ({' '.join(str(error).split())}); write it again") from error

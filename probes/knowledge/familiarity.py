@@ -1,9 +1,9 @@
-"""Forgetting by exposure: what an arm no longer knows of what the base knew, for the often and for the rarely stated.
+"""Groups items by how familiar they are: by exposure, or by a popularity that stands in for it.
 
-F_k = (share right of the base) - (share right of the arm) over the items stated k times, for each read-out apart
-(`readouts`). Positive is forgotten. Controlled for: the items (the same, paired) and the facts (none is in the tuning
-data). Not controlled for: task gain; read it beside the task's column. Items never stated (k = 0) are the floor: a change
-there is no forgetting.
+Forgetting is measured per group: F_k = (share right of the base) - (share right of the arm) over the items stated k times, for
+each read-out (`readouts`). Positive means forgotten. Controlled for: the items (the same for both, paired) and the facts (none is
+in the tuning data). Not controlled for: task gain; compare it with the task's result. Items that were never stated (k = 0) are the
+floor: a change there is not forgetting.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ FEW_LEVELS = 8
 
 @dataclass(frozen=True)
 class Familiarity:
-    """For every item its bucket's label, and 1 (familiar), -1 (unfamiliar) or 0; `labels` lists the buckets, rarest first."""
+    """For every item the label of its bucket, and 1 (familiar), -1 (unfamiliar) or 0 (neither). `labels` are the buckets, rarest first."""
 
     labels: tuple[str, ...]
     buckets: tuple[str, ...]
@@ -26,14 +26,14 @@ class Familiarity:
 
 
 def familiarity(popularity: Sequence[float]) -> Familiarity:
-    """Sorts items by their popularity (NaN where there is none): each value is a bucket (`k=30`) where there are few, else there are thirds.
+    """Puts items into buckets by popularity (NaN where there is none): one per value (`k=30`) for up to eight values, else thirds.
 
-    Familiar is the top third of the buckets, unfamiliar the lowest bucket. Raises `UserError` where an item has no
-    popularity or all have the same.
+    The top third of the buckets is familiar, the lowest bucket is unfamiliar. Raises `UserError` where an item has no popularity or
+    all have the same.
     """
     values = np.asarray(popularity, float)
     if np.isnan(values).any():
-        raise UserError("popularity: forgetting and density need it in every knowledge item; add a count of how well known it is")
+        raise UserError("popularity: forgetting and density need it in every knowledge item; add a number that says how well known it is")
     levels = np.unique(values)
     if len(levels) < 2:
         raise UserError(f"popularity: all {len(values)} knowledge items have {levels[0]:g}; give familiar and unfamiliar items")

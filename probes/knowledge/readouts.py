@@ -1,9 +1,9 @@
-"""Three ways of asking a model what it knows.
+"""Three read-outs of what a model knows.
 
 `question`: asked in the tuned format, answered greedily. `statement`: the beginning of a pretraining sentence, continued
-greedily. `choice`: the candidate with the highest log-probability a token after the statement, which needs no format to
-be kept to and is therefore the least sensitive to style. Forgetting is read off all three (PROBES: a fact that only one
-of them lost was not forgotten but is said differently).
+greedily. `choice`: the candidate with the highest log-probability per token after the statement; it depends least on style,
+because the answer needs no format. Forgetting is measured with all three: a fact that only one of them misses was not forgotten
+but is expressed differently.
 """
 
 import math
@@ -23,17 +23,17 @@ from proxytune.padding import left_padded
 from proxytune.scoring import Request, score
 
 Progress = Callable[[int], None]
-# Thousands are separated before digits only; a comma that ends a clause stays.
+# Removes thousands separators; a comma that ends a clause stays.
 _SEPARATED = re.compile(r"(\d),(\d)")
-# A minus after a word, a bracket or a digit subtracts; anywhere else it is a sign, also before a currency.
+# A minus after a word, a bracket or a digit is a subtraction; elsewhere it is a sign, also before a currency.
 _NUMBER = re.compile(r"((?<![\w.)\]])-(?=\$?[\d.]))?\$?(\d*\.?\d+)")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What was said to one item. `unparsed`: nothing was said, or nothing that begins with a candidate; it counts as wrong.
+    """The answer to one item. `unparsed`: it is empty, or does not begin with a candidate; it counts as wrong.
 
-    `tied`: several choices had the highest score, and `text` is all of them; `right` is then 1/k where the answer is one of these k.
+    `tied`: k choices share the highest score, and `text` has all of them; `right` is then 1/k if the answer is one of them, else 0.
     """
 
     text: str
@@ -53,7 +53,7 @@ def answer_greedily(
     judged: Callable[[str, Item], Answer] | None = None,
     progress: Progress = lambda items_done: None,
 ) -> list[Answer]:
-    """Greedy answers of the mixture in force, each `judged` (by `judge` unless said otherwise: how it begins).
+    """Greedy answers of the current mixture, each judged by `judged` (default: `judge`, by how it begins).
 
     Raises `UserError` for a prompt that leaves no room for the answer in some member's window.
     """
@@ -75,21 +75,21 @@ def answer_greedily(
 
 
 def judge(text: str, item: Item) -> Answer:
-    """Whether a text answers the item: it begins with the answer and with no longer candidate."""
+    """Whether a text answers the item: it begins with the answer, and not with a longer candidate."""
     candidates = item.choices or (item.answer,)
-    begun = [candidate for candidate in candidates if _begins(text, candidate)]
-    said = max(begun, key=len, default=None)
+    matching = [candidate for candidate in candidates if _begins(text, candidate)]
+    said = max(matching, key=len, default=None)
     return Answer(text, said == item.answer, (said is None) if item.choices else not text.strip())
 
 
 def judge_number(text: str, item: Item) -> Answer:
-    """Whether the last number of a text is that of the answer (GSM8K's worked ones end in it); without a number it is unparsed.
+    """Whether the last number of a text is that of the answer (as in GSM8K); a text without a number is unparsed.
 
     Raises `UserError` for an answer without a number.
     """
     said, wanted = last_number(text), last_number(item.answer)
     if wanted is None:
-        raise UserError(f"answer: {item.answer!r} holds no number; with answer: number every item needs one")
+        raise UserError(f"answer: {item.answer!r} has no number; with answer: number every item needs one")
     return Answer(text, said is not None and float(said) == float(wanted), said is None)
 
 
@@ -110,16 +110,17 @@ def choose(
     space: str = " ",
     progress: Progress = lambda choices_done: None,
 ) -> dict[str, list[Answer]]:
-    """For every mixture, the choice with the highest mean log-probability a token. A tie of k counts 1/k (see `best_choices`).
+    """For every mixture, the choice with the highest mean log-probability per token. A tie of k counts 1/k (see `best_choices`).
 
-    `space` stands between prompt and choice. Raises `UserError` for an item without choices, and for scores that are no numbers.
+    `space` is put between prompt and choice. Raises `UserError` for an item without choices, and for scores that are NaN.
     """
+    encoded = {choice: tuple(continuation_ids(tokenizer, choice, space)) for choice in dict.fromkeys(each for item in items for each in item.choices)}
     requests, owners = [], []
     for item, prompt in zip(items, prompts, strict=True):
         if not item.choices:
             raise UserError(f"choices: the item {item.question!r} has none; forced choice needs them in every item")
         prefix = tuple(prompt_ids(tokenizer, prompt))
-        requests += [Request(prefix, tuple(continuation_ids(tokenizer, choice, space))) for choice in item.choices]
+        requests += [Request(prefix, encoded[choice]) for choice in item.choices]
         owners.append(len(item.choices))
     lengths = torch.tensor([len(request.continuation) for request in requests])
     scores = score(model, requests, mixtures, batch_tokens=batch_tokens, progress=progress)
@@ -131,21 +132,21 @@ def choose(
 
 
 def best_choices(scores: Sequence[float], whose: str) -> list[int]:
-    """The places of the highest of an item's scores (log-probabilities): several where they are equal, to the last bit.
+    """The indices of the highest of an item's scores (log-probabilities): several where they are exactly equal.
 
-    There is no tolerance: the scores of a model that prefers nothing are equal exactly, whatever the choices' lengths, and those
-    of single tokens come from one row of logits. Which of two nearly equal ones leads is the model's own answer. A choice at -inf
-    only loses. Raises `UserError` that begins with `whose` where a score is NaN or +inf, or all are -inf.
+    There is no tolerance: a model without a preference gives exactly equal scores, whatever the lengths of the choices, and scores
+    of single tokens come from one row of logits. Of two nearly equal scores the higher one is the model's answer. A choice at -inf
+    never wins. Raises `UserError`, beginning with `whose`, where a score is NaN or +inf, or all are -inf.
     """
     best = max(scores)
     if not all(score < math.inf for score in scores) or best == -math.inf:  # NaN is not below infinity
         shown = ", ".join(f"{score:g}" for score in scores[:8])
         raise UserError(f"{whose}: the choices' scores are {shown}; look at the arm's weights for NaN, or lower its coefficients")
-    return [place for place, score in enumerate(scores) if score == best]
+    return [index for index, score in enumerate(scores) if score == best]
 
 
 def _chosen(item: Item, scores: Sequence[float], arm: str) -> Answer:
-    best = [item.choices[place] for place in best_choices(scores, f"{arm} at {item.question!r}")]
+    best = [item.choices[index] for index in best_choices(scores, f"{arm} at {item.question!r}")]
     return Answer(" / ".join(best), best.count(item.answer) / len(best), False, len(best) > 1)
 
 

@@ -14,6 +14,7 @@ from helpers import make_model, make_tokenizer
 
 from evals import cli
 from evals.harness.model import run_harness
+from finetune import encoding
 from finetune.encoding import CHAT, chat_ids, encode_examples, prompt_ids, prompt_text
 from finetune.items import Item, Turn
 from probes.inside import Prompts, read_inside

@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 
 from evals.cli import app
 from evals.commands.tune import Run, tune_one
-from evals.display.render import render
 from evals.released.rescore import PASS
+from evals.results.header import Header
 from evals.results.items import FILE, read_items_of
+from evals.results.summary import Results
 from evals.running.progress import Display
 from evals.study import MOST_NODES, Study, check_labels, expanded
 from finetune.encoding import check_prompt
@@ -42,7 +43,7 @@ def refusal(tmp_path: Path, study: Any) -> str:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (TEXT.replace("  full:", "  proxy:"), "the key 'proxy' stands twice, first on line 13; rename or remove one"),
+        (TEXT.replace("  full:", "  proxy:"), "the key 'proxy' stands twice, first on line 14; rename or remove one"),
         (TEXT + "seeds: [1]\nseeds: [2]\n", "the key 'seeds' stands twice"),
         ("x: 1\n&a y: 1\n*a : 2\n", "the key 'y' stands twice, first on line 2"),
         (TEXT + "? 0x10\n: 1\n? 16\n: 2\n", "the key 16 stands twice"),
@@ -99,8 +100,8 @@ def test_a_file_that_cannot_be_read_is_refused_in_one_short_line(tmp_path: Path,
         ),
         (changed("arms", "proxy", "alpha", value=[1, 0.5, 1]), "1.0 and 1.0 are equal to six digits"),
         (
-            changed("arms", "full", "dial", value={"learning_rate": [1e-3, 1.0000001e-3]}),
-            "arms.full: dial.learning_rate: 0.001 and 0.0010000001 are equal to six digits",
+            changed("arms", "full", "sweep", value={"learning_rate": [1e-3, 1.0000001e-3]}),
+            "arms.full: sweep.learning_rate: 0.001 and 0.0010000001 are equal to six digits",
         ),
         (changed("seeds", value=[-1]), "seeds.0: .*greater than or equal to 0, not -1"),
         (changed("seeds", value=[2**70]), "seeds.0: .*less than or equal to 4294967295"),
@@ -111,9 +112,9 @@ def test_a_file_that_cannot_be_read_is_refused_in_one_short_line(tmp_path: Path,
         (changed("arms", "full", "tuning", value={"method": "lora", "learning_rate": 1, "rank": 10**7}), "arms.full.tuning.rank: "),
         (changed("arms", "full", "kind", value=LONG), "arms.full: "),
         (changed("arms", "proxy", "alpha", value=[LONG]), "arms.proxy.alpha.0: "),
-        (changed("measures", value=[LONG]), "measures.0: "),
+        (changed("measures", value=[LONG]), "measures: there is no measure "),
         (changed("direct", value=LONG), "direct must name an arm"),
-        (changed("contrasts", value=[[LONG, "base"]]), "contrasts: there is no point"),
+        (changed("contrasts", value=[[LONG, "base"]]), "contrasts: there is no arm"),
         (changed("arms", LONG, value={"kind": "expert"}), "arms."),
     ],
     ids=lambda value: value[:20] if isinstance(value, str) else "",
@@ -125,7 +126,10 @@ def test_study_values_that_nobody_means(tmp_path: Path, study: Any, words: str) 
 
 
 def test_study_values_beside_them_are_taken(tmp_path: Path) -> None:
-    assert list(load(tmp_path, changed("arms", "proxy", "alpha", value=[0.333333, 0.333334])).points)[2:4] == ["proxy@0.333333", "proxy@0.333334"]
+    assert list(load(tmp_path, changed("arms", "proxy", "alpha", value=[0.333333, 0.333334])).arm_settings)[2:4] == [
+        "proxy@0.333333",
+        "proxy@0.333334",
+    ]
     assert load(tmp_path, changed("seeds", value=[0, LARGEST_SEED])).seeds == (0, LARGEST_SEED)
     assert len(load(tmp_path, changed("contrasts", value=[["full", "base"], ["base", "full"]])).contrasts) == 2
     assert Tuning(method="lora", learning_rate=1, rank=LARGEST_RANK).rank == LARGEST_RANK
@@ -223,7 +227,7 @@ def test_a_home_that_is_not_there_is_part_of_the_name() -> None:
 
 
 def test_a_study_that_names_such_a_home_misses_its_file(tmp_path: Path) -> None:
-    study = {key: value for key, value in GOOD.items() if key != "world"} | {"models": {"base": "~nobody-of-this-name/b", "small": "s"}}
+    study = {key: value for key, value in GOOD.items() if key != "worlds"} | {"models": {"base": "~nobody-of-this-name/b", "small": "s"}}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study | {"data": {"train": "~nobody-of-this-name/t.jsonl", "test": "t.jsonl"}}))
     done = CliRunner().invoke(app, ["compare", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "out")])
     assert isinstance(done.exception, UserError)
@@ -238,14 +242,14 @@ def test_only_numbers_stand_after_pass() -> None:
 
 def test_items_of_other_columns_are_refused(tmp_path: Path) -> None:
     good = pd.DataFrame(
-        {"measurement": ["task"], "seed": [0], "arm": ["base"], "unit": ["u"], "question": ["q"], "answer": ["a"], "text": ["t"]}
+        {"reading": ["task"], "world": [None], "seed": [0], "arm": ["base"], "unit": ["u"], "question": ["q"], "answer": ["a"], "text": ["t"]}
         | {"right": [True], "unparsed": [False]}
     )
     good.to_parquet(tmp_path / FILE)
     assert read_items_of(tmp_path)["right"].tolist() == [1.0]  # of an earlier version: a bool, and no column tied
     for frame, words in (
-        (pd.DataFrame(), "lacks the columns measurement, seed, arm, question"),
-        (pd.DataFrame({"a": [1]}), "lacks the columns measurement"),
+        (pd.DataFrame(), "lacks the columns reading, world, seed, arm, question"),
+        (pd.DataFrame({"a": [1]}), "lacks the columns reading"),
         (good.drop(columns="text"), "lacks the columns text; give the folder"),
         (good.assign(right=["perhaps"]), "holds other values than proxytune compare writes"),
         (good.assign(right=[[1]]), "holds other values than proxytune compare writes"),
@@ -274,7 +278,8 @@ def test_json_has_null_for_what_is_no_number() -> None:
         "f": None,
         "g": True,
     }
-    assert render({"rows": [{"value": math.nan}]}, "json") == as_json({"rows": [{"value": None}]})
+    results = Results(Header("s", (0,), (), "base", {"base": "base"}), {}, [{"value": math.nan}], {}, [])
+    assert json.loads(results.json(), parse_constant=pytest.fail)["rows"] == [{"value": None}]
     plain = {"a": [1, 2.5, {"b": "c"}], "d": {}}
     assert as_json(plain) == json.dumps(plain, indent=1)
 

@@ -16,8 +16,8 @@ import pytest
 from helpers import TUNINGS, Stop, fingerprint, items, run_tuning, unbroken_tuning
 from transformers import TrainerCallback
 
-from evals.arms import _tuned
-from evals.data import Material
+from evals.arms import Group, tuned_weights
+from evals.data import StudyData
 from evals.harness.responses import Responses
 from evals.records import read_record, write_record
 from finetune.checkpoints import last_whole
@@ -30,7 +30,7 @@ from probes.world.family import build_family, find_family
 from probes.world.recipes import RECIPES as WORLDS
 from proxytune.digests import DIGESTS, check_whole, find_damage, is_whole, publish, seal
 from proxytune.errors import UserError
-from proxytune.member import Weights, load_member
+from proxytune.member import load_member
 
 
 def damages(content: bytes, count: int, seed: int = 0) -> Iterator[bytes]:
@@ -307,9 +307,9 @@ def test_leftovers_of_a_killed_save_are_no_part_of_the_result(folder: Path) -> N
 # --- what a study keeps: tuned results, states, families, answers, records ---
 
 
-def material(place: Path) -> Material:
+def data_of(place: Path) -> StudyData:
     train = items(12)
-    return Material(str(place / "base"), str(place / "small"), train, train, train, "{question}", "", 3, choose=False)
+    return StudyData(str(place / "base"), str(place / "small"), train, train, train, "{question}", "", 3, choose=False)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -317,7 +317,7 @@ def test_a_damaged_result_is_made_again(folder: Path, method: str, caplog: pytes
     tuning = Tuning(method=method, learning_rate=1e-2, epochs=1.0, batch_size=12, rank=2 if method == "lora" else None)  # type: ignore[arg-type]
 
     def tuned() -> Path:
-        weights = _tuned(Weights(str(folder / "small")), tuning, "arm", material(folder), 0, folder / "study", TrainerCallback())
+        weights = tuned_weights(Group("expert", "arm", "arm"), tuning, data_of(folder), 0, folder / "study", TrainerCallback())
         return weights.adapter or Path(weights.path)
 
     result = tuned()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import make_model, make_tokenizer, run_command
 
-from evals.commands.generate import Chat, Sources, load_mixture, read_prompts
+from evals.mixtures import Chat, Sources, load_mixture, read_prompts
 from proxytune.errors import UserError
 from proxytune.explanation import explain
 from proxytune.mixture import proxy_tuning

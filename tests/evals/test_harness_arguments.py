@@ -19,6 +19,8 @@ from proxytune.errors import UserError
 from proxytune.member import Member
 from proxytune.mixture import Rule, proxy_tuning
 
+pytestmark = pytest.mark.usefixtures("no_report_of_the_machine")
+
 CONTEXTS = ["w3 w4 w5", "", "w9 w10 w11 w12 w3", "<bos> w7 w8"]
 CHOICES = [" w6 w7", " w8", " <bos> w9"]
 

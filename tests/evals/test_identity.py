@@ -6,12 +6,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import evals.compare
 import pandas as pd
 import pytest
 from helpers import make_model, make_tokenizer, run_in_process
 
 from evals.arms import tuning_summary
+from evals.measures.answers import Generated
 from evals.study import Study
 from proxytune.errors import UserError
 from proxytune.member import Weights
@@ -48,7 +48,7 @@ def run(place: Path) -> dict[str, pd.DataFrame]:
             },
         }
     )
-    return {record.arm: record.items for record in run_in_process(study, place / "out", place)}
+    return {record.arm: record.items for record in run_in_process(study, place / "out", place).records}
 
 
 def edit(file: Path, **settings: Any) -> None:
@@ -66,7 +66,9 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("change", [*CHANGES, "tokens"])
+@pytest.mark.parametrize(
+    "change", [name if name in ("rope", "suppressed", "tokens") else pytest.param(name, marks=pytest.mark.slow) for name in (*CHANGES, "tokens")]
+)
 def test_changed_settings_are_measured_again_in_the_same_process(measured: Path, tmp_path: Path, change: str) -> None:
     """Both models change; the study is run beside its old records, and in a fresh folder."""
     stale, fresh = tmp_path / "stale", tmp_path / "fresh"
@@ -102,7 +104,7 @@ def test_other_places_and_newer_files_of_the_same_content_are_not_measured_again
     for file in (tmp_path / "elsewhere").rglob("*.json"):
         os.utime(file, (1, 1))
     edit(tmp_path / "elsewhere" / "base" / "config.json", transformers_version="1.0", _name_or_path="x")
-    monkeypatch.setattr(evals.compare, "measure", None)
+    monkeypatch.setattr(Generated, "read", None)
     assert len(run(tmp_path / "elsewhere")) == 4
 
 

@@ -1,7 +1,9 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from helpers import run_command
 
 from evals.display.render import draw
 from evals.records import Record
@@ -9,10 +11,10 @@ from evals.results.items import FILE, all_items, read_items_of, side_by_side, wr
 from proxytune.errors import UserError
 
 
-def record(arm: str, right: list[bool], unparsed: list[bool], seed: int = 0, measurement: str = "task") -> Record:
-    frame = pd.DataFrame({"unit": ["a", "b", "c", "c"], "question": ["a?", "b?", "c?", "c?"], "answer": ["1", "2", "3", "4"]})
+def record(arm: str, right: list[bool], unparsed: list[bool], seed: int = 0, frame: str = "task") -> Record:
+    items = pd.DataFrame({"unit": ["a", "b", "c", "c"], "question": ["a?", "b?", "c?", "c?"], "answer": ["1", "2", "3", "4"]})
     texts = [f"{arm}-{seed}-{place}" for place in range(4)]
-    return Record(arm, measurement, seed, "", frame.assign(text=texts, right=right, unparsed=unparsed), {})
+    return Record(arm, frame, None, seed, "", items.assign(text=texts, right=right, unparsed=unparsed))
 
 
 T, F = True, False
@@ -21,8 +23,8 @@ RECORDS = [
     record("proxy@1", [T, F, T, F], [F, F, F, F]),
     record("full", [F, T, F, F], [F, F, F, F], seed=1),
     record("proxy@1", [T, F, T, F], [F, T, F, F], seed=1),
-    record("full", [T, T, T, T], [F, F, F, F], measurement="statement"),
-    Record("full", "density", 0, "", pd.DataFrame({"unit": ["a"], "effective_rank/pre/0": [1.0]}), {}),
+    record("full", [T, T, T, T], [F, F, F, F], frame="knowledge"),
+    Record("full", "states", None, 0, "", pd.DataFrame({"metric": ["effective_rank"], "site": ["pre"], "place": [0], "state": [0], "value": [1.0]})),
 ]
 
 
@@ -43,7 +45,7 @@ def test_items_on_which_arms_part_stand_side_by_side() -> None:
     ]
     assert asked("full unparsed") == [("0", "c?", "4", "✗ full-0-3")]
     assert len(asked("")) == 8
-    assert asked("", measure="statement") == [
+    assert asked("", measure="knowledge") == [
         ("0", q, a, f"✓ full-0-{n}") for n, (q, a) in enumerate(zip(["a?", "b?", "c?", "c?"], "1234", strict=True))
     ]
 
@@ -58,7 +60,7 @@ def test_long_lists_are_cut_and_said() -> None:
 @pytest.mark.parametrize(
     ("measure", "where", "words"),
     [
-        ("tasks", "", "--measure: there is none called 'tasks'; there are task, statement"),
+        ("tasks", "", "--measure: there is none called 'tasks'; there are task, knowledge"),
         ("task", "lora right", "--where: there is no arm 'lora'; there are full, proxy@1"),
         ("task", "full good", "--where: 'full good' does not end in right, wrong, unparsed"),
     ],
@@ -73,3 +75,24 @@ def test_the_file_is_read_as_it_was_written_and_missed_in_one_line(tmp_path: Pat
     pd.testing.assert_frame_equal(read_items_of(tmp_path), all_items(RECORDS))
     with pytest.raises(UserError, match=f"holds no {FILE}"):
         read_items_of(tmp_path / "none")
+
+
+def test_a_file_of_an_older_version_is_one_line_that_says_so(tmp_path: Path) -> None:
+    all_items(RECORDS).drop(columns="world").rename(columns={"reading": "measurement"}).to_parquet(tmp_path / FILE)
+    done = run_command("items", tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert (
+        line
+        == f"proxytune: error: folder: '{tmp_path / FILE}' is of an older version (its column reading was called measurement); run the study again"
+    )
+    write_items(RECORDS, tmp_path)
+    assert run_command("items", tmp_path, "--where", "full unparsed").returncode == 0
+
+
+def test_worlds_do_not_run_into_one_another() -> None:
+    """Two worlds may ask the same question under the same seed: their rows stay apart."""
+    both = [replace(one, world=world) for one in RECORDS for world in ("a", "b")]
+    assert all_items(both)["world"].value_counts().to_dict() == {"a": 20, "b": 20}
+    table = side_by_side(all_items(both), "task", "full unparsed", 9)
+    assert [row[:-1] for row in table.frame.itertuples(index=False)] == [("a", "0", "c?", "4"), ("b", "0", "c?", "4")]

@@ -17,7 +17,8 @@ from evals.display.cells import Table
 from evals.display.drawing import drawn_name, save
 from evals.display.render import draw
 from evals.records import Record
-from evals.released.rescore import rescore, rescore_tables
+from evals.released.rescore import rescore
+from evals.released.tables import rescore_tables
 from evals.results.items import all_items, side_by_side
 from evals.running.progress import Display
 from proxytune.errors import LONGEST
@@ -84,7 +85,7 @@ def test_a_cell_is_a_text_and_no_number() -> None:
 def test_items_show_what_questions_answers_arms_and_models_say(form: str) -> None:
     arms = ("base", ENCODED)
     frame = pd.DataFrame({"unit": ["u"], "question": [ENCODED], "answer": [ENCODED], "text": [ENCODED], "right": [True], "unparsed": [False]})
-    table = side_by_side(all_items([Record(arm, "task", 0, "", frame, {}) for arm in arms]), "task", "", 5)
+    table = side_by_side(all_items([Record(arm, "task", None, 0, "", frame) for arm in arms]), "task", "", 5)
     drawn = draw([table], form, 3000)
     assert not ACTING.search(drawn)
     assert not ACTING.search(json.dumps(table.frame.to_dict("records")))

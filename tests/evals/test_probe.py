@@ -188,7 +188,7 @@ def test_seeds_judge_what_was_tuned_again_and_one_checkpoint_asked_three_times_i
         told = {row.arm for row in rows for clause in row.clauses if clause.state != "cannot tell"}
         assert told <= expected
     found = (Recorded(study, of) for of in (records, alike))
-    once, thrice = (np.array(intervals(of.estimate(density_change(of, "lora", "residual", "last", [1])))) for of in found)
+    once, thrice = (np.array(intervals(of.estimate(density_change(of, "lora", [("residual", "last", [1])])))) for of in found)
     np.testing.assert_allclose(thrice, once, rtol=1e-9)
     assert (once[:, 1] < once[:, 2]).all()
 
@@ -290,4 +290,4 @@ def test_a_tuned_model_of_another_shape_is_refused(place: Path, tmp_path: Path) 
     make_tokenizer().save_pretrained(tmp_path / "small")
     result = run("drift", place / "base", tmp_path / "small", "--knowledge", place / "items.jsonl", "--out", tmp_path / "out", "--jobs", 1)
     assert isinstance(result.exception, UserError)
-    assert "give two models of one shape" in str(result.exception)
+    assert "give two models of the same shape" in str(result.exception)

@@ -1,175 +1,32 @@
+"""Released generations scored again: metrics known by hand, gaps, pairs, tables."""
+
 import gzip
 import json
 import math
-import os
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from helpers import run_command
+from helpers import choice_items, math_items, patterned, row_of, run_command, three_systems, write_math, write_rows
 from scipy.stats import beta
 
 from evals.display.render import draw
-from evals.released.generations import chosen_option, read_tree
-from evals.released.rescore import execute_in_sandbox, read_roles, rescore, rescore_tables
+from evals.released.rescore import execute_in_sandbox, read_roles, rescore
+from evals.released.tables import rescore_tables
 from evals.running.progress import Display
 from evals.sandbox import Program
 from evals.statistics.intervals import bootstrap_means, gap_closed
-from probes.knowledge.readouts import last_number
 from proxytune.errors import UserError
 
-PROMPT = "Which?\nA. This.\nB. That.\nC. Neither.\n\nThe answer is:"
 ROLES = {"base": "raw", "proxy": "steered*", "direct": "tuned"}
 FULL = {"base": "raw", "proxy": "steered*", "direct": "tuned", "expert": "small"}
 
 
-def write(folder: Path, name: str, rows: Sequence[Any] | Mapping[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = name.endswith(".jsonl")
-    (folder / name).write_text("\n".join(json.dumps(row) for row in rows) + "\n" if lines else json.dumps(rows))
-
-
-def math_items(outputs: Sequence[str], answers: Sequence[str]) -> list[dict[str, str]]:
-    return [
-        {"question": f"q{place}", "answer": answer, "model_output": output, "prediction": "not to be trusted"}
-        for place, (output, answer) in enumerate(zip(outputs, answers, strict=True))
-    ]
-
-
-def write_math(root: Path, system: str, right: Sequence[bool], published: float | None = None) -> None:
-    write(root / "sums" / system, "predictions.jsonl", math_items(["so 7." if value else "so 8." for value in right], ["7"] * len(right)))
-    if published is not None:
-        write(root / "sums" / system, "metrics.json", {"exact_match": published})
-
-
-def choice_items(outputs: Sequence[str], answers: str) -> list[dict[str, Any]]:
-    return [
-        {"Question": f"q{place}", "mc_prompt": PROMPT, "mc_answer_idx": answer, "mc_output": output, "parsed_output": "A", "correct": True}
-        for place, (output, answer) in enumerate(zip(outputs, answers, strict=True))
-    ]
-
-
-def row_of(results: Mapping[str, Any], metric: str, system: str = "raw") -> dict[str, Any]:
-    (row,) = [row for row in results["rows"] if (row["metric"], row["system"]) == (metric, system)]
-    return dict(row)
-
-
-# Reading of answers
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("so $1,250.50.", "1250.50"),
-        ("it is -6, then -3.", "-3"),
-        ("16-3", "3"),
-        ("(2)-3", "3"),
-        ("a loss of -$12", "-12"),
-        ("#### 72\n", "72"),
-        ("a half is .5", ".5"),
-        ("first 3, then none", "3"),
-        ("nothing", None),
-        ("", None),
-    ],
-)
-def test_last_number(text: str, number: str | None) -> None:
-    assert last_number(text) == number
-
-
-@pytest.mark.parametrize(
-    ("output", "loose", "alone"),
-    [
-        (" B", "B", "B"),
-        ("\n\n\\begin{blockquote}\n\n C", "C", "C"),
-        (" (A)", "A", "A"),
-        ("America", "A", None),
-        ("B.", "B", "B"),
-        ("D", None, None),
-        ("I cannot say", None, None),
-        ("**A", "A", "A"),
-        ("the answer is A", None, None),
-        ("", None, None),
-        # Markup that the published shares were read through, and any other.
-        ("\n\n\\begin{code}\nA", "A", "A"),
-        ("```\nB\n```", "B", "B"),
-        (" **C**", "C", "C"),
-        ("> B", "B", "B"),
-        ("\n<blockquote>B", "B", "B"),
-        ("```python\nC\n```", "C", "C"),
-        ("~~~\nA", "A", "A"),
-        ("\n\n\\strong{B", "B", "B"),
-        ("$\\boxed{\\text{C}}$", "C", "C"),
-        ("\\begin{enumerate}[a]\n\\item[B]", "B", "B"),
-        ("<br>\n<b class='x'>A</b>", "A", "A"),
-        ("{{< highlight javascript >}}\nB", "B", "B"),
-        ("[quote]C[/quote]", "C", "C"),
-        ('"A"', "A", "A"),
-        ("\u201cB\u201d", "B", "B"),
-        ("_C_", "C", "C"),
-        ("[A]", "A", "A"),
-        ("## B", "B", "B"),
-        ("* A", "A", "A"),
-        ("1. C", "C", "C"),
-        # No word becomes an option, whatever opens it.
-        ("**America**", "A", None),
-        ("\\begin{code}\nBecause", "B", None),
-        ("\\Alpha", "A", None),
-        ("```C++ is", "C", None),
-        ("<details><summary>Click", "C", None),
-        ('<A href="x', None, None),
-        ("- The A", None, None),
-        ("**A's", "A", None),
-        ("**D**", None, None),
-    ],
-)
-def test_chosen_option(output: str, loose: str | None, alone: str | None) -> None:
-    assert chosen_option(output, PROMPT, alone=False) == loose
-    assert chosen_option(output, PROMPT, alone=True) == alone
-
-
-@pytest.mark.parametrize("piece", ["<!--", "{{<", "\\begin{", "```", "**", " _", "<a ", "[quote"])
-def test_no_output_takes_long_to_read(piece: str) -> None:
-    start = time.perf_counter()
-    assert chosen_option(piece * 20_000, PROMPT, alone=True) is None
-    assert time.perf_counter() - start < 5
-
-
-def test_answers_that_the_release_reads_otherwise_are_named(tmp_path: Path) -> None:
-    items = [
-        item | {"parsed_output": theirs} for item, theirs in zip(choice_items(["A", "**B", "> C", "B"], "ABCA"), ["A", "", "", "B"], strict=True)
-    ]
-    write(tmp_path / "facts" / "raw", "mc_results.jsonl", items)
-    write(tmp_path / "facts" / "raw", "mc_metrics.json", {"acc": 0.5})
-    assert rescore(tmp_path)["notes"][:2] == [
-        "facts/raw, choice of the parsed: the release reads 2 of 4 answers otherwise, '' there and 'B' here: 2; '' there and 'C' here: 3"
-        "; the share of right ones that the release parsed is 50.0000 %",
-        "facts/raw, choice: the release reads 2 of 4 answers otherwise, '' there and 'B' here: 2; '' there and 'C' here: 3"
-        "; the share of right ones that the release parsed is 50.0000 %",
-    ]
-    # The published mean leaves out what the release could not read; ours does not.
-    parsed, whole = row_of(rescore(tmp_path), "choice of the parsed"), row_of(rescore(tmp_path), "choice")
-    assert (parsed["ours"], parsed["n"], parsed["unparsed"], parsed["note"]) == (0.5, 2, 2, "")
-    assert (whole["ours"], whole["n"], whole["unparsed"]) == (0.75, 4, 0)
-    for item, theirs in zip(items, "ABCB", strict=True):
-        item["parsed_output"] = theirs
-    write(tmp_path / "facts" / "raw", "mc_results.jsonl", items)
-    assert not any("otherwise" in note for note in rescore(tmp_path)["notes"])
-    for item, theirs in zip(items, [None, 3, ["A"], math.nan], strict=True):
-        item["parsed_output"] = theirs
-    write(tmp_path / "facts" / "raw", "mc_results.jsonl", items)
-    assert not any("otherwise" in note for note in rescore(tmp_path)["notes"])
-
-
-# Metrics known by hand
-
-
 def test_math_reads_the_text_in_both_ways(tmp_path: Path) -> None:
     outputs = ["12.00", "so 7.5", "-3 degrees", "1,000", "no idea", "4 or 5"]
-    write(tmp_path / "sums" / "raw", "predictions.jsonl", math_items(outputs, ["12", "75", "-3", "1000", "1", "4"]))
-    write(tmp_path / "sums" / "raw", "metrics.json", {"exact_match": 3 / 6, "comment": "text", "flag": True})
+    write_rows(tmp_path / "sums" / "raw", "predictions.jsonl", math_items(outputs, ["12", "75", "-3", "1000", "1", "4"]))
+    write_rows(tmp_path / "sums" / "raw", "metrics.json", {"exact_match": 3 / 6, "comment": "text", "flag": True})
     results = rescore(tmp_path)
     exact, equal = row_of(results, "exact match"), row_of(results, "equal number")
     assert exact["ours"] == exact["published"] == 0.5  # 7.5 for 75, -3 and 1000: sign and point are dropped, so that 12.00 is 1200
@@ -180,9 +37,9 @@ def test_math_reads_the_text_in_both_ways(tmp_path: Path) -> None:
 
 
 def test_a_wrong_extraction_changes_the_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path / "sums" / "raw", "predictions.jsonl", math_items(["4 and then 5", "9, so 2"], ["5", "2"]))
+    write_rows(tmp_path / "sums" / "raw", "predictions.jsonl", math_items(["4 and then 5", "9, so 2"], ["5", "2"]))
     assert row_of(rescore(tmp_path), "exact match")["ours"] == 1
-    monkeypatch.setattr("evals.released.last_number", lambda text: text[0])
+    monkeypatch.setattr("evals.released.generations.last_number", lambda text: text[0])
     assert row_of(rescore(tmp_path), "exact match")["ours"] == 0
 
 
@@ -195,8 +52,8 @@ def test_a_published_number_that_no_reading_gives_is_said_to_differ(tmp_path: Pa
 
 def test_choice_drops_the_unparsed_or_counts_them_as_wrong(tmp_path: Path) -> None:
     items = choice_items([" A", " (B", "C", "dunno", "America"], "ABABB")
-    write(tmp_path / "facts" / "raw", "mc_results.jsonl", items)
-    write(tmp_path / "facts" / "raw", "mc_metrics.json", {"acc": 0.5, "num_invalid_predictions": 1, "tot": 5})
+    write_rows(tmp_path / "facts" / "raw", "mc_results.jsonl", items)
+    write_rows(tmp_path / "facts" / "raw", "mc_metrics.json", {"acc": 0.5, "num_invalid_predictions": 1, "tot": 5})
     results = rescore(tmp_path)
     parsed, all_of_them = row_of(results, "choice of the parsed"), row_of(results, "choice")
     assert (parsed["ours"], parsed["published"], parsed["n"], parsed["unparsed"], parsed["note"]) == (0.5, 0.5, 4, 1, "")
@@ -206,7 +63,7 @@ def test_choice_drops_the_unparsed_or_counts_them_as_wrong(tmp_path: Path) -> No
 
 
 def test_nothing_parsed_is_no_share(tmp_path: Path) -> None:
-    write(tmp_path / "facts" / "raw", "mc_results.jsonl", choice_items(["dunno", "?"], "AB"))
+    write_rows(tmp_path / "facts" / "raw", "mc_results.jsonl", choice_items(["dunno", "?"], "AB"))
     results = rescore(tmp_path)
     assert row_of(results, "choice of the parsed")["ours"] is None
     assert row_of(results, "choice")["ours"] == 0
@@ -216,8 +73,8 @@ def test_nothing_parsed_is_no_share(tmp_path: Path) -> None:
 def test_judgements(tmp_path: Path) -> None:
     judged = [(0.9, 0.8), (0.9, 0.1), (0.2, 0.7), (None, math.nan)]
     items = [{"Question": f"q{place}", "GPT-true": true, "GPT-info": info} for place, (true, info) in enumerate(judged)]
-    write(tmp_path / "facts" / "raw", "open_results.jsonl", items)
-    write(tmp_path / "facts" / "raw", "open_metrics.json", {"GPT-true acc": 0.5, "GPT-true-info acc": 0.25})
+    write_rows(tmp_path / "facts" / "raw", "open_results.jsonl", items)
+    write_rows(tmp_path / "facts" / "raw", "open_metrics.json", {"GPT-true acc": 0.5, "GPT-true-info acc": 0.25})
     results = rescore(tmp_path)
     values = {row["metric"]: row["ours"] for row in results["rows"]}
     expected = {"true": 0.5, "informative": 0.5, "true and informative": 0.25, "P(true)": 0.5, "P(informative)": 0.4}
@@ -230,8 +87,8 @@ def test_judgements(tmp_path: Path) -> None:
 def test_toxicity_overall_and_by_group(tmp_path: Path) -> None:
     verdicts = [("x", ["a"], 1), ("x", ["a"], 0), ("y", "b", 1), ("z", ["b"], None)]
     items = [{"text": text, "target_groups": groups, "is_toxic": verdict} for text, groups, verdict in verdicts]
-    write(tmp_path / "hate" / "raw", "predictions.jsonl", items)
-    write(tmp_path / "hate" / "raw", "metrics.json", {"a": 0.5, "b": 1.0, "overall": 2 / 3})
+    write_rows(tmp_path / "hate" / "raw", "predictions.jsonl", items)
+    write_rows(tmp_path / "hate" / "raw", "metrics.json", {"a": 0.5, "b": 1.0, "overall": 2 / 3})
     results = rescore(tmp_path)
     for metric, share in {"toxic": 2 / 3, "toxic/a": 0.5, "toxic/b": 1.0}.items():
         assert row_of(results, metric)["ours"] == row_of(results, metric)["published"] == share
@@ -242,8 +99,8 @@ def test_toxicity_overall_and_by_group(tmp_path: Path) -> None:
 
 def test_win_rate_counts_draws_as_half(tmp_path: Path) -> None:
     items = [{"instruction": f"i{place}", "preference": value} for place, value in enumerate([1, 2, 1.5, 0, 2, None])]
-    write(tmp_path / "chat" / "raw", "annotations.json", items)
-    write(tmp_path / "chat" / "raw", "metrics.json", {"win_rate": 60.0, "n_total": 5})
+    write_rows(tmp_path / "chat" / "raw", "annotations.json", items)
+    write_rows(tmp_path / "chat" / "raw", "metrics.json", {"win_rate": 60.0, "n_total": 5})
     row = row_of(rescore(tmp_path), "win rate")
     assert (row["ours"], row["published"], row["n"], row["unparsed"]) == (0.6, 0.6, 5, 1)
 
@@ -251,8 +108,8 @@ def test_win_rate_counts_draws_as_half(tmp_path: Path) -> None:
 def code_tree(root: Path) -> Path:
     completions = {"t/0": ["    return 1", "    return 2", "    return 1"], "t/1": ["    return 3", "    return 3", "    oh no"]}
     items = [{"task_id": task, "prompt": "def f():\n", "completion": text} for task, texts in completions.items() for text in texts]
-    write(root / "programs" / "raw", "predictions.jsonl", items)
-    write(root / "programs" / "raw", "metrics.json", {"pass@2": 0.5})
+    write_rows(root / "programs" / "raw", "predictions.jsonl", items)
+    write_rows(root / "programs" / "raw", "metrics.json", {"pass@2": 0.5})
     lines = [
         json.dumps({"task_id": task, "prompt": "def f():\n", "test": f"def check(f):\n    assert f() == {value}\n", "entry_point": "f"})
         for task, value in {"t/0": 1, "t/1": 2}.items()
@@ -320,8 +177,8 @@ def test_the_prompt_is_the_benchmarks_own(tmp_path: Path) -> None:
 def code_pair(root: Path, prompt: str, test: str) -> Path:
     """A right and a wrong answer to one task; what is given is the benchmark's."""
     items = [{"task_id": "t/0", "prompt": prompt, "completion": f"    return {value}"} for value in (1, 2)]
-    write(root / "tree" / "programs" / "raw", "predictions.jsonl", items)
-    write(root, "tests.jsonl", [{"task_id": "t/0", "prompt": prompt, "test": test, "entry_point": "f"}])
+    write_rows(root / "tree" / "programs" / "raw", "predictions.jsonl", items)
+    write_rows(root, "tests.jsonl", [{"task_id": "t/0", "prompt": prompt, "test": test, "entry_point": "f"}])
     return root / "tests.jsonl"
 
 
@@ -341,23 +198,8 @@ def test_a_benchmark_that_fails_by_itself_is_no_failed_answer(tmp_path: Path, pr
     assert row_of(rescore(tmp_path / "tree", run, humaneval=tests), "pass@1")["ours"] == 0.5
 
 
-# Comparisons
-
-
-def patterned(*parts: tuple[bool, int]) -> list[bool]:
-    return [value for value, times in parts for _ in range(times)]
-
-
-def three(root: Path) -> dict[str, list[bool]]:
-    """Shares .2, .5 and .8 of 40: half of the gap is closed."""
-    systems = {"raw": patterned((True, 8), (False, 32)), "steered-1": patterned((True, 20), (False, 20)), "tuned": patterned((False, 8), (True, 32))}
-    for name, right in systems.items():
-        write_math(root, name, right, published=sum(right) / 40)
-    return systems
-
-
 def test_gap_closed_is_the_house_statistic(tmp_path: Path) -> None:
-    systems = three(tmp_path)
+    systems = three_systems(tmp_path)
     results = rescore(tmp_path, roles=ROLES)
     (row,) = [row for row in results["gap_closed"] if row["metric"] == "equal number"]
     assert (row["role"], row["base"], row["arm"], row["direct"], row["n"]) == ("proxy", "raw", "steered-1", "tuned", 40)
@@ -384,7 +226,7 @@ def test_intervals_are_those_of_compare(tmp_path: Path) -> None:
 
 def test_what_is_left_out_of_the_mean_is_not_resampled(tmp_path: Path) -> None:
     """99 answers without a letter do not narrow the interval of the one that has one."""
-    write(tmp_path / "facts" / "raw", "mc_results.jsonl", choice_items(["A"] + ["dunno"] * 99, "A" * 100))
+    write_rows(tmp_path / "facts" / "raw", "mc_results.jsonl", choice_items(["A"] + ["dunno"] * 99, "A" * 100))
     parsed = row_of(rescore(tmp_path), "choice of the parsed")
     assert (parsed["ours"], parsed["n"], parsed["high"]) == (1, 1, 1)
     assert parsed["low"] == pytest.approx(beta.ppf(0.025, 2, 1), abs=0.02)
@@ -394,7 +236,7 @@ def test_systems_with_other_items_left_out_keep_their_own_means(tmp_path: Path) 
     outputs = {"raw": ["A"] * 10 + ["B"] * 30, "steered": ["A"] * 20 + ["B"] * 20, "tuned": ["A"] * 30 + ["B"] * 10}
     outputs["steered"][0] = outputs["tuned"][1] = "dunno"
     for system, said in outputs.items():
-        write(tmp_path / "facts" / system, "mc_results.jsonl", choice_items(said, "A" * 40))
+        write_rows(tmp_path / "facts" / system, "mc_results.jsonl", choice_items(said, "A" * 40))
     results = rescore(tmp_path, roles=ROLES)
     (gap,) = [row for row in results["gap_closed"] if row["metric"] == "choice of the parsed"]
     shares = {system: row_of(results, "choice of the parsed", system)["ours"] for system in outputs}
@@ -403,15 +245,15 @@ def test_systems_with_other_items_left_out_keep_their_own_means(tmp_path: Path) 
     assert gap["low"] < gap["value"] < gap["high"]
     for system in ("raw", "tuned"):
         outputs[system][2:] = ["dunno"] * 38
-        write(tmp_path / "facts" / system, "mc_results.jsonl", choice_items(outputs[system], "A" * 40))
+        write_rows(tmp_path / "facts" / system, "mc_results.jsonl", choice_items(outputs[system], "A" * 40))
     outputs["steered"][1] = "dunno"
-    write(tmp_path / "facts" / "steered", "mc_results.jsonl", choice_items(outputs["steered"], "A" * 40))
+    write_rows(tmp_path / "facts" / "steered", "mc_results.jsonl", choice_items(outputs["steered"], "A" * 40))
     (gap,) = [row for row in rescore(tmp_path, roles=ROLES)["gap_closed"] if row["metric"] == "choice of the parsed"]
     assert (gap["value"], gap["note"]) == (None, "no item in common could be scored")
 
 
 def test_numbers_that_json_does_not_know_are_nowhere(tmp_path: Path) -> None:
-    three(tmp_path)
+    three_systems(tmp_path)
     for system, published in {"raw": math.nan, "steered-1": math.inf, "tuned": 10**400}.items():
         (tmp_path / "sums" / system / "metrics.json").write_text(json.dumps({"exact_match": published}))
     results = rescore(tmp_path, roles=ROLES)
@@ -426,7 +268,7 @@ def test_numbers_that_json_does_not_know_are_nowhere(tmp_path: Path) -> None:
     (tmp_path / "sums" / "raw" / "metrics.json").write_text(f'{{"exact_match": {"9" * 5000}}}')
     with pytest.raises(UserError, match=r"metrics.json:1: is not JSON \(ValueError\)"):
         rescore(tmp_path)
-    write(tmp_path / "facts" / "raw", "open_results.jsonl", [{"Question": "q", "GPT-true": math.inf, "GPT-info": 0.5}])
+    write_rows(tmp_path / "facts" / "raw", "open_results.jsonl", [{"Question": "q", "GPT-true": math.inf, "GPT-info": 0.5}])
     (tmp_path / "sums" / "raw" / "metrics.json").unlink()
     with pytest.raises(UserError, match=r"open_results.jsonl:1: GPT-true: .*not inf"):
         rescore(tmp_path)
@@ -447,11 +289,13 @@ def test_gap_is_capped_or_not_available(tmp_path: Path) -> None:
 
 
 def test_summary_has_the_smallest_gap_and_stands_on_published_numbers_where_items_are_missing(tmp_path: Path) -> None:
-    three(tmp_path)
+    three_systems(tmp_path)
     write_math(tmp_path, "small", patterned((True, 14), (False, 26)), published=14 / 40)
     for system, published in {"raw": 10.0, "steered-1": 18.0, "tuned": 20.0}.items():
-        write(tmp_path / "chat" / system, "metrics.json", {"win_rate": published})
-    write(tmp_path / "chat" / "tuned", "annotations.json", [{"instruction": str(place), "preference": 2 if place < 2 else 1} for place in range(10)])
+        write_rows(tmp_path / "chat" / system, "metrics.json", {"win_rate": published})
+    write_rows(
+        tmp_path / "chat" / "tuned", "annotations.json", [{"instruction": str(place), "preference": 2 if place < 2 else 1} for place in range(10)]
+    )
     results = rescore(tmp_path, roles=FULL)
     row = row_of(results, "win rate")
     assert (row["ours"], row["published"], row["note"]) == (None, 0.1, "published only, no items")
@@ -464,7 +308,7 @@ def test_summary_has_the_smallest_gap_and_stands_on_published_numbers_where_item
 
 
 def test_every_triple_and_every_mapping(tmp_path: Path) -> None:
-    three(tmp_path)
+    three_systems(tmp_path)
     write_math(tmp_path, "steered-2", [True] * 40)
     results = rescore(tmp_path, roles=[ROLES, {"base": "raw", "proxy": "tuned", "direct": "steered-1,steered-2"}])
     triples = [(row["roles"], row["arm"], row["direct"]) for row in results["gap_closed"] if row["metric"] == "exact match"]
@@ -474,7 +318,7 @@ def test_every_triple_and_every_mapping(tmp_path: Path) -> None:
 
 
 def test_arms_are_paired_by_item_and_not_by_line(tmp_path: Path) -> None:
-    three(tmp_path)
+    three_systems(tmp_path)
     before = rescore(tmp_path, roles=ROLES)["gap_closed"]
     path = tmp_path / "sums" / "tuned" / "predictions.jsonl"
     lines = path.read_text().splitlines()
@@ -486,7 +330,7 @@ def test_arms_are_paired_by_item_and_not_by_line(tmp_path: Path) -> None:
 
 
 def test_pairs_are_tested_on_the_items_that_one_alone_has(tmp_path: Path) -> None:
-    three(tmp_path)
+    three_systems(tmp_path)
     (row,) = [row for row in rescore(tmp_path)["mcnemar"] if (row["system"], row["other"]) == ("raw", "tuned")]
     assert (row["metric"], row["n"], row["only_system"], row["only_other"]) == ("equal number", 40, 8, 32)
     assert row["p"] == pytest.approx(2 * sum(math.comb(40, place) for place in range(9)) / 2**40)
@@ -494,7 +338,7 @@ def test_pairs_are_tested_on_the_items_that_one_alone_has(tmp_path: Path) -> Non
 
 
 def test_without_roles_all_pairs_are_tested_and_no_gap_is_closed(tmp_path: Path) -> None:
-    three(tmp_path)
+    three_systems(tmp_path)
     results = rescore(tmp_path)
     assert len(results["mcnemar"]) == 3
     assert results["gap_closed"] == results["gap_summary"] == []
@@ -512,131 +356,13 @@ def test_without_roles_all_pairs_are_tested_and_no_gap_is_closed(tmp_path: Path)
     ],
 )
 def test_roles_are_checked(tmp_path: Path, roles: dict[str, str], message: str) -> None:
-    three(tmp_path)
+    three_systems(tmp_path)
     with pytest.raises(UserError, match=message):
         rescore(tmp_path, roles=roles)
 
 
-# Trees that are not whole
-
-
-def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
-    three(tmp_path / "tree")
-    outside = tmp_path / "outside"
-    write_math(outside, "secret", [True, False], published=0.5)
-    for name, target in {
-        "sums/raw/metrics.json": outside / "sums" / "secret" / "metrics.json",
-        "sums/raw/predictions.jsonl": outside / "sums" / "secret" / "predictions.jsonl",
-        "sums/linked": outside / "sums" / "secret",
-        "linked": outside / "sums",
-        "sums/raw/open_results.jsonl": tmp_path / "nowhere",
-    }.items():
-        link = tmp_path / "tree" / name
-        kept = link.read_bytes() if link.exists() else None
-        link.unlink(missing_ok=True)
-        link.symlink_to(target)
-        with pytest.raises(UserError, match=rf"^results: '.*{name}' leads out of '.*tree' by a link; put a copy of the file in its place"):
-            rescore(tmp_path / "tree")
-        link.unlink()
-        if kept is not None:
-            link.write_bytes(kept)
-    # A link to the whole folder, and links inside of it, lead nowhere else.
-    (tmp_path / "tree" / "sums" / "again").symlink_to(tmp_path / "tree" / "sums" / "raw")
-    (tmp_path / "link").symlink_to(tmp_path / "tree")
-    assert row_of(rescore(tmp_path / "link"), "exact match", "again")["ours"] == 0.2
-
-
-@pytest.mark.parametrize("name", ["predictions.jsonl", "metrics.json", "annotations.json"])
-def test_pipes_and_devices_are_no_data(tmp_path: Path, name: str) -> None:
-    three(tmp_path)
-    path = tmp_path / "sums" / "raw" / name
-    path.unlink(missing_ok=True)
-    os.mkfifo(path)
-    with pytest.raises(UserError, match=rf"^results: '.*{name}' is a pipe, a socket or a device, not a file"):
-        rescore(tmp_path)
-    path.unlink()
-    with pytest.raises(UserError, match=r"^humaneval: '/dev/null' is a pipe, a socket or a device"):
-        rescore(tmp_path, lambda programs: [], humaneval=Path("/dev/null"))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"question": "q", "answer": "1", "model_output": "1"}\n{"question": ', r"predictions.jsonl:2: is not JSON"),
-        ('{"question": "q", "answer": "1", "model_output": "1"}\n\n[1]', r"predictions.jsonl:3: needs a JSON object, not list"),
-        (
-            '{"question": "q", "answer": "1", "model_output": "1"}\n{"question": "q", "answer": "1"}',
-            r"predictions.jsonl:2: model_output: Field required",
-        ),
-        ('{"question": "q", "answer": "one", "model_output": "1"}', r"predictions.jsonl:1: answer: .*needs a number"),
-        ('{"question": "q", "answer": "1", "model_output": 3}', r"predictions.jsonl:1: model_output: .*not 3"),
-    ],
-)
-def test_malformed_lines_are_named(tmp_path: Path, text: str, message: str) -> None:
-    write(tmp_path / "sums" / "raw", "metrics.json", {"exact_match": 1.0})
-    (tmp_path / "sums" / "raw" / "predictions.jsonl").write_text(text)
-    with pytest.raises(UserError, match=message) as error:
-        rescore(tmp_path)
-    assert "\n" not in str(error.value)
-
-
-def test_malformed_arrays_metrics_and_bytes_are_named(tmp_path: Path) -> None:
-    folder = tmp_path / "chat" / "raw"
-    write(folder, "annotations.json", [{"instruction": "i", "preference": 2}, 3])
-    with pytest.raises(UserError, match=r"annotations.json, entry 2: needs a JSON object, not int"):
-        rescore(tmp_path)
-    write(folder, "annotations.json", [{"instruction": "i", "preference": 7}])
-    with pytest.raises(UserError, match=r"entry 1: preference: .*not 7"):
-        rescore(tmp_path)
-    (folder / "annotations.json").write_text('[\n{"instruction": "i",\n')
-    with pytest.raises(UserError, match=r"annotations.json:3: is not JSON"):
-        rescore(tmp_path)
-    write(folder, "annotations.json", [{"instruction": "i", "preference": 2}])
-    (folder / "metrics.json").write_text("[]")
-    with pytest.raises(UserError, match=r"metrics.json:1: needs a JSON object, not list"):
-        rescore(tmp_path)
-    (folder / "metrics.json").write_bytes(b'{"win_rate": "\xff"}')
-    with pytest.raises(UserError, match=r"metrics.json:1: is not JSON \(UnicodeDecodeError\)"):
-        rescore(tmp_path)
-
-
-def test_no_folder_or_nothing_in_it(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no folder"):
-        rescore(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="no benchmark/system folder"):
-        rescore(tmp_path)
-
-
-def test_what_is_unknown_or_empty_is_a_note(tmp_path: Path) -> None:
-    write_math(tmp_path, "raw", [True, False])
-    write(tmp_path / "trivia" / "raw", "predictions.jsonl", [{"question": "q", "guess": "g"}])
-    write(tmp_path / "sums" / "other", "metrics.json", {"exact_match": 0.25})
-    (tmp_path / "sums" / "bare").mkdir()
-    (tmp_path / "sums" / "empty").mkdir()
-    (tmp_path / "sums" / "empty" / "predictions.jsonl").write_text("\n")
-    (tmp_path / "sums" / ".hidden").mkdir()
-    (tmp_path / "README").write_text("a file beside the benchmarks")
-    sources, notes = read_tree(tmp_path)
-    assert [(source.system, len(source.items)) for source in sources] == [("other", 0), ("raw", 2)]
-    assert notes == [
-        "sums/empty/predictions.jsonl: no items; left out",
-        "sums/bare: nothing to score",
-        "sums/empty: nothing to score",
-        "sums/other: no predictions.jsonl; its published numbers stand unchecked",
-        "trivia/raw/predictions.jsonl: fields of no known benchmark; left out",
-        "trivia/raw: nothing to score",
-    ]
-
-
-def test_line_separators_inside_a_string_end_no_line(tmp_path: Path) -> None:
-    (tmp_path / "sums" / "raw").mkdir(parents=True)
-    item = json.dumps({"question": "a\u2028b", "answer": "1", "model_output": "x\u2029 1"}, ensure_ascii=False)
-    (tmp_path / "sums" / "raw" / "predictions.jsonl").write_text(item, encoding="utf-8")
-    assert row_of(rescore(tmp_path), "equal number")["ours"] == 1
-
-
 def test_tables_in_every_form_and_the_same_twice(tmp_path: Path) -> None:
-    three(tmp_path)
+    three_systems(tmp_path)
     lines: list[str] = []
     results = rescore(tmp_path, progress=lines.append, roles=ROLES)
     assert lines == ["sums/raw", "sums/steered-1", "sums/tuned"]
@@ -659,7 +385,7 @@ def test_roles_are_written_with_names(text: str, words: str) -> None:
 
 
 def test_the_command_line_prints_rows_and_names_mistakes_in_one_line(tmp_path: Path) -> None:
-    three(tmp_path)
+    three_systems(tmp_path)
 
     done = run_command("rescore", tmp_path, "--format", "json")
     assert done.returncode == 0, done.stderr

@@ -3,10 +3,10 @@ from typing import Any
 
 import pytest
 from helpers import GOOD, PLAIN_TUNING, changed, load
-from transformers import TrainerCallback
 
-from evals.arms import ensembles, tuning_summary
-from evals.data import Material
+from evals.arms import given_weights, groups, members_of, mixtures_of, tuning_summary
+from evals.data import StudyData
+from evals.running.plan import plan
 from evals.study import STUDIES, load_study
 from proxytune.errors import UserError
 from proxytune.member import Weights
@@ -21,7 +21,7 @@ def test_shipped_studies_are_valid(path: Path) -> None:
 
 
 def test_arms_are_named_by_their_alpha(tmp_path: Path) -> None:
-    assert list(load(tmp_path, GOOD).points) == ["base", "expert", "proxy@0.5", "proxy@1", "full"]
+    assert list(load(tmp_path, GOOD).arm_settings) == ["base", "expert", "proxy@0.5", "proxy@1", "full"]
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_arms_are_named_by_their_alpha(tmp_path: Path) -> None:
             changed("arms", "full", "tuning", "learning_rat", value=1),
             "arms.full.tuning.learning_rat: there is no such key; did you mean 'learning_rate'",
         ),
-        (changed("measures", value=["tasks"]), "measures.0: .* not 'tasks'; did you mean 'task'"),
+        (changed("measures", value=["tasks"]), "measures: there is no measure 'tasks'; did you mean 'task'"),
         (changed("arms", "proxy", "alpha", value=[float("nan")]), "arms.proxy.alpha.0: .*finite number, not nan"),
         (changed("arms", "proxy", "alpha", value=["x"]), "arms.proxy.alpha.0: .*, not 'x'"),
         (changed("arms", "full", "tuning", "learning_rate", value=-1), "arms.full.tuning.learning_rate: .*greater than 0, not -1"),
@@ -42,10 +42,10 @@ def test_arms_are_named_by_their_alpha(tmp_path: Path) -> None:
         (changed("arms", "expert", value={"kind": "expert"}), "either tuning or path"),
         (changed("arms", "full", value={"kind": "direct"}), "arms.full: give either tuning or path"),
         (changed("arms", "full", "path", value="x"), "arms.full: give either tuning or path"),
-        (changed("arms", "full", value={"kind": "direct", "path": "x", "sweep": {"kl": [1, 2]}}), "arms.full: dial turns a setting of tuning"),
-        (changed("arms", "full", value={"kind": "direct", "path": "x", "select": "best"}), "arms.full: choose needs a dial"),
+        (changed("arms", "full", value={"kind": "direct", "path": "x", "sweep": {"kl": [1, 2]}}), "arms.full: sweep varies a setting of tuning"),
+        (changed("arms", "full", value={"kind": "direct", "path": "x", "select": "best"}), "arms.full: select needs a sweep"),
         (changed("direct", value="lora"), "direct must name an arm of kind direct .*, not 'lora'"),
-        (changed("models", value={"base": "x"}), "either world, or models and data"),
+        (changed("models", value={"base": "x"}), "either worlds, or models and data"),
         (changed("seeds", value=[1, 1]), "seeds must differ"),
         (changed("study", value="../x"), "study: .*, not '../x'"),
         ("study: [", "cannot be read as YAML"),
@@ -65,7 +65,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_a_prompt_needs_its_placeholder(tmp_path: Path) -> None:
     study = changed("models", value={"base": "x", "small": "y"}) | {"data": {"train": "a", "test": "b", "prompt": "Q:"}}
-    del study["world"]
+    del study["worlds"]
     with pytest.raises(UserError, match=r"data.prompt: the only placeholder must be"):
         load(tmp_path, study)
 
@@ -75,7 +75,7 @@ GIVEN: dict[str, Any] = {
     "large": {"kind": "direct", "path": "x"},
     "proxy": {"kind": "proxy", "alpha": [1], "expert": "large"},
 }
-DIALLED = {"kind": "direct", "tuning": dict(PLAIN_TUNING), "sweep": {"learning_rate": [1e-3, 1e-4]}, "select": "best"}
+SWEPT = {"kind": "direct", "tuning": dict(PLAIN_TUNING), "sweep": {"learning_rate": [1e-3, 1e-4]}, "select": "best"}
 
 
 def on_data(data: dict[str, str], measures: list[str], **arms: Any) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def on_data(data: dict[str, str], measures: list[str], **arms: Any) -> dict[str,
 def test_what_was_tuned_beforehand_needs_no_training_data_and_can_be_an_expert(tmp_path: Path) -> None:
     study = load(tmp_path, on_data({"knowledge": "k"}, ["knowledge"]))
     assert (study.data.train, study.data.test) == (None, None)
-    assert list(study.points) == ["base", "large", "proxy@1"]
+    assert list(study.arm_settings) == ["base", "large", "proxy@1"]
     assert study.direct_arm == "large"
 
 
@@ -97,33 +97,33 @@ def test_what_was_tuned_beforehand_needs_no_training_data_and_can_be_an_expert(t
             "study: arms.full.tuning needs data.train; give it",
         ),
         (on_data({"train": "t", "knowledge": "k"}, ["task"]), "study: measure task needs data.test; give it"),
-        (on_data({"train": "t", "knowledge": "k"}, ["knowledge"], full=DIALLED), "study: arms.full.choose needs data.test; give it"),
+        (on_data({"train": "t", "knowledge": "k"}, ["knowledge"], full=SWEPT), "study: arms.full.select needs data.test; give it"),
     ],
 )
 def test_data_that_an_arm_or_a_measure_needs_is_asked_for(tmp_path: Path, study: Any, words: str) -> None:
     with pytest.raises(UserError, match=words):
         load(tmp_path, study)
     everything = study | {"data": {"train": "t", "test": "t", "knowledge": "k"}}
-    assert load(tmp_path, everything).points
+    assert load(tmp_path, everything).arm_settings
 
 
 def test_a_direct_arm_is_taken_from_its_folder_or_as_an_adapter_on_the_base(tmp_path: Path, lora_family: Path) -> None:
     """Counted from the study file's folder, as an expert's is; nothing is tuned, and a proxy can have it as its expert."""
     arms = {"adapter": {"kind": "direct", "path": "polite"}, "proxy": {"kind": "proxy", "alpha": [1], "expert": "adapter"}}
     study = load(tmp_path, on_data({"knowledge": "k"}, ["knowledge"], **arms, large={"kind": "direct", "path": str(lora_family / "small")}))
-    material = Material(str(lora_family / "small"), None, [], [], [], "{question}", "", 1, choose=False)
-    found = {
-        label: [ensemble.members[name] for name in mixture if mixture[name]]
-        for ensemble in ensembles(study, material, lora_family, 0, tmp_path / "out", TrainerCallback())
-        for label, mixture in ensemble.mixtures.items()
-    }
-    base = Weights(material.base)
+    data = StudyData(str(lora_family / "small"), None, [], [], [], "{question}", "", 1, choose=False)
+    assert [job.kind for job in plan(study)] == ["read"] * 3
+    found = {}
+    for group in groups(study):
+        tuned = None if group.kind == "base" else given_weights(study, group, data, lora_family)
+        members = members_of(study, group, data, tuned, beside_base=False)
+        found |= {label: [members[name] for name in mixture if mixture[name]] for label, mixture in mixtures_of(study, group).items()}
+    base = Weights(data.base)
     assert found == {
         "base": [base],
         "large": [base],
-        "adapter": [Weights(material.base, adapter=lora_family / "polite")],
-        "proxy@1": [base, Weights(material.base, adapter=lora_family / "polite"), base],
+        "adapter": [Weights(data.base, adapter=lora_family / "polite")],
+        "proxy@1": [base, Weights(data.base, adapter=lora_family / "polite"), base],
     }
     assert found["adapter"][0].field == "arms.adapter.path"
     assert tuning_summary(found["adapter"][0]) is None
-    assert not (tmp_path / "out").exists()

@@ -12,18 +12,20 @@ import pytest
 from helpers import run_command
 
 from evals.commands.tune import Run, tune_one
-from evals.data import material_for
-from evals.measures import measure, measurements
+from evals.data import data_for
+from evals.measures.answers import Generated
+from evals.measures.inputs import Inputs
+from evals.measures.subjects import Outputs
+from evals.running.jobs import readings_of
 from evals.running.progress import Display
 from evals.study import load_study
 from finetune.encoding import encode_examples, preview
 from finetune.formats import read_items
 from finetune.items import Item
-from finetune.recipe import Tuning
+from finetune.recipe import Tuning, TuningRun
 from finetune.tuning import tune
 from proxytune.errors import UserError
-from proxytune.member import load_member, load_tokenizer
-from proxytune.modeling import ProxyTunedForCausalLM
+from proxytune.member import Weights, load_member, load_tokenizer
 
 SETTINGS = {"method": "lora", "learning_rate": 0.01, "epochs": 1.0, "batch_size": 4, "rank": 2}
 PROMPT = "{question}"
@@ -151,16 +153,15 @@ def test_worked_answers_are_compared_by_their_last_number(lora_family: Path, dat
     test.write_text('{"question": "w30 w5", "answer": "w31 #### 31"}\n')
     tune_one(of(lora_family, data, tmp_path / "out", test=str(test)), Display())
     study, folder = load_study(tmp_path / "out" / "study.yaml")
-    (task,) = measurements(study, material_for(study, folder, 0, tmp_path))
+    asked = Inputs(study, data_for(study, folder, study.runs[0], tmp_path), 0)
+    (task,) = readings_of(asked)
+    assert isinstance(task, Generated)
     assert task.number
-    model = ProxyTunedForCausalLM({"base": load_member(lora_family / "small")}, {"base": 1.0})
-    said = {
-        number: measure(
-            replace(task, number=number, new_tokens=4), model, load_tokenizer(lora_family / "small"), {"base": {"base": 1.0}}, study, lambda _: None
-        )
-        for number in (True, False)
-    }
-    texts = {number: frames["base"]["text"][0] for number, frames in said.items()}
+    small = Weights(str(lora_family / "small"))
+    subject = Outputs({"base": load_member(small.path)}, {"base": small}, {"base": {"base": 1.0}})
+    short = replace(asked, data=replace(asked.data, new_tokens=4))
+    said = {number: replace(task, number=number).read(subject, short, lambda _: None)["base"]["task"] for number in (True, False)}
+    texts = {number: frame["text"][0] for number, frame in said.items()}
     assert texts[True] == texts[False]
-    assert said[True]["base"]["right"][0] == (re.findall(r"\d+", texts[True])[-1:] == ["31"])
-    assert task.protocol != replace(task, number=False).protocol
+    assert said[True]["right"][0] == (re.findall(r"\d+", texts[True])[-1:] == ["31"])
+    assert task.protocol(asked) != replace(task, number=False).protocol(asked)

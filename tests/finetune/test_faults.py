@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
-from helpers import PATHS, TUNINGS, Stop, fingerprint, run_tuning, save_models, unbroken_tuning
+from helpers import PATHS, TUNINGS, Stop, fingerprint, make_model, run_tuning, save_models, unbroken_tuning
 from transformers import TrainerCallback
 
 from finetune.checkpoints import METER, last_whole
 from finetune.encoding import check_rows
 from finetune.items import Item
-from finetune.recipe import Tuning
+from finetune.recipe import Tuning, TuningRun
 from finetune.tuning import tune
 from proxytune import UserError
 from proxytune.digests import seal
@@ -159,11 +159,11 @@ def test_checkpoints_of_another_run_are_refused(folder: Path) -> None:
 
 def test_what_may_be_resumed_does_not_depend_on_where_anything_stands(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Start, base, checkpoints and result, all of them elsewhere. A run that began again would stop at once."""
-    unbroken = run(folder, "unbroken", every=1e9, consistent=1.0)
+    unbroken = run_tuning(folder, "unbroken", every=1e9, consistent=1.0)
     with pytest.raises(KeyboardInterrupt):
-        run(folder, "out", Stop(3), consistent=1.0)
+        run_tuning(folder, "out", Stop(3), consistent=1.0)
     moved = folder.rename(tmp_path_factory.mktemp("elsewhere") / "moved")
-    assert run(moved, "out", Stop(0), consistent=1.0).losses == unbroken.losses
+    assert run_tuning(moved, "out", Stop(0), consistent=1.0).losses == unbroken.losses
     assert fingerprint(moved, "out") == fingerprint(moved, "unbroken")
 
 
@@ -171,10 +171,10 @@ def test_what_may_be_resumed_does_not_depend_on_where_anything_stands(folder: Pa
 def test_other_weights_at_the_same_place_are_not_resumed(folder: Path, name: str) -> None:
     """The negative twin."""
     with pytest.raises(KeyboardInterrupt):
-        run(folder, "out", Stop(3), consistent=1.0)
+        run_tuning(folder, "out", Stop(3), consistent=1.0)
     make_model(seed=9, layers=4, hidden={"small": 32, "base": 48}[name]).save_pretrained(folder / name)
     with pytest.raises(UserError, match="checkpoints of another run"):
-        run(folder, "out", consistent=1.0)
+        run_tuning(folder, "out", consistent=1.0)
 
 
 def test_two_processes_do_not_tune_into_one_folder(folder: Path) -> None:
@@ -275,14 +275,14 @@ def test_two_processes_train_to_the_loss_of_one(folder: Path, two_processes: tup
 
 def test_launchers_that_fall_back_are_errors(folder: Path, two_processes: tuple[Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
     _, said = two_processes
-    assert said["five"].startswith("error: ") and "5 examples a step cannot be shared out among 2" in said["five"]
+    assert said["five"].startswith("error: ") and "5 examples per step cannot be divided among 2" in said["five"]
     assert said["fsdp"].startswith("error: ") and "fsdp: the model is wrapped as DistributedDataParallel, not sharded" in said["fsdp"]
     with monkeypatch.context() as patched:
         patched.setenv("ACCELERATE_MIXED_PRECISION", "no")
         patched.delenv("WORLD_SIZE", raising=False)
         with pytest.raises(UserError, match="accelerate launch started a single process"):
             run_tuning(folder, "out")
-    with pytest.raises(UserError, match="one process has nobody to share"):
+    with pytest.raises(UserError, match="one process cannot shard a model"):
         run_tuning(folder, "out", fsdp=True)
 
 

@@ -6,7 +6,7 @@ import torch
 
 from finetune.encoding import check_prompt, encode_examples, prompt_ids, trained_share
 from finetune.items import Item
-from finetune.recipe import EarlyStopping, Tuning
+from finetune.recipe import EarlyStopping, Tuning, TuningRun
 from finetune.tuning import tune
 from probes.world.corpus import make_world
 from probes.world.family import build_tokenizer

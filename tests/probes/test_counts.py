@@ -212,8 +212,8 @@ def test_no_items_have_no_counts(tmp_path: Path) -> None:
 
 def spoiled(folder: Path) -> Iterator[tuple[str, Path, str]]:
     for name, content, words in (
-        ("empty.txt", b"\n \n", "holds no documents"),
-        ("latin.txt", b"w3\nM\xe9xico\n", r"line 2, 'utf-8' codec.*mend the line"),
+        ("empty.txt", b"\n \n", "has no documents"),
+        ("latin.txt", b"w3\nM\xe9xico\n", r"line 2, 'utf-8' codec.*correct or remove the line"),
         ("broken.jsonl", b'{"text": "a"}\n{"text": \n', "line 2, JSON: "),
         ("list.jsonl", b'["a"]', "line 1, text: "),
         ("other.jsonl", b'{"content": "a"}', "line 1, text: "),
@@ -224,9 +224,9 @@ def spoiled(folder: Path) -> Iterator[tuple[str, Path, str]]:
         yield name, folder / name, words
     for name, table in (("column", {"content": ["a"]}), ("type", {"text": [1]}), ("rows", {"text": pyarrow.array([], pyarrow.string())})):
         pyarrow.parquet.write_table(pyarrow.table(table), folder / f"{name}.parquet")
-        yield name, folder / f"{name}.parquet", "holds no documents" if name == "rows" else "text: there is no such column"
+        yield name, folder / f"{name}.parquet", "has no documents" if name == "rows" else "text: there is no such column"
     (folder / "nothing").mkdir()
-    yield "nothing", folder / "nothing", r"holds no file that ends in \.txt"
+    yield "nothing", folder / "nothing", r"has no file that ends in \.txt"
     yield "missing", folder / "missing", "there is no file or folder"
 
 

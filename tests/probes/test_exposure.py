@@ -111,14 +111,14 @@ def test_items_that_take_no_part_change_nothing() -> None:
 
 def test_nothing_to_compare_is_an_error() -> None:
     values, popularity, groups, _ = some_items()
-    with pytest.raises(UserError, match="statements of one form"):
+    with pytest.raises(UserError, match="statements of the same form"):
         matched_contrast(values, np.where(groups == 0, 1, -1), groups)
     for confounded in (groups.astype(float), np.full(len(groups), 5.0)):
-        with pytest.raises(UserError, match="popularity: nothing of it varies over 240"):
+        with pytest.raises(UserError, match="popularity: it does not vary over 240"):
             rank_correlation(values, confounded, groups)
-    with pytest.raises(UserError, match="popularity: nothing"):
+    with pytest.raises(UserError, match="popularity: it does not vary over"):
         rank_correlation(values, popularity, groups, popularity[:, None])
-    with pytest.raises(UserError, match="varies over 0 items"):
+    with pytest.raises(UserError, match="does not vary over 0 items"):
         rank_correlation(values, popularity, np.arange(len(values)))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import ARCHITECTURES, VOCABULARY, make_model, make_tokenizer
+from helpers import SOME_ARCHITECTURES, VOCABULARY, make_model, make_tokenizer
 from scipy.stats import entropy
 
 from evals.statistics.estimates import contrast, estimate
@@ -39,7 +39,7 @@ def member(architecture: str = "llama", seed: int = 0, layers: int = 3) -> Membe
     return Member(make_model(architecture, seed=seed, layers=layers), make_tokenizer())
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", SOME_ARCHITECTURES)
 def test_state_k_is_the_output_of_layer_k(architecture: str) -> None:
     model, prompt = make_model(architecture, layers=3), some_prompts()[3]
     (states,) = read_states(model, [prompt], [[-1, 2]], batch_size=1, pad=0)
@@ -103,7 +103,7 @@ def test_the_subjects_last_token_is_found() -> None:
     prompts = ["w3 w5 w6 w8", "w4 w5", "w3 w7"]
     assert last_and_subject(tokenizer, items, prompts) == [[-1, 2], [-1, 0], [-1, 1]]
     assert last_and_subject(tokenizer, [*items, Item(question="?", answer="w9")], [*prompts, "w3"]) == [[-1]] * 4
-    with pytest.raises(UserError, match="'w7' does not stand in"):
+    with pytest.raises(UserError, match="'w7' is not in"):
         last_and_subject(tokenizer, items[2:], ["w3 w8"])
 
 

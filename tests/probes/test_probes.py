@@ -27,7 +27,7 @@ WORDS = [f"w{number}" for number in range(3, VOCABULARY)]
 def test_worked_answers_are_judged_by_their_last_number(text: str, right: bool, unparsed: bool) -> None:
     answer = judge_number(text, Item(question="?", answer="3 + 4 is 7 #### 7"))
     assert (answer.right, answer.unparsed) == (right, unparsed)
-    with pytest.raises(UserError, match="'seven' holds no number"):
+    with pytest.raises(UserError, match="'seven' has no number"):
         judge_number(text, Item(question="?", answer="seven"))
 
 

@@ -198,7 +198,7 @@ def test_adapters_on_packed_layers_are_tuned_as_what_they_are_together(tmp_path:
 
 def test_what_cannot_be_relearnt_is_refused(lora_family: Path) -> None:
     shared = load_members({name: Weights(str(lora_family / "small"), lora_family / name) for name in ("polite", "terse")})["polite"]
-    with pytest.raises(UserError, match="member: its adapter sits on weights that others share"):
+    with pytest.raises(UserError, match="member: its adapter is on weights that other members share"):
         small(random_items(), member=shared)
     with pytest.raises(UserError, match="knowledge: 12 items with exposure leave 2 to measure"):
         small(random_items(never=30))

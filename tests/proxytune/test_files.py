@@ -96,7 +96,7 @@ def test_a_pipe_is_no_study_and_no_task(tmp_path: Path, monkeypatch: pytest.Monk
 
 def record(text: str = "said") -> Record:
     row = {"unit": "u", "question": "q", "answer": "a", "text": text, "right": True, "unparsed": False}
-    return Record("base", "task", 0, "protocol", pd.DataFrame([row]), {})
+    return Record("base", "task", None, 0, "protocol", pd.DataFrame([row]))
 
 
 def test_results_are_not_written_through_a_link(tmp_path: Path) -> None:
@@ -126,20 +126,20 @@ class WorkBegunError(Exception):
 
 @pytest.mark.parametrize("name", ["study.json", "results.json", "costs.json", FILE])
 def test_compare_refuses_links_before_it_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    def work(*arguments: object) -> None:
+    def work(*arguments: object, **options: object) -> None:
         raise WorkBegunError
 
-    monkeypatch.setattr("evals.compare.run_study", work)
+    monkeypatch.setattr("evals.commands.compare.run_study", work)
     out = tmp_path / "out"
     out.mkdir()
     (tmp_path / "secret").write_text("secret")
     (out / name).symlink_to(tmp_path / "secret")
     with pytest.raises(UserError, match=f"^out: '.*{name}' {LINK}$"):
-        compare(None, out, Format.table)
+        compare(None, out, form=Format.table)
     (out / name).unlink()
     (out / name).write_text("of a run before")
     with pytest.raises(WorkBegunError):
-        compare(None, out, Format.table)
+        compare(None, out, form=Format.table)
 
 
 @pytest.mark.parametrize("prompt", ["import nothing_such\n\ndef f():\n    'One.'\n", "def f():\n    'One.'\n"])

@@ -1,132 +1,46 @@
 """Every way of generating that transformers documents gives what a plain model with the mixture's logits gives, or is refused.
 
 The plain model is written the obvious way: transformers' own caches hold nothing but what was read, and the members read all
-of it again, each by itself, for every token. It shares no code with the mixture.
-"""
+of it again, each by itself, for every token. It shares no code with the mixture."""
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import transformers
-from helpers import make_model, make_tokenizer
-from scipy.stats import chisquare
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from helpers import (
+    ALPHA,
+    DICTIONARY,
+    GREEDY,
+    LETTERED,
+    Plain,
+    StopsByRow,
+    drawn,
+    letters,
+    mixture_of,
+    models_of,
+    padded,
+)
 from transformers import (
-    AutoModelForCausalLM,
     DynamicCache,
-    GenerationMixin,
     LogitsProcessor,
-    PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
     StaticCache,
-    StoppingCriteria,
     StoppingCriteriaList,
     SynthIDTextWatermarkingConfig,
     WatermarkingConfig,
     pipeline,
 )
-from transformers.generation.streamers import BaseStreamer
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from proxytune.errors import UserError
 from proxytune.member import Member
 from proxytune.mixture import proxy_tuning
 from proxytune.modeling import ProxyTunedForCausalLM
 
-ALPHA = 0.8
-LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNO"
-TOKENS = ["<pad>", "<bos>", "<eos>", *LETTERS, "ab", "abc", "de", "def", "xy", "z!"]
-VOCABULARY = {token: number for number, token in enumerate(TOKENS)}
-GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 10, "pad_token_id": 0, "eos_token_id": 2}
 SAMPLED = {"do_sample": True, "temperature": 1.3, "top_p": 0.95}
-DICTIONARY = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
 ARCHITECTURES = ["llama", pytest.param("gpt2", marks=pytest.mark.slow), pytest.param("bloom", marks=pytest.mark.slow)]
-
-
-class Plain(PreTrainedModel, GenerationMixin):
-    """base + alpha * (expert - antiexpert), from each model's own pass over the whole text."""
-
-    config_class = PreTrainedConfig
-
-    def __init__(self, base: PreTrainedModel, expert: PreTrainedModel, antiexpert: PreTrainedModel, alpha: float = ALPHA):
-        rows = base.config.vocab_size
-        super().__init__(PreTrainedConfig(vocab_size=rows, num_hidden_layers=1, hidden_size=1, pad_token_id=0, bos_token_id=1, eos_token_id=2))
-        self.models = torch.nn.ModuleList([base, expert, antiexpert])
-        self.weights = [1, alpha, -alpha]
-
-    def init_weights(self) -> None:
-        pass
-
-    def get_output_embeddings(self) -> None:
-        return None
-
-    def forward(
-        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, use_cache=True, logits_to_keep=0, **_: Any
-    ) -> CausalLMOutputWithPast:
-        """Its cache has one layer, whose keys are tokens and whose values are positions."""
-        read = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if position_ids is None:
-            position_ids = torch.arange(read, read + input_ids.shape[1])[None]
-        ids, positions = input_ids, position_ids.expand_as(input_ids)
-        if use_cache:
-            past_key_values = DynamicCache(config=self.config) if past_key_values is None else past_key_values
-            ids, positions = past_key_values.update(ids.float()[:, None, :, None], positions.float()[:, None, :, None], 0)
-            ids, positions = ids[:, 0, :, 0].long(), positions[:, 0, :, 0].long()
-        mask = torch.ones_like(ids) if attention_mask is None else attention_mask
-        logits = 0
-        for weight, model in zip(self.weights, self.models, strict=True):
-            where = {} if model.config.model_type == "bloom" else {"position_ids": positions}
-            logits = logits + weight * model(ids, attention_mask=mask, use_cache=False, **where).logits
-        kept = logits_to_keep or input_ids.shape[1]
-        return CausalLMOutputWithPast(logits=logits[:, -kept:], past_key_values=past_key_values if use_cache else None)
-
-
-def letters() -> PreTrainedTokenizerFast:
-    """A tokenizer of letters and a few pairs, as stop strings and token healing need one."""
-    tokenizer = Tokenizer(models.BPE(VOCABULARY, [("a", "b"), ("ab", "c"), ("d", "e"), ("de", "f"), ("x", "y")], unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left")
-
-
-def model_of(architecture: str, seed: int, layers: int) -> PreTrainedModel:
-    if architecture != "bloom":
-        return make_model(architecture, seed=seed, layers=layers)
-    torch.manual_seed(seed)
-    config = transformers.BloomConfig(vocab_size=50, hidden_size=32, n_layer=layers, n_head=4, initializer_range=0.3, pad_token_id=0)
-    return AutoModelForCausalLM.from_config(config).eval()
-
-
-@functools.cache
-def models_of(architecture: str) -> list[PreTrainedModel]:
-    """An expert near the base, so that much is accepted and something refused."""
-    base, antiexpert = model_of(architecture, 1, 3), model_of(architecture, 3, 2)
-    expert = model_of(architecture, 1, 3)
-    with torch.no_grad():
-        for parameter in expert.parameters():
-            parameter += 0.03 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5))
-    return [base, expert, antiexpert]
-
-
-def mixture_of(architecture: str) -> ProxyTunedForCausalLM:
-    members = {name: Member(model, letters()) for name, model in zip(("base", "expert", "antiexpert"), models_of(architecture), strict=True)}
-    return ProxyTunedForCausalLM(members, proxy_tuning(ALPHA))
-
-
-def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 50, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def padded() -> dict[str, torch.Tensor]:
-    ids, mask = drawn(3, 8), torch.ones(3, 8, dtype=torch.long)
-    for row, padding in enumerate((5, 0, 2)):
-        ids[row, :padding], mask[row, :padding] = 0, 0
-    return {"inputs": ids, "attention_mask": mask}
 
 
 class CountsCalls(LogitsProcessor):
@@ -142,35 +56,13 @@ class CountsCalls(LogitsProcessor):
         return scores
 
 
-class StopsByRow(StoppingCriteria):
-    """Knows which row is which, and how often it was asked."""
-
-    def __init__(self, limits: Sequence[int]):
-        self.limits, self.widths = torch.tensor(limits), []
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        self.widths.append(input_ids.shape[1])
-        return input_ids.shape[1] >= self.limits
-
-
-class Keeps(BaseStreamer):
-    def __init__(self) -> None:
-        self.kept: list[list[int]] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.kept.append(value.flatten().tolist())
-
-    def end(self) -> None:
-        self.kept.append([])
-
-
 def one() -> dict[str, torch.Tensor]:
     return {"inputs": drawn(1, 6)}
 
 
 def ends_early() -> dict[str, torch.Tensor]:
     """Prompts whose last token is the beginning of longer ones."""
-    return {"inputs": torch.tensor([[20, 9, VOCABULARY["ab"]], [8, 11, VOCABULARY["d"]]])}
+    return {"inputs": torch.tensor([[20, 9, LETTERED["ab"]], [8, 11, LETTERED["d"]]])}
 
 
 def allowed(row: int, ids: torch.Tensor) -> list[int]:
@@ -178,6 +70,8 @@ def allowed(row: int, ids: torch.Tensor) -> list[int]:
 
 
 # What is asked for, of a padded batch or one row, and the words of the refusal where speculation cannot do it.
+
+
 MODES: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[], dict[str, Any]], str | None]] = {
     "greedy": (padded, dict, None),
     "greedy, one row": (one, dict, None),
@@ -367,90 +261,6 @@ def test_what_one_model_can_and_a_mixture_cannot_is_refused(options: dict[str, A
     assert "\n" not in str(error.value)
 
 
-def test_what_speculation_would_drop_is_refused() -> None:
-    mixture, ids = mixture_of("llama"), drawn(1, 6)
-    for options, words in (
-        ({"labels": ids}, "labels: speculation does not support it"),
-        ({"custom_generate": print}, "custom_generate: speculation"),
-    ):
-        with pytest.raises(UserError, match=words):
-            mixture.generate(ids, speculate=True, **GREEDY, **options)
-
-
-def test_criteria_and_streamers_see_what_they_see_in_plain_decoding() -> None:
-    mixture, seen = mixture_of("llama"), {}
-    for speculate in (False, True):
-        criterion, streamer = StopsByRow([10, 15, 13]), Keeps()
-        mixture.generate(**padded(), **GREEDY, stopping_criteria=StoppingCriteriaList([criterion]), streamer=streamer, speculate=speculate)
-        seen[speculate] = criterion.widths, streamer.kept
-    assert seen[False] == seen[True]
-    assert seen[True][0] == [9, 10, 11, 12, 13, 14, 15]
-
-
-def test_a_row_that_is_ahead_waits_for_its_end_and_goes_on_where_the_criteria_let_it() -> None:
-    """Trap: an end token that was accepted among others leaves in the cache what the row, as it turns out, goes on without."""
-
-    class EndsLate(transformers.EosTokenCriteria):
-        def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-            return super().__call__(input_ids, scores) & (input_ids.shape[1] >= 14)
-
-    mixture = mixture_of("llama")
-    options = GREEDY | {"stopping_criteria": StoppingCriteriaList([EndsLate(list(range(3, 30)))])}
-    right = Plain(*models_of("llama")).generate(**padded(), **options)
-    assert torch.equal(mixture.generate(**padded(), speculate=True, draft_tokens=4, **options), right)
-    assert right.shape[1] >= 14
-
-
-def law_of(plain: Plain, prompt: list[int], options: dict[str, Any]) -> torch.Tensor:
-    """Of every three tokens after the prompt, from the scores of one plain step after each beginning."""
-    rows, law = torch.tensor([prompt]), torch.ones(1)
-    positions = options.get("position_ids")
-    for _ in range(3):
-        settings = GREEDY | {"do_sample": True, "top_k": 0} | options | {"max_new_tokens": 1, "num_return_sequences": 1}
-        if positions is not None:
-            settings["position_ids"] = positions
-            positions = torch.cat([positions, positions[:, -1:] + 1], dim=1)
-        scores = plain.generate(rows, attention_mask=torch.ones_like(rows), **settings, **DICTIONARY).scores[0]
-        count = scores.shape[1]
-        rows = torch.cat([rows.repeat_interleave(count, 0), torch.arange(count).repeat(len(rows))[:, None]], dim=1)
-        law = (law[:, None] * scores.softmax(-1)).flatten()
-    return law
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"temperature": 1.4, "top_p": 0.9},
-        {"num_return_sequences": 4, "min_p": 0.05},
-        {"repetition_penalty": 1.8, "typical_p": 0.9},
-        {"watermarking_config": WatermarkingConfig(bias=2.0, seeding_scheme="lefthash")},
-        {"position_ids": torch.tensor([[4, 5, 6]])},
-    ],
-    ids=lambda options: next(iter(options)),
-)
-def test_speculated_samples_have_the_plain_models_law(options: dict[str, Any]) -> None:
-    models, rows = [make_model("gpt2", seed=seed, rows=7, layers=1, hidden=16) for seed in range(3)], 2000
-    mixture = ProxyTunedForCausalLM(
-        {name: Member(model, make_tokenizer(words=7)) for name, model in zip(("base", "expert", "antiexpert"), models, strict=True)},
-        proxy_tuning(0.5),
-    )
-    prompt = [3, 5, 6]
-    torch.manual_seed(0)
-    settings = GREEDY | {"do_sample": True, "top_k": 0, "max_new_tokens": 3, "eos_token_id": None} | options
-    found = mixture.generate(torch.tensor([prompt] * rows), speculate=True, draft_tokens=2, **settings)[:, 3:]
-    seen = torch.bincount(found @ torch.tensor([49, 7, 1]), minlength=343)
-    values = []
-    for alpha in (0.5, 0.0):
-        expected = law_of(Plain(*models, alpha=alpha), prompt, options | {"eos_token_id": None}) * len(found)
-        common = expected >= 5
-        observed = torch.cat([seen[common], seen[~common].sum()[None]]).double()
-        wanted = torch.cat([expected[common], expected[~common].sum()[None]]).double()
-        values.append(chisquare(observed[wanted > 0], wanted[wanted > 0] * observed.sum() / wanted.sum()).pvalue)
-        assert alpha == 0.0 or not seen[expected == 0].any()
-    assert values[0] > 0.01
-    assert values[1] < 1e-6
-
-
 @pytest.mark.parametrize("speculate", [False, True])
 def test_the_pipeline_stops_where_it_is_told(speculate: bool) -> None:
     def answer(model: PreTrainedModel, **options: Any) -> str:
@@ -516,40 +326,3 @@ def by_hand(mixture: ProxyTunedForCausalLM, inputs: torch.Tensor, position_ids: 
         if token == 2:
             break
     return ids
-
-
-def test_what_was_speculated_can_be_trained_on() -> None:
-    mixture = mixture_of("llama")
-    rollout = mixture.generate(drawn(1, 6), speculate=True, **GREEDY)
-    assert not rollout.is_inference()
-    student = make_model(seed=9)
-    student(rollout, labels=rollout).loss.backward()
-    assert student.get_input_embeddings().weight.grad.abs().sum() > 0
-    with torch.inference_mode():
-        assert mixture.generate(drawn(1, 6), speculate=True, **GREEDY).is_inference()
-
-
-def test_rows_are_counted_until_they_end() -> None:
-    mixture, ids = mixture_of("llama"), drawn(4, 6)
-    options = GREEDY | {"max_new_tokens": 60, "eos_token_id": list(range(3, 9)), "draft_tokens": 4, "speculate": True}
-    apart, lengths = [], []
-    for row in ids:
-        lengths.append(mixture.generate(row[None], **options).shape[1])
-        apart.append(mixture.speculation)
-    assert 8 < max(lengths) < 40 and len(set(lengths)) > 2
-    mixture.generate(ids, **options)
-    assert mixture.speculation == tuple(map(sum, zip(*apart, strict=True)))
-
-
-def test_a_batch_may_fill_the_window() -> None:
-    """Trap: positions of tokens that are drafted behind the last that a row will have."""
-    members = {}
-    for name, seed in (("base", 1), ("expert", 1), ("antiexpert", 3)):
-        torch.manual_seed(seed)
-        config = transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=24, initializer_range=0.3, pad_token_id=0)
-        members[name] = Member(AutoModelForCausalLM.from_config(config).eval(), letters())
-    mixture = ProxyTunedForCausalLM(members, proxy_tuning(0.4))
-    options = GREEDY | {"max_new_tokens": 18, "eos_token_id": None}
-    ids = drawn(6, 6)
-    assert torch.equal(mixture.generate(ids, speculate=True, draft_tokens=4, **options), mixture.generate(ids, **options))
-    assert 0 < mixture.speculation.acceptance < 1

@@ -29,8 +29,18 @@ def close_members() -> dict[str, Member]:
     return members | {"expert": Member(expert.eval(), make_tokenizer())}
 
 
-@pytest.mark.parametrize("mixture", [proxy_tuning(1.0), proxy_tuning(0.3), {"base": 1.0}, {"expert": 1.0}])
-@pytest.mark.parametrize("draft_tokens", [1, 4, 9])
+MIXED = proxy_tuning(1.0)
+MIXTURES = [MIXED, proxy_tuning(0.3), {"base": 1.0}, {"expert": 1.0}]
+
+
+@pytest.mark.parametrize(
+    ("mixture", "draft_tokens"),
+    [
+        pytest.param(mixture, tokens, marks=() if tokens == 4 or mixture is MIXED else pytest.mark.slow)
+        for mixture in MIXTURES
+        for tokens in (1, 4, 9)
+    ],
+)
 def test_greedy_is_plain_greedy(random_ids: Ids, mixture: dict[str, float], draft_tokens: int) -> None:
     model = ProxyTunedForCausalLM(close_members(), mixture)
     for seed in range(4):

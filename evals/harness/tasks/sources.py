@@ -1,8 +1,7 @@
-"""Data and answer rules of the tasks beside this file.
+"""Data and scoring rules of the tasks beside this file.
 
-A task's data come from the folder of its name in the folder that the environment variable PROXYTUNE_DATA names (JSON lines or Parquet,
-one file a split, with the hub set's own columns), or from the hub where there is none. Nothing is downloaded for the
-world and the capitals.
+A task's data come from the folder $PROXYTUNE_DATA/TASK (JSON lines or Parquet, one file per split, with the columns of the hub set) or,
+if there is no such folder, from the hub. Nothing is downloaded for the world and the capitals.
 """
 
 import os
@@ -28,11 +27,11 @@ from probes.world.sections.people import QUESTION
 from proxytune.errors import UserError
 from proxytune.files import check_readable
 
-FAMILIAR = 0.5  # of the capitals by population: the upper half
+FAMILIAR = 0.5  # capitals above this quantile of the population are familiar
 
 
 def world(seed: int = 0, **_: Any) -> DatasetDict:
-    """The embedded world's facts about people that no tuning asks about; `seed` is one of the shipped families'."""
+    """The embedded world's facts about people who are in no tuning data; `seed` is that of a shipped family."""
     family = find_family("default", seed, SHIPPED)
     if family is None:
         raise UserError(f"metadata: the world of seed {seed} is not shipped; take 0, 1 or 2")
@@ -41,7 +40,7 @@ def world(seed: int = 0, **_: Any) -> DatasetDict:
 
 
 def capitals(**_: Any) -> DatasetDict:
-    """Capitals of countries, with their populations; half are `familiar`."""
+    """Capitals of countries, with the countries' populations; half of them are `familiar`."""
     items = read_items(STUDIES / "capitals" / "knowledge.jsonl", "capitals").items
     rows = [_row(item, f"Question: {item.question}\nAnswer:") for item in items]
     middle = pd.Series([row["popularity"] for row in rows]).quantile(FAMILIAR)
@@ -49,7 +48,7 @@ def capitals(**_: Any) -> DatasetDict:
 
 
 def stored(task: str, hub: str, splits: dict[str, str], configuration: str | None = None, **_: Any) -> DatasetDict:
-    """The splits of a set, from the folder of the task's name or from the hub."""
+    """The splits of a data set, from the folder of the task's name or from the hub."""
     home = os.environ.get("PROXYTUNE_DATA")
     folder = None if home is None else Path(home) / task
     if folder is None or not folder.is_dir():
@@ -67,21 +66,21 @@ def stored(task: str, hub: str, splits: dict[str, str], configuration: str | Non
             found[name] = load_dataset(kind, data_files=str(files[0]), split="train")
     if "test" not in found:
         raise UserError(f"{task}: '{folder}' has neither test.jsonl nor test.parquet; put one there")
-    # The harness wants every split to be there that a task names, asked for or not.
+    # The harness needs every split that a task names, whether it is used or not.
     return DatasetDict({name: found.get(name, found["test"].select([])) for name in splits})
 
 
 def read_rightly(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """A text is right if it begins with the answer; one that begins with no candidate is unparsed, and wrong."""
+    """A text is right if it begins with the answer. A text that begins with no candidate is unparsed, and wrong."""
     answer = judge(results[0], Item(question=doc["question"], answer=doc["answer"], choices=tuple(doc["choices"])))
     return {"exact_match": float(answer.right), "unparsed": float(answer.unparsed)}
 
 
 def choose(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, Any]:
-    """Accuracy by the summed log-probability, and whether the choice's share of the choices' probability says how often it is right.
+    """Accuracy by the summed log-probability, and the calibration of the choice's share of the choices' probability.
 
-    A tie of k choices counts 1/k in all our forced-choice tasks, as in a study, and `tied` is the share of items with one.
-    lm-eval's own acc and acc_norm take the first of equals and may differ.
+    A tie of k choices counts 1/k in all our forced-choice tasks, as in a study; `tied` is the share of items with a tie.
+    lm-eval's own acc and acc_norm take the first of tied choices and may differ.
     """
     scores = np.array([score for score, _ in results])
     right, tied = _share(doc, scores, [place == doc["gold"] for place in range(len(scores))])
@@ -91,13 +90,13 @@ def choose(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, 
 
 
 def calibration_error(answers: list[tuple[float, bool | float]]) -> float:
-    """Of a whole task, in ten bins."""
+    """The calibration error of a whole task, in ten bins."""
     confidence, right = zip(*answers, strict=True)
     return float(expected_calibration_error(np.array(confidence), np.array(right, float)))
 
 
 def choose_by_familiarity(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
-    """Accuracy by the log-probability a character, as it is and for familiar and unfamiliar facts apart (the others give none)."""
+    """Accuracy by the log-probability per character, for all facts and separately for familiar and unfamiliar facts."""
     scores = [score / max(1, len(choice)) for (score, _), choice in zip(results, doc["choices"], strict=True)]
     right, tied = _share(doc, scores, [place == doc["gold"] for place in range(len(scores))])
     return {"acc_norm": right, "acc_familiar" if doc["familiar"] else "acc_unfamiliar": right, "tied": tied}
@@ -111,28 +110,28 @@ def choose_letter(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dic
 
 
 def solve(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """GSM8K: the last number of the text against the answer's; a text without a number is unparsed, and wrong."""
+    """GSM8K: the last number of the text is compared with the answer's. A text without a number is unparsed, and wrong."""
     answer = judge_number(results[0], Item(question=doc["question"], answer=doc["answer"]))
     return {"exact_match": float(answer.right), "unparsed": float(answer.unparsed)}
 
 
 def name_one(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """TriviaQA: the text's first line is one of the aliases, whatever its case, articles and punctuation."""
+    """TriviaQA: right if the text's first line is one of the aliases, ignoring case, articles and punctuation."""
     said = _bare(results[0].split("\n")[0])
     aliases = {_bare(alias) for alias in [doc["answer"]["value"], *doc["answer"]["aliases"]]}
     return {"exact_match": float(said in aliases), "unparsed": float(not said)}
 
 
 def truth(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
-    """TruthfulQA: mc1, the one true choice is the likeliest; mc2, the true choices' share of the probability."""
+    """TruthfulQA. mc1: the one true choice is the most probable; mc2: the true choices' share of the probability."""
     scores = np.array([score for score, _ in results])
     single = len(doc["mc1_targets"]["choices"])
     right, tied = _share(doc, scores[:single], [label == 1 for label in doc["mc1_targets"]["labels"]])
     second = scores[single:]
     best_choices(second.tolist(), _item(doc))
-    law = np.exp(second - second.max())
+    probability = np.exp(second - second.max())
     true = np.array(doc["mc2_targets"]["labels"], bool)
-    return {"mc1": right, "mc2": float(law[true].sum() / law.sum()), "tied": tied}
+    return {"mc1": right, "mc2": float(probability[true].sum() / probability.sum()), "tied": tied}
 
 
 def complete_function(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
@@ -142,7 +141,7 @@ def complete_function(doc: dict[str, Any], results: list[str]) -> dict[str, floa
 
 
 def write_program(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """MBPP: whether the program passes the tests, in the sandbox. What the tests call first is its entry."""
+    """MBPP: whether the program passes the tests, in the sandbox. The function that the tests call first is the entry point."""
     tests = "\n".join(doc["test_list"])
     called = re.search(r"assert[\s(]+(?:not\s+)?(?:\w+\()*?(\w+)\(", tests)
     test = f"{doc['test_setup_code']}\n{tests}\n"
@@ -161,7 +160,7 @@ def true_choices(doc: dict[str, Any]) -> list[str]:
 
 
 def _share(doc: dict[str, Any], scores: Sequence[float] | np.ndarray, right: Sequence[bool]) -> tuple[float, float]:
-    """The share of the likeliest choices that is right, and 1 where there are several of them, else 0."""
+    """The share of right choices among the most probable ones, and 1 if there are several most probable ones, else 0."""
     best = best_choices([float(score) for score in scores], _item(doc))
     return sum(right[place] for place in best) / len(best), float(len(best) > 1)
 

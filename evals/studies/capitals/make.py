@@ -3,8 +3,8 @@
     pip install countryinfo==1.0.1
     python evals/studies/capitals/make.py
 
-Countries of at least 300,000 people, less those whose capital is disputed or out of date in the package. Popularity is
-the population, subject whom the statement is about. The countries of the test and knowledge items are in no training item.
+Countries with at least 300,000 people, except those whose capital is disputed or out of date in the package. Popularity is
+the population; subject is what the statement is about. The countries of the test and knowledge items are in no training item.
 """
 
 import json
