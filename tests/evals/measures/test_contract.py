@@ -249,7 +249,8 @@ def test_a_new_version_of_a_reading_changes_its_own_keys_only(whole: Whole, monk
     readings = readings_of(inputs)
 
     def keys() -> dict[Reading, dict[tuple[str, str], str]]:
-        return {reading: keys_of(reading, outputs if reading.subject is Outputs else pair, inputs) for reading in readings}
+        anew = inputs_of(whole.study, whole.out)  # one that no protocol was hashed with
+        return {reading: keys_of(reading, outputs if reading.subject is Outputs else pair, anew) for reading in readings}
 
     before = keys()
     assert len({key for of_reading in before.values() for key in of_reading.values()}) == sum(map(len, before.values()))
