@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+import queue
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from torch import nn
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from evals.data import data_for
@@ -69,9 +71,11 @@ def _run(place: Place, todo: Sequence[Job], display: Display, jobs: int | None) 
     workers = workers_for(study, parameters, jobs, len(todo), display.say)
     torch.set_num_threads(study.threads)
     outcomes: dict[str, Any] = {}
-    work = _here(place, display) if workers == 1 else _in_processes(place, display, workers)
-    with work as start:
-        _work_off(todo, start, outcomes, workers)
+    if workers == 1:
+        _work_off(todo, _here(place, display), outcomes, workers)
+    else:
+        with _in_processes(place, display, workers) as start:
+            _aside(lambda: _work_off(todo, start, outcomes, workers))
     reads = [outcomes[job.name] for job in todo if job.kind == "read" and not job.trial]
     records = [
         Record(entry.arm, entry.frame, entry.run.world, entry.run.seed, entry.protocol, frame_of(place, entry))
@@ -138,8 +142,26 @@ def _needed(job: Job, todo: Sequence[Job]) -> tuple[str, ...]:
     return (*job.waits, *selections)
 
 
-@contextmanager
-def _here(place: Place, display: Display) -> Iterator[Start]:
+def _aside(act: Callable[[], None]) -> None:
+    """Calls `act` in a thread and waits. A signal is raised in the main thread only: it cannot stop `act` while it holds a lock of the executor,
+    without which the executor would never end."""
+    ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+    def call() -> None:
+        try:
+            act()
+        except BaseException as error:
+            ended.put(error)
+        else:
+            ended.put(None)
+
+    threading.Thread(target=call, daemon=True).start()
+    error = ended.get()
+    if error is not None:
+        raise error
+
+
+def _here(place: Place, display: Display) -> Start:
     """One job at a time in this process."""
 
     def start(job: Job, outcomes: Mapping[str, Any]) -> "Future[Any]":
@@ -147,7 +169,7 @@ def _here(place: Place, display: Display) -> Iterator[Start]:
         future.set_result(perform(job, place, outcomes, display))
         return future
 
-    yield start
+    return start
 
 
 @contextmanager
@@ -192,6 +214,7 @@ def _prepare(messages: Any, threads: int) -> None:
     assert parent is not None
     threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
     torch.set_num_threads(threads)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a worker that is terminated would leave behind
     _display = Forwarded(messages)
     _display.__enter__()
     logging.getLogger("proxytune").addHandler(_display.log_handler())
