@@ -138,10 +138,10 @@ def test_every_format_renders_and_figures_are_drawn(unbroken: Unbroken, tmp_path
 
 
 def test_two_runs_and_the_command_line_give_the_same_bytes(unbroken: Unbroken, tiny_family: Path, tmp_path: Path) -> None:
-    """Killed with SIGKILL in three places and started again, of one process and of two: the same table, and no finished record made again."""
+    """Killed with SIGKILL in two places and started again, of one process and of two: the same table, and no finished record made again."""
     study, out = write_study(tmp_path), place_world(tiny_family, tmp_path / "out")
     finished: dict[Path, int] = {}
-    for needed, jobs in ((1, 1), (6, 2), (14, 1)):
+    for needed, jobs in ((1, 1), (6, 2)):
         process = subprocess.Popen(command("compare", study, "--out", out, "--jobs", jobs), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
         while len(list((out / "records").glob("*.parquet"))) < needed and process.poll() is None and time.monotonic() < deadline:
@@ -152,7 +152,7 @@ def test_two_runs_and_the_command_line_give_the_same_bytes(unbroken: Unbroken, t
     done = subprocess.run(command("compare", study, "--out", out, "--jobs", 2, "--format", "json"), capture_output=True, text=True, check=True)
     assert done.stdout.rstrip("\n") == unbroken.results.json()
     assert (out / "results.json").read_text() == done.stdout
-    assert len(finished) >= 14
+    assert len(finished) >= 6
     assert {record: record.stat().st_mtime_ns for record in finished} == finished
     assert "from its record" in done.stderr
 

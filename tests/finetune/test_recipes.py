@@ -226,7 +226,10 @@ torch.save(read.logits([row["input_ids"] for row in rows], torch.device("cpu")),
 """
 
 
-@pytest.mark.parametrize("one_id", [False, True], ids=["one machine", "one process id, as in two containers"])
+@pytest.mark.parametrize(
+    "one_id",
+    [pytest.param(False, marks=pytest.mark.slow, id="one machine"), pytest.param(True, id="one process id, as in two containers")],
+)
 def test_two_processes_that_read_a_reference_at_once_each_write_a_file_of_their_own(folder: Path, one_id: bool) -> None:
     """Both have written before either publishes; with one shared file the second would find it gone."""
     script = WRITER.format(paths=PATHS, folder=str(folder), one_id=one_id)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -172,9 +173,11 @@ def test_threads_of_a_job_do_not_depend_on_the_number_of_processes(
     assert set(seen) == {threads}
     submit = runner.ProcessPoolExecutor.submit
     monkeypatch.setattr(runner.ProcessPoolExecutor, "submit", lambda executor, *_: submit(executor, torch.get_num_threads))
-    with Display() as display, runner._in_processes(Place(study, folder, tmp_path), display, 2) as start:
-        job = plan(study)[0]
-        assert [start(job, {}).result() for _ in range(3)] == [threads] * 3
+    ended: runner.Ended = SimpleQueue()
+    with Display() as display, runner._in_processes(Place(study, folder, tmp_path), ended, display, 2) as start:
+        for job in plan(study)[:3]:
+            start(job, {})
+        assert [ended.get()()[1] for _ in range(3)] == [threads] * 3
 
 
 def test_large_members_are_worked_with_one_job_at_a_time(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
