@@ -32,6 +32,7 @@ from proxytune.errors import UserError
 from proxytune.member import load_member
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_in_another_process() -> None:
     code = "from probes.world import *; print(make_world(RECIPES['tiny'], 3).corpus_hash)"
     hashes = {
