@@ -8,6 +8,7 @@ import pandas as pd
 from evals.statistics.value import Value
 
 Columns = dict[str, dict[str, str]]
+FEW_COLUMNS = 7  # so many fit on a page
 
 
 class Table(NamedTuple):

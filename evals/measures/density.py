@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from evals.display.cells import Columns, Table, cell, over, table
+from evals.display.cells import FEW_COLUMNS, Columns, Table, cell, over, table
 from evals.display.chart import Axis, Cells, Chart, Panel, Series, all_scaled, exposure_axis, scaled
 from evals.measures.inputs import Inputs
 from evals.measures.long import matrix
@@ -34,7 +34,6 @@ SHOWN = (("e5", "E5"), (METRIC, "effective rank"))
 UNTRAINED = "untrained"
 UNCHANGED = "unchanged by construction"
 LEFT_OUT = " Some layers of many are shown; all are in results.json."
-FEW_STATES = 7  # columns that fit on a page
 
 
 @dataclass(frozen=True)
@@ -321,7 +320,7 @@ def _rank_table(summary: DensityFound, header: Header) -> list[Table]:
 def some_states(of_rows: Sequence[int]) -> list[int]:
     """All states if they are few, otherwise five from first to last."""
     states = sorted(set(of_rows))
-    return states if len(states) <= FEW_STATES else [states[len(states) * part // 4 - (part == 4)] for part in range(5)]
+    return states if len(states) <= FEW_COLUMNS else [states[len(states) * part // 4 - (part == 4)] for part in range(5)]
 
 
 def _plain(value: Value) -> str:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 
-from evals.display.cells import Columns, Table, cell, over, table
+from evals.display.cells import FEW_COLUMNS, Columns, Table, cell, over, table
 from evals.display.chart import Axis, Chart, Panel, Series, all_scaled
 from evals.measures.inputs import Inputs, as_content, common_columns
 from evals.measures.measure import Frames, Measure, Progress, Reading, Settings
@@ -22,7 +22,6 @@ from probes.internals.blocks import BLOCKS
 from probes.patching import patch_subject
 from probes.restoration import block_label, count_evaluations, damage, recovery, restore, shapley
 
-FEW_STATES = 7  # columns that fit on a page; if there are more states, only the best is shown
 DRAWN = {
     "shapley": "Shapley value",
     "recovery": "restored alone",
@@ -282,7 +281,7 @@ def _patching_table(summary: RestorationFound, header: Header) -> list[Table]:
     states = sorted({row.state for row in rows if row.state is not None})
     columns: Columns = {"lost": {row.arm: cell(row.value, 100) for row in rows if row.state is None}}
     note = "Lost: base minus arm in the right candidate's share. "
-    if len(states) <= FEW_STATES:
+    if len(states) <= FEW_COLUMNS:  # of more states only the best is shown
         for state in states:
             columns[f"layer {state}" if state else "embeddings"] = {row.arm: cell(row.value, 100) for row in rows if row.state == state}
         note += "Then what returns when the arm continues from the base's state of the subject's last token after that layer."

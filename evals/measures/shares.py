@@ -1,4 +1,4 @@
-"""Code that measures of right answers share: shares with joint intervals, their rows and their table."""
+"""What measures of right answers have in common: shares with joint intervals, and `ShareMeasure`, which is just such a share."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from evals.display.cells import Table, cell, over, table
+from evals.measures.measure import Measure, Settings, Share
 from evals.results.header import Header
 from evals.results.recorded import Recorded
 from evals.statistics.estimates import levels
@@ -53,15 +54,6 @@ def estimate_shares(records: Recorded, frame: str, select: Select = can_be_known
     return bootstrap_means(means, shares=True, strata=strata, same_units=records.study.same_items)
 
 
-def summarize_shares(records: Recorded, frame: str) -> Shares:
-    estimate = estimate_shares(records, frame)
-    found = []
-    for position, arm in enumerate(records.arms(frame)):
-        value = interval(estimate.value[position], estimate.draws[position], SHARE)
-        found.append(ArmShare(arm, value_of(value), **counts(records(frame, arm), can_be_known)))
-    return Shares(tuple(found))
-
-
 def counts(frames: Sequence[pd.DataFrame], select: Select) -> dict[str, Any]:
     """`n`, `unparsed` and, where choices were made, `tied`, over the selected items of all seeds."""
     chosen = [frame[select(frame)] for frame in frames]
@@ -76,20 +68,35 @@ def row(arm: str, measure: str, value: Value, n: int, unparsed: int, tied: int |
     return {"arm": arm, "measure": measure} | numbers | {"n": n, "unparsed": unparsed} | ({} if tied is None else {"tied": tied})
 
 
-def share_rows(measure: str, shares: Shares) -> list[dict[str, Any]]:
-    return [row(one.arm, measure, one.share, one.n, one.unparsed, one.tied) for one in shares.arms]
+class ShareMeasure(Measure[Shares]):
+    """A measure that is the arms' share of right answers in one reading, which has the measure's name."""
 
+    summary = Shares
 
-def share_table(measure: str, shares: Shares, header: Header) -> list[Table]:
-    columns = {measure: {one.arm: cell(one.share, 100) for one in shares.arms}}
-    columns["unparsed"] = {one.arm: str(one.unparsed) for one in shares.arms}
-    tied = {one.arm: str(one.tied) for one in shares.arms if one.tied is not None}
-    if tied:
-        columns["tied"] = tied
-    ties = "; tied: k choices were equally likely, each counts 1/k" if tied else ""
-    most = max((one.n for one in shares.arms), default=0)
-    note = f"Per cent right of {most} (unparsed counts as wrong{ties}); 95 % intervals, paired, {over(header.runs)}."
-    return table(measure.capitalize(), [one.arm for one in shares.arms], columns, note)
+    def summarize(self, records: Recorded, settings: Settings) -> Shares:
+        estimate = estimate_shares(records, self.name)
+        found = []
+        for position, arm in enumerate(records.arms(self.name)):
+            value = interval(estimate.value[position], estimate.draws[position], SHARE)
+            found.append(ArmShare(arm, value_of(value), **counts(records(self.name, arm), can_be_known)))
+        return Shares(tuple(found))
+
+    def tables(self, summary: Shares, header: Header) -> list[Table]:
+        columns = {self.name: {one.arm: cell(one.share, 100) for one in summary.arms}}
+        columns["unparsed"] = {one.arm: str(one.unparsed) for one in summary.arms}
+        tied = {one.arm: str(one.tied) for one in summary.arms if one.tied is not None}
+        if tied:
+            columns["tied"] = tied
+        ties = "; tied: k choices were equally likely, each counts 1/k" if tied else ""
+        most = max((one.n for one in summary.arms), default=0)
+        note = f"Per cent right of {most} (unparsed counts as wrong{ties}); 95 % intervals, paired, {over(header.runs)}."
+        return table(self.name.capitalize(), [one.arm for one in summary.arms], columns, note)
+
+    def rows(self, summary: Shares) -> list[dict[str, Any]]:
+        return [row(one.arm, self.name, one.share, one.n, one.unparsed, one.tied) for one in summary.arms]
+
+    def share(self, records: Recorded) -> Share:
+        return Share(estimate_shares(records, self.name), records.by_seed(self.name))
 
 
 def _unit_means(frame: pd.DataFrame) -> np.ndarray:

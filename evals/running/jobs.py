@@ -3,7 +3,7 @@
 A job takes the outcomes of the jobs that it waits for; everything else it reads from and writes to the study's folder.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -180,20 +180,23 @@ def opened(job: Job, place: Place, inputs: Inputs, outcomes: Outcomes, display: 
         del subject
     if inner:
         pair = _pair(group.label, inputs.data, members, tuned)
-        members.clear()
         for reading in inner:
             yield reading, pair
 
 
-def _pair(label: str, data: StudyData, members: Mapping[str, Member], tuned: Weights | None) -> Pair:
-    """Base and tuned model as plain models: the loaded ones, unpacked, if they are whole models; otherwise loaded with the adapter merged."""
+def _pair(label: str, data: StudyData, members: dict[str, Member], tuned: Weights | None) -> Pair:
+    """Base and tuned model as plain models: the loaded ones, unpacked, if they are whole models; otherwise loaded with the adapter merged.
+
+    Empties `members`: what is of no use here is freed before anything is loaded.
+    """
     plain = tuned is None or tuned.adapter is None
+    fingerprint = members["expert"].fingerprint if "expert" in members else None
     found = {name: member for name, member in members.items() if plain and name in ("base", "expert")}
+    members.clear()
     unpack_linear_layers(*(member.model for member in found.values()))
     base = found.get("base") or load_member(data.base, field="models.base")
     if tuned is None:
         return Pair(label, base)
-    fingerprint = members["expert"].fingerprint if "expert" in members else None
     expert = found.get("expert") or load_member(tuned.path, tuned.adapter, field=tuned.field, merged=True)
     check_same_shape(base, expert)
     return Pair(label, base, expert, fingerprint)
@@ -202,7 +205,7 @@ def _pair(label: str, data: StudyData, members: Mapping[str, Member], tuned: Wei
 def _take(reading: Reading, subject: Outputs | Pair, inputs: Inputs, job: Job, place: Place, display: Display) -> Iterator[Entry]:
     """The entries of one reading's records; records that are missing are made."""
     keys, protocol = keys_of(reading, subject, inputs), protocol_of(reading, inputs)
-    missing = missing_of(keys, place)
+    missing = arms_of(missing_of(keys, place))
     if missing:
         first = reading.first_prompt(inputs) if job.group is not None and job.group.kind == "base" and job.run == place.study.runs[0] else None
         if first is not None:
@@ -212,7 +215,9 @@ def _take(reading: Reading, subject: Outputs | Pair, inputs: Inputs, job: Job, p
             with display.bar(f"{job.run} · {reading.name} · {', '.join(missing)}", reading.steps(chosen, inputs)) as progress:
                 found = reading.read(chosen, inputs, progress)
         except UserError as error:
-            raise UserError(f"arms.{subject.label}, {error}") if isinstance(subject, Pair) else error from error
+            if isinstance(subject, Outputs):
+                raise
+            raise UserError(f"arms.{subject.label}, {error}") from error
         for label, frames in found.items():
             for frame, items in frames.items():
                 provenance = {
@@ -227,7 +232,7 @@ def _take(reading: Reading, subject: Outputs | Pair, inputs: Inputs, job: Job, p
                     "threads": inputs.study.threads,
                 }
                 write_record(place.records, keys[label, frame], items, provenance)
-    for label in dict.fromkeys(label for label, _ in keys):
+    for label in arms_of(keys):
         display.say(f"{job.run} · {label} · {reading.name}: {'read' if label in missing else 'from its record'}")
     for (label, frame), key in keys.items():
         yield Entry(label, frame, job.run, protocol, key)
@@ -252,9 +257,14 @@ def keys_of(reading: Reading, subject: Outputs | Pair, inputs: Inputs) -> dict[t
     }
 
 
-def missing_of(keys: Mapping[tuple[str, str], str], place: Place) -> list[str]:
-    """The arms with at least one missing record."""
-    return list(dict.fromkeys(label for (label, _), key in keys.items() if not has_record(place.records, key)))
+def missing_of(keys: Mapping[tuple[str, str], str], place: Place) -> list[tuple[str, str]]:
+    """The arm and frame of each record that is missing."""
+    return [of for of, key in keys.items() if not has_record(place.records, key)]
+
+
+def arms_of(records: Iterable[tuple[str, str]]) -> list[str]:
+    """The arms among records given by arm and frame, each once."""
+    return list(dict.fromkeys(arm for arm, _ in records))
 
 
 def costs_of(subject: Outputs | Pair) -> dict[str, dict[str, Any]]:

@@ -15,8 +15,7 @@ import torch
 from evals.arms import start_of, tuned_as, tuned_folder
 from evals.display.cells import Table
 from evals.measures.inputs import Inputs
-from evals.records import has_record
-from evals.running.jobs import Entry, Place, Read, costs_of, inputs_of, keys_of, missing_of, opened, select_from, tuning_of
+from evals.running.jobs import Entry, Place, Read, arms_of, costs_of, inputs_of, keys_of, missing_of, opened, select_from, tuning_of
 from evals.running.plan import Job, plan
 from evals.running.progress import Display
 from evals.study import Study
@@ -81,7 +80,7 @@ def _look_at(job: Job, place: Place, outcomes: dict[str, Any], speeds: dict[str,
             return Outlook(job, "none")
         outcomes[job.name] = None
         return Outlook(job, "all")
-    if any(name not in outcomes for name in (*job.waits, *([job.tuned] if job.tuned else []))):
+    if any(name not in outcomes for name in job.waits):
         return Outlook(job, "none")
     if job.kind == "select":
         outcomes[job.name] = select_from(job, place, outcomes)
@@ -112,10 +111,11 @@ def _look_at_reading(job: Job, place: Place, inputs: Inputs, outcomes: dict[str,
         keys = keys_of(reading, subject, inputs)
         missing = missing_of(keys, place)
         records += len(keys)
-        there += sum(has_record(place.records, key) for key in keys.values())
-        tokens += SAMPLE[1] * reading.steps(subject.only(missing), inputs) if missing else 0
+        there += len(keys) - len(missing)
+        tokens += SAMPLE[1] * reading.steps(subject.only(arms_of(missing)), inputs) if missing else 0
         entries += [Entry(label, frame, job.run, "", key) for (label, frame), key in keys.items()]
         costs |= costs_of(subject)
+        del subject  # frees its memory for what is loaded next
     if there < records:
         base = Weights(inputs.data.base, field="models.base")
         return Outlook(job, f"{there} of {records} records", tokens, tokens * _seconds_a_token(base, speeds))

@@ -56,19 +56,22 @@ def _of_run(study: Study, run: Run) -> Iterator[Job]:
 
 
 def _measured(study: Study, run: Run, begin: tuple[str, ...], *, trial: bool) -> Iterator[Job]:
-    """A tuning job for each different tuning, then a reading job for each group."""
+    """A tuning job for each different tuning, then a reading job for each group.
+
+    The reading of a selected setting waits for its selection too, whose trials count among the arm's costs.
+    """
     tuned: dict[tuple[object, ...], str] = {}
-    job_of: dict[Group, str] = {}
+    before: dict[Group, tuple[str, ...]] = {}
     for group, tuning in tunings(study):
-        waits = begin if tuning is not None else (*begin, _select(run, group.arm))
-        job = Job(_named(run, "tune", group, trial), "tune", run, waits, trial, group, tuning)
+        selection = () if tuning is not None else (_select(run, group.arm),)
+        job = Job(_named(run, "tune", group, trial), "tune", run, (*begin, *selection), trial, group, tuning)
         same = (group.kind, tuning) if tuning is not None else (group.kind, group.label)
         if same not in tuned:
             yield job
-        job_of[group] = tuned.setdefault(same, job.name)
+        before[group] = (tuned.setdefault(same, job.name), *selection)
     for group in groups(study):
-        before = job_of.get(group)
-        yield Job(_named(run, "read", group, trial), "read", run, begin if before is None else (before,), trial, group, tuned=before)
+        waits = before.get(group, begin)
+        yield Job(_named(run, "read", group, trial), "read", run, waits, trial, group, tuned=waits[0] if group in before else None)
 
 
 def _named(run: Run, kind: Kind, group: Group, trial: bool) -> str:

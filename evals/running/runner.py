@@ -132,19 +132,10 @@ def _work_off(todo: Sequence[Job], start: Start, ended: Ended, outcomes: dict[st
         for job in ready[: workers - running]:
             waiting.remove(job)
             running += 1
-            start(job, {name: outcomes[name] for name in _needed(job, todo)})
+            start(job, {name: outcomes[name] for name in job.waits})
         name, outcome = ended.get()()
         outcomes[name] = outcome
         running -= 1
-
-
-def _needed(job: Job, todo: Sequence[Job]) -> tuple[str, ...]:
-    """The jobs whose outcomes a job takes: those it waits for and, for a reading, the selection that its tuning waited for."""
-    before = next((other for other in todo if other.name == job.tuned), None)
-    selections = [
-        name for name in (before.waits if before is not None else ()) if any(other.name == name and other.kind == "select" for other in todo)
-    ]
-    return (*job.waits, *selections)
 
 
 @contextmanager
@@ -183,12 +174,11 @@ def _signals_in(ended: Ended) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    handlers = {number: handler for number, handler in before.items() if callable(handler)}
+    handlers = {int(number): handler for number in (signal.SIGINT, signal.SIGTERM) if callable(handler := signal.getsignal(number))}
     came: list[Callable[[], Any]] = []
 
     def keep(number: int, frame: FrameType | None) -> None:
-        came.append(lambda: handlers[signal.Signals(number)](number, frame))
+        came.append(lambda: handlers[number](number, frame))
         ended.put(came[-1])
 
     for number in handlers:
