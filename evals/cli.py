@@ -65,14 +65,6 @@ class _WithMeasures(TyperCommand):
         super().format_help(ctx, formatter)
 
 
-def _prepare_workers(jobs: int | None, plan: bool = False) -> None:
-    """Starts importing the libraries in the worker processes, while this process imports them too."""
-    if jobs != 1 and not plan and (os.cpu_count() or 1) > 1:
-        from evals.running.workers import warm_up
-
-        warm_up()
-
-
 @app.command(cls=_WithMeasures)
 def compare(
     study: Annotated[Path | None, typer.Argument(help="A study file; see evals/studies. Default: the embedded world.", show_default=False)] = None,
@@ -89,7 +81,6 @@ def compare(
     All arms are measured with the same prompts; intervals are paired. Stop it at any time: the same command
     continues where it stopped and ends with the same tables. Progress goes to standard error.
     """
-    _prepare_workers(jobs, plan)
     from evals.commands.compare import run_and_show, show_plan
     from evals.study import load_study
 
@@ -129,7 +120,6 @@ def probe(
     `proxytune probe erosion base tuned --knowledge items.jsonl` looks at your own models; `proxytune probe density base
     checkpoints/step-* --knowledge items.jsonl` at a pretraining run. Stop it at any time: the same command continues.
     """
-    _prepare_workers(jobs)
     from evals.commands.compare import run_and_show
     from evals.commands.probe import Probe, probe_study
 

@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
@@ -28,7 +29,6 @@ from evals.records import Record
 from evals.running.jobs import Place, Read, forget_inputs, frame_of, perform
 from evals.running.plan import Job, plan
 from evals.running.progress import Display, Forwarded, forwarding
-from evals.running.workers import worker_context
 from evals.study import Run, Study
 from proxytune.errors import UserError
 
@@ -152,7 +152,7 @@ def _here(place: Place, ended: Ended, display: Display) -> Iterator[Start]:
 @contextmanager
 def _in_processes(place: Place, ended: Ended, display: Display, workers: int) -> Iterator[Start]:
     """Jobs in processes of their own. However this one ends, none of them is left."""
-    context = worker_context()
+    context = _context()
     with forwarding(display, context) as messages, _signals_in(ended):
         executor = ProcessPoolExecutor(workers, context, initializer=_prepare, initargs=(messages, place.study.threads))
 
@@ -166,6 +166,15 @@ def _in_processes(place: Place, ended: Ended, display: Display, workers: int) ->
             raise UserError("jobs: a process has died, perhaps for lack of memory; run the same command with --jobs 1, it continues") from error
         finally:
             _end(executor)
+
+
+def _context() -> BaseContext:
+    """Workers are forked from a clean process that has imported the libraries; where there is no fork they are started anew."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 @contextmanager

@@ -137,6 +137,7 @@ def test_every_format_renders_and_figures_are_drawn(unbroken: Unbroken, tmp_path
     assert all(path.stat().st_size > 10_000 for path in figures)
 
 
+@pytest.mark.slow  # one kill is tested by default, in running/test_runner.py
 def test_two_runs_and_the_command_line_give_the_same_bytes(unbroken: Unbroken, tiny_family: Path, tmp_path: Path) -> None:
     """Killed with SIGKILL in two places and started again, of one process and of two: the same table, and no finished record made again."""
     study, out = write_study(tmp_path), place_world(tiny_family, tmp_path / "out")
