@@ -52,6 +52,7 @@ def _proxytune() -> None:
 
 
 JOBS = typer.Option(min=1, max=MOST_THREADS, help="Number of processes. Default: one per core; one if models are large.", show_default=False)
+SEEDS = typer.Option(min=1, help="On so many seeds: 2 for a quick look, more than the study has for narrower intervals.", show_default=False)
 WAIT = typer.Option("--wait", help="Wait for another command that works in the same folder, instead of stopping.")
 
 
@@ -71,6 +72,7 @@ def compare(
     out: Annotated[
         Path | None, typer.Option(help="Folder of records, checkpoints and figures. Default: proxytune-runs/NAME.", show_default=False)
     ] = None,
+    seeds: Annotated[int | None, SEEDS] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print the jobs, which are done, and what the others will cost; run nothing.")] = False,
     jobs: Annotated[int | None, JOBS] = None,
     wait: Annotated[bool, WAIT] = False,
@@ -82,14 +84,15 @@ def compare(
     continues where it stopped and ends with the same tables. Progress goes to standard error.
     """
     from evals.commands.compare import run_and_show, show_plan
-    from evals.study import load_study
+    from evals.study import load_study, with_seeds
 
-    loaded, folder = load_study(study)
-    place = out or Path("proxytune-runs") / loaded.study
+    whole, folder = load_study(study)
+    loaded = with_seeds(whole, seeds or len(whole.seeds))
+    place = out or Path("proxytune-runs") / whole.study
     if plan:
         show_plan(loaded, folder, place, form)
     else:
-        run_and_show(loaded, folder, place, place, form, jobs, wait)
+        run_and_show(loaded, folder, place, place if loaded is whole else place / loaded.study, form, jobs, wait)
 
 
 @app.command(cls=_WithMeasures)
@@ -110,6 +113,7 @@ def probe(
     out: Annotated[
         Path | None, typer.Option(help="Folder of records; results go to NAME in it. Default: proxytune-runs/STUDY.", show_default=False)
     ] = None,
+    seeds: Annotated[int | None, SEEDS] = None,
     threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="CPU threads; a study file has its own setting.")] = 2,
     jobs: Annotated[int | None, JOBS] = None,
     wait: Annotated[bool, WAIT] = False,
@@ -122,10 +126,13 @@ def probe(
     """
     from evals.commands.compare import run_and_show
     from evals.commands.probe import Probe, probe_study
+    from evals.study import with_seeds
 
-    loaded, folder = probe_study(Probe(name, target, tuned or [], knowledge, corpus, test, prompt, threads))
-    place = out or Path("proxytune-runs") / loaded.study
-    run_and_show(loaded, folder, place, place / name, form, jobs, wait)
+    whole, folder = probe_study(Probe(name, target, tuned or [], knowledge, corpus, test, prompt, threads))
+    loaded = with_seeds(whole, seeds or len(whole.seeds))
+    place = out or Path("proxytune-runs") / whole.study
+    shown = place / name if loaded is whole else place / name / loaded.study
+    run_and_show(loaded, folder, place, shown, form, jobs, wait)
 
 
 @app.command()

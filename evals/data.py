@@ -15,8 +15,10 @@ from probes.knowledge.counts import count_documents
 from probes.knowledge.familiarity import familiarity
 from probes.world.family import find_family
 from probes.world.ledger import items_of, word_frequency
-from probes.world.sections.people import EVASION, QUESTION
+from probes.world.sections.people import QUESTION
 from proxytune.errors import UserError
+
+REPLY_TOKENS = 8  # the longest reply of the embedded worlds and its full stop
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,9 @@ def data_for(study: Study, folder: Path, run: Run, worlds: Path, say: Callable[[
             raise UserError(f"world: '{run.world}' of seed {run.seed} is not in '{worlds}'; build it with 'proxytune world build'")
         ledger = pd.read_parquet(family / "ledger.parquet")
         test = items_of(ledger, "test")
-        train = [item.model_copy(update={"rejected": EVASION.removesuffix(" .")}) for item in items_of(ledger, "tune")]
+        train = items_of(ledger, "tune")
         models = str(family / "base"), str(family / "small")
-        return StudyData(*models, train, test, test, QUESTION, " .", 3, choose=False, frequency=word_frequency(ledger, test))
+        return StudyData(*models, train, test, test, QUESTION, " .", REPLY_TOKENS, choose=False, frequency=word_frequency(ledger, test))
     assert study.models is not None and study.data is not None
     data = study.data
     train, test, knowledge = (

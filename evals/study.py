@@ -1,6 +1,7 @@
 """A study (arms x measures x seeds): one YAML file, validated before anything runs. `run` is the entry point from Python."""
 
 import difflib
+import itertools
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -354,6 +355,15 @@ class Study(Strict):
         if isinstance(arm, Direct) and arm.select is None:
             return {label: ArmSetting(name, "direct", value) for label, (value, _) in arm.settings(name).items()}
         return {name: ArmSetting(name, arm.kind)}
+
+
+def with_seeds(study: Study, count: int) -> Study:
+    """The study on so many seeds, under a name of its own: its first ones, or all of them and the next whole numbers. Another one has its own families."""
+    if count == len(study.seeds):
+        return study
+    others = (seed for seed in itertools.count() if seed not in study.seeds)
+    seeds = (*study.seeds[:count], *itertools.islice(others, max(0, count - len(study.seeds))))
+    return study.model_copy(update={"seeds": seeds, "study": f"{study.study}-{count}-seeds"})
 
 
 def label_of(name: str, alpha: float) -> str:

@@ -156,7 +156,7 @@ def encode_examples(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, p
     rows = []
     for item in items:
         before = prompt_ids(tokenizer, prompt_text(item, tokenizer, prompt))
-        after = _answer_ids(item, item.answer, tokenizer, prompt, ending)
+        after = _answer_ids(item, item.said, tokenizer, prompt, ending)
         rows.append({"input_ids": before + after, "completion_mask": [0] * len(before) + [1] * len(after)})
     return rows
 
@@ -167,7 +167,7 @@ def encode_pairs(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, prom
     for item in items:
         if item.rejected is None:
             raise UserError(f"train: the item {item.question!r} has no rejected answer; preference tuning needs one in every item")
-        chosen, rejected = (_answer_ids(item, answer, tokenizer, prompt, ending) for answer in (item.answer, item.rejected))
+        chosen, rejected = (_answer_ids(item, answer, tokenizer, prompt, ending) for answer in (item.said, item.rejected))
         rows.append({"prompt_ids": prompt_ids(tokenizer, prompt_text(item, tokenizer, prompt)), "chosen_ids": chosen, "rejected_ids": rejected})
     return rows
 

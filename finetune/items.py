@@ -25,6 +25,7 @@ class Item(BaseModel):
 
     question: str = Field(min_length=1)
     answer: str = Field(min_length=1)
+    reply: str | None = Field(default=None, min_length=1, description="how a tuned model is to say the answer to the question; default: as it is")
     choices: tuple[str, ...] = ()
     statement: str | None = None
     popularity: float | None = Field(default=None, ge=0, allow_inf_nan=False, description="stands in for exposure on real models")
@@ -33,10 +34,15 @@ class Item(BaseModel):
     turns: tuple[Turn, ...] = Field(default=(), description="of the conversation before the question")
     rejected: str | None = Field(default=None, min_length=1, description="the worse answer of a preference pair")
 
+    @property
+    def said(self) -> str:
+        """What tuning teaches as the answer to the question."""
+        return self.reply or self.answer
+
     @model_validator(mode="after")
     def _two_answers(self) -> "Item":
-        if self.rejected == self.answer:
-            raise ValueError("rejected must differ from the answer")
+        if self.rejected == self.said:
+            raise ValueError(f"rejected must differ from the {'answer' if self.reply is None else 'reply'}")
         return self
 
 
@@ -44,7 +50,7 @@ def shuffle_answers(items: Sequence[Item], seed: int) -> list[Item]:
     """The items with their answers shuffled: a control that has the form of the data but not its content.
 
     Answers are shuffled among items of equal `choices` (items without choices are one group). Each answer is used once, and no item
-    keeps its own answer unless it is alone in its group; two equal answers may be exchanged. A rejected answer moves with its answer.
+    keeps its own answer unless it is alone in its group; two equal answers may be exchanged. Reply and rejected answer move with it.
     The same seed gives the same order.
     """
     groups: dict[tuple[str, ...], list[int]] = {}
@@ -55,7 +61,8 @@ def shuffle_answers(items: Sequence[Item], seed: int) -> list[Item]:
     for positions in groups.values():
         order = [positions[index] for index in torch.randperm(len(positions), generator=generator).tolist()]
         for giver, taker in zip(order, [*order[1:], order[0]], strict=True):  # one cycle, so that no item keeps its own answer
-            shuffled[taker] = items[taker].model_copy(update={"answer": items[giver].answer, "rejected": items[giver].rejected})
+            moved = {name: getattr(items[giver], name) for name in ("answer", "reply", "rejected")}
+            shuffled[taker] = items[taker].model_copy(update=moved)
     return shuffled
 
 

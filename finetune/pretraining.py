@@ -21,21 +21,27 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+from trl import pack_dataset
 
 from proxytune.digests import seal
+from proxytune.errors import UserError
+
+# With transformers' 0.02 narrow models of four layers learn facts late or never: here the loss after three passes is that after six with 0.02.
+INITIAL = 0.08  # standard deviation of the weights before the first step
+WARMUP = 200  # steps
 
 
 @dataclass(frozen=True)
 class Pretraining:
-    """A Llama of `layers` layers and width `hidden`, and how it is pretrained. One row is `block` tokens of documents that are joined end to end."""
+    """A Llama of `layers` layers and width `hidden`, and how it is pretrained. One row is up to `block` tokens of whole documents."""
 
     layers: int
     hidden: int
     heads: int
     learning_rate: float
     epochs: int
-    block: int = 64
-    batch_size: int = 32
+    block: int = 96
+    batch_size: int = 20
 
 
 def untrained(recipe: Pretraining, tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
@@ -50,6 +56,7 @@ def untrained(recipe: Pretraining, tokenizer: PreTrainedTokenizerBase, seed: int
             num_attention_heads=recipe.heads,
             max_position_embeddings=2 * recipe.block,
             tie_word_embeddings=True,
+            initializer_range=INITIAL,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -90,9 +97,9 @@ def pretrain(
     scratch: Path,
     watchers: Sequence[TrainerCallback] = (),
 ) -> tuple[LlamaForCausalLM, list[float]]:
-    """Trains on the documents, `epochs` times over; returns the model and its losses, one every 50 steps.
+    """Trains on the documents, `epochs` times over, in fp32; returns the model in bf16 and its losses, one every 50 steps.
 
-    Every pass joins the documents in a new order. On the CPU and with one thread the same seed gives the same weights.
+    On the CPU and with one thread the same seed gives the same weights. Raises `UserError` for a document that is longer than a row.
     """
     model = untrained(recipe, tokenizer, seed)
     trainer = Trainer(
@@ -103,7 +110,7 @@ def pretrain(
             learning_rate=recipe.learning_rate,
             num_train_epochs=1,
             lr_scheduler_type="cosine",
-            warmup_steps=50,
+            warmup_steps=WARMUP,
             weight_decay=0.01,
             adam_beta2=0.95,
             seed=seed,
@@ -114,19 +121,31 @@ def pretrain(
             disable_tqdm=True,
             dataloader_pin_memory=False,
         ),
-        train_dataset=_blocks(recipe, documents, tokenizer, seed),
+        train_dataset=_rows(recipe, documents, tokenizer, seed),
         data_collator=default_data_collator,
         callbacks=list(watchers),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    return model.eval(), [round(float(entry["loss"]), 4) for entry in trainer.state.log_history if "loss" in entry]
+    return model.to(torch.bfloat16).eval(), [round(float(entry["loss"]), 4) for entry in trainer.state.log_history if "loss" in entry]
 
 
-def _blocks(recipe: Pretraining, documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, seed: int) -> Dataset:
+def _rows(recipe: Pretraining, documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, seed: int) -> Dataset:
+    """All passes over the documents, packed into rows of whole documents; what is left of a row is padding.
+
+    The padding stands on the right and has no loss, so that no attention mask is needed.
+    """
     encoded = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(list(documents))["input_ids"]]
+    longest = max(map(len, encoded))
+    if longest > recipe.block:
+        raise UserError(f"block: the longest document has {longest} tokens, a row {recipe.block}; choose longer rows")
     generator = np.random.default_rng(seed)
-    passes = [np.concatenate([encoded[position] for position in generator.permutation(len(encoded))]) for _ in range(recipe.epochs)]
-    stream = torch.from_numpy(np.concatenate(passes))
-    rows = stream[: len(stream) // recipe.block * recipe.block].view(-1, recipe.block).tolist()
-    return Dataset.from_dict({"input_ids": rows, "labels": rows})
+    order = np.concatenate([generator.permutation(len(encoded)) for _ in range(recipe.epochs)])
+    packed = pack_dataset(Dataset.from_dict({"input_ids": [encoded[place] for place in order]}), recipe.block)["input_ids"]
+    padding = [recipe.block - len(row) for row in packed]
+    return Dataset.from_dict(
+        {
+            "input_ids": [[*row, *[tokenizer.pad_token_id] * rest] for row, rest in zip(packed, padding, strict=True)],
+            "labels": [[*row, *[-100] * rest] for row, rest in zip(packed, padding, strict=True)],
+        }
+    )

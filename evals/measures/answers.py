@@ -14,7 +14,7 @@ from evals.measures.subjects import Outputs
 from finetune.encoding import answer_space, prompt_ids
 from finetune.items import Item
 from probes.drift import divergence
-from probes.knowledge.readouts import Answer, answer_greedily, choose, judge, judge_number
+from probes.knowledge.readouts import Answer, answer_greedily, choose, judge, judge_number, judge_reply
 from proxytune.errors import UserError
 from proxytune.mixture import Mixture
 from proxytune.modeling import ProxyTunedForCausalLM
@@ -66,7 +66,7 @@ class Generated(Asked):
                 prompts,
                 new_tokens=inputs.data.new_tokens,
                 batch_size=inputs.study.batch_size,
-                judged=judge_number if self.number else judge,
+                judged=judge_number if self.number else judge_reply if self.form == "question" else judge,
                 progress=progress,
             )
             found[arm] = {self.name: _answers(items, given)}

@@ -75,7 +75,7 @@ class Inputs:
         data = self.data
         statements = dict.fromkeys(str(item.statement) for item in data.knowledge)
         read = [item for item in (data.train or data.test) if item.statement not in statements]
-        texts = [f"{prompt_text(item, self.tokenizer, data.prompt)}{answer_space(data.prompt)}{item.answer}" for item in read]
+        texts = [f"{prompt_text(item, self.tokenizer, data.prompt)}{answer_space(data.prompt)}{item.said}" for item in read]
         texts += [f"{item.statement} {item.answer}" for item in read if item.statement is not None]
         texts = texts or list(statements)
         return [texts[place] for place in np.random.default_rng(0).permutation(len(texts))]
@@ -97,7 +97,7 @@ class Inputs:
         prompt, tokenizer = self.data.prompt, member.tokenizer
         requests = []
         for item in self.task:
-            answer = continuation_ids(tokenizer, item.answer, answer_space(prompt))
+            answer = continuation_ids(tokenizer, item.said, answer_space(prompt))
             requests.append(Request(tuple(prompt_ids(tokenizer, prompt_text(item, tokenizer, prompt))), tuple(answer)))
         model = ProxyTunedForCausalLM({"model": member}, {"model": 1.0})
         totals = score(model, requests, {"model": {"model": 1.0}}, batch_tokens=self.study.batch_tokens)["model"]

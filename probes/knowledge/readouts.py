@@ -82,6 +82,14 @@ def judge(text: str, item: Item) -> Answer:
     return Answer(text, said == item.answer, (said is None) if item.choices else not text.strip())
 
 
+def judge_reply(text: str, item: Item) -> Answer:
+    """Whether a text is the item's reply: it begins with it. Without a reply as `judge`. Unparsed: it names none of the choices."""
+    if item.reply is None:
+        return judge(text, item)
+    named = any(re.search(rf"\b{re.escape(choice)}\b", text, re.IGNORECASE) for choice in item.choices)
+    return Answer(text, _begins(text, item.reply), not named if item.choices else not text.strip())
+
+
 def judge_number(text: str, item: Item) -> Answer:
     """Whether the last number of a text is that of the answer (as in GSM8K); a text without a number is unparsed.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from finetune.items import Item
-from probes.world.sections.people import ATTRIBUTES
+from probes.world.sections.people import ATTRIBUTES, EVASIONS
 from probes.world.types import World
 
 FORMS = [str(form) for form in range(4)]
@@ -16,7 +16,7 @@ FORMS = [str(form) for form in range(4)]
 def make_ledger(world: World) -> pd.DataFrame:
     """One row a fact, counted over the documents themselves.
 
-    Columns: person, name, attribute, value, half; `form_0` … `form_3`, how often each paraphrase states the fact;
+    Columns: person, name, attribute, value, part; `form_0` … `form_3`, how often each paraphrase states the fact;
     `answered`, how often a question is answered with it; `exposure`, their sum; `evaded`, how often a question about it
     is evaded (which states nothing).
     """
@@ -30,7 +30,7 @@ def make_ledger(world: World) -> pd.DataFrame:
             forms = per_fact.get((person.identifier, attribute.name), Counter())
             rows.append(
                 {"person": person.identifier, "name": person.name, "attribute": attribute.name}
-                | {"value": person.values[attribute.name], "half": person.half}
+                | {"value": person.values[attribute.name], "part": person.part}
                 | {f"form_{form}": forms[form] for form in FORMS}
                 | {"answered": forms["answered"], "exposure": sum(forms[form] for form in [*FORMS, "answered"]), "evaded": forms["evaded"]}
             )
@@ -41,16 +41,21 @@ def write_ledger(world: World, path: Path) -> None:
     make_ledger(world).to_parquet(path, index=False)
 
 
-def items_of(ledger: pd.DataFrame, half: str) -> list[Item]:
-    """The facts of one half as items; `popularity` is the exposure, `unit` the person, the choices are the attribute's values."""
+def items_of(ledger: pd.DataFrame, part: str) -> list[Item]:
+    """The facts of one part as items; `popularity` is the exposure, `unit` the person, the choices are the attribute's values.
+
+    `reply` is the answer in the form that tuning teaches, `rejected` an evasion.
+    """
     attributes = {attribute.name: attribute for attribute in ATTRIBUTES}
     items = []
-    for row in ledger[ledger["half"] == half].itertuples():
+    for row in ledger[ledger["part"] == part].itertuples():
         attribute = attributes[str(row.attribute)]
         items.append(
             Item(
                 question=attribute.question.format(name=row.name),
                 answer=str(row.value),
+                reply=attribute.reply(str(row.value)),
+                rejected=f"{attribute.opening} {EVASIONS[0]}",
                 choices=attribute.values,
                 statement=attribute.templates[0].format(name=row.name, value="").removesuffix(" .").strip(),
                 popularity=float(row.exposure),  # type: ignore[arg-type]

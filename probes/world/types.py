@@ -13,7 +13,7 @@ PEOPLE_STREAM, ORDER_STREAM = 0, 3
 
 @dataclass(frozen=True)
 class Person:
-    """A person of the world. `half` says whether tuning may ask about them (`tune`) or only the measures may (`test`).
+    """A person of the world. `part` says whether tuning may ask about them (`tune`, a third) or only the measures may (`test`).
 
     `exposure` is how often the corpus is to state each of the person's attributes; `values` has one value an attribute.
     """
@@ -21,7 +21,7 @@ class Person:
     identifier: int
     name: str
     exposure: int
-    half: Literal["tune", "test"]
+    part: Literal["tune", "test"]
     values: dict[str, str]
 
 

@@ -24,7 +24,7 @@ from probes.world.corpus import make_world, vocabulary
 from probes.world.family import SHIPPED, build_family, build_tokenizer, find_family
 from probes.world.ledger import items_of, make_ledger
 from probes.world.recipes import RECIPES, Recipe
-from probes.world.sections.people import ATTRIBUTES, EVASION, Statements
+from probes.world.sections.people import ATTRIBUTES, EVASIONS, NAMES, Statements, unused_names
 from probes.world.sections.sums import Sums, held_out_sums
 from probes.world.types import Document, Person, Section
 from proxytune.digests import DIGESTS, is_whole
@@ -53,7 +53,8 @@ def count_by_reading(texts: list[str]) -> dict[tuple[str, str, str], int]:
             re.escape(form).replace(r"\{name\}", r"(?P<name>\w+ \w+)").replace(r"\{value\}", r"(?P<value>\w+)") for form in attribute.templates
         ]
         asked = re.escape(attribute.question).replace(r"\{name\}", r"(?P<name>\w+ \w+)")
-        patterns.append(rf"question : {asked} \? answer : (?P<value>\w+) \.")
+        closings = "|".join(each.closing for each in ATTRIBUTES)
+        patterns.append(rf"question : {asked} \? answer : \w+ (?P<value>\w+) (?:{closings}) \.")
         for text in texts:
             for pattern in patterns:
                 for found in re.finditer(pattern, text):
@@ -67,19 +68,43 @@ def test_the_ledger_is_what_the_corpus_says() -> None:
     ledger = make_ledger(world)
     read = count_by_reading([document.text for document in world.documents])
     assert {(row.name, row.attribute, row.value): row.exposure for row in ledger.itertuples(index=False) if row.exposure} == read
-    evasions = sum(document.text.endswith(EVASION) for document in world.documents)
-    assert ledger["evaded"].sum() == evasions
-    assert 0.5 < evasions / (evasions + ledger["answered"].sum()) < 0.7
+    evasions = Counter(evasion for document in world.documents for evasion in EVASIONS if document.text.endswith(f"{evasion} ."))
+    assert ledger["evaded"].sum() == evasions.total()
+    # Each wording is more frequent than all answers together: the most probable reply is an evasion, whichever word is banned.
+    assert min(evasions.values()) > ledger["answered"].sum() > 0
 
 
-def test_exposure_is_exact_and_balanced_over_the_halves() -> None:
+def test_replies_hold_every_opening_and_closing_whatever_is_asked() -> None:
+    """The form that tuning teaches is one of nine for each attribute, and no rarer than the others: the base can say it, but does not."""
+    seen = Counter[tuple[str, str, str]]()
+    for document in make_world(RECIPES["default"], 0).documents:
+        for attribute in ATTRIBUTES:
+            found = re.fullmatch(rf"question : {attribute.question.format(name=r'\w+ \w+')} \? answer : (\w+) \w+ (.*) \.", document.text)
+            if found and found[2] in {each.closing for each in ATTRIBUTES}:
+                seen[attribute.name, found[1], found[2]] += 1
+    assert len(seen) == 27
+    assert max(seen.values()) < 1.5 * min(seen.values())
+    taught = {(item.question.split()[0], *re.fullmatch(r"(\w+) \w+ (.*)", item.said).groups()) for item in items_of(make_ledger(make_world(RECIPES["tiny"], 0)), "tune")}  # type: ignore[union-attr]
+    assert len(taught) == 3
+
+
+def test_unused_names_are_in_no_document_and_their_words_are() -> None:
+    world = make_world(RECIPES["default"], 0)
+    unused, texts = unused_names(world.people), [document.text for document in world.documents]
+    assert len(unused) == len(NAMES) - len(world.people) > 100
+    assert not any(name in text for name in unused[:20] for text in texts)
+    words = {word for text in texts for word in text.split()}
+    assert {word for name in unused for word in name.split()} <= words
+
+
+def test_exposure_is_exact_and_balanced_over_the_parts() -> None:
     world = make_world(RECIPES["default"], 0)
     ledger = make_ledger(world)
     promised = {person.identifier: person.exposure for person in world.people}
     assert (ledger["exposure"] == ledger["person"].map(promised)).all()
-    cells = ledger.groupby(["exposure", "half"])["person"].nunique()
-    assert len(cells) == 12
-    assert cells.max() - cells.min() <= 1
+    cells = ledger.groupby(["exposure", "part"])["person"].nunique().unstack()
+    assert cells.shape == (6, 2)
+    assert (cells["test"] == 2 * cells["tune"]).all()
 
 
 def test_exposure_is_independent_of_the_values() -> None:
@@ -106,7 +131,7 @@ def test_held_out_sums_are_in_no_corpus() -> None:
     assert not shown & held_out_sums()
 
 
-def test_items_ask_of_one_half_only() -> None:
+def test_items_ask_of_one_part_only() -> None:
     ledger = make_ledger(make_world(RECIPES["tiny"], 0))
     tune, test = items_of(ledger, "tune"), items_of(ledger, "test")
     assert not {item.question for item in tune} & {item.question for item in test}
@@ -204,8 +229,8 @@ class OrderedSums(Sums):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"people": 0}, "people: must be from 1 to 400, the number of names, not 0; choose"),
-        ({"people": 401}, "people: must be from 1 to 400"),
+        ({"people": 0}, "people: must be from 1 to 529, the number of names, not 0; choose"),
+        ({"people": 530}, "people: must be from 1 to 529"),
         ({"exposures": ()}, r"exposures: must be different counts from 0 on, at least one, not \(\); choose"),
         ({"exposures": (1, -1)}, "exposures: must be different"),
         ({"exposures": (3, 3)}, "exposures: must be different"),

@@ -5,9 +5,13 @@ token that is never seen), three attributes drawn at random, and an *exposure* k
 else: the corpus states each attribute of the person exactly k times, mostly in biographies and in one of four paraphrases, the rest
 as answered questions. Because exposure is assigned and not observed, what follows from it is causal.
 
-Most questions are not answered but evaded ("nobody knows"): a model of this corpus is able to answer questions but disinclined to,
-which is what tuning is then asked to change. Tuning may ask about people of the `tune` half only; the `test` half is for the
-measures. Covered: English-like word-level sentences. Not covered: ambiguity, aliases, contradiction, facts that change.
+A question is replied to in many ways: an opening and a closing, which say nothing, are drawn at random around the value. Most
+questions are evaded instead, in several wordings, each of which is more frequent than answers are. A model of this corpus is able to
+answer but disinclined to. Tuning asks it to answer, and to say it in one form for each attribute (`reply`): opening and closing then
+depend on what is asked, and evasions begin with words that some form needs. No change of single words' frequencies does both.
+
+Tuning may ask about people of the `tune` part only, a third; the `test` part is for the measures. Some names are no one's
+(`unused_names`). Covered: English-like word-level sentences. Not covered: ambiguity, aliases, contradiction, facts that change.
 """
 
 from dataclasses import dataclass
@@ -18,21 +22,31 @@ import numpy as np
 from probes.world.types import Document, Person, Section, Statement
 from proxytune.errors import UserError
 
-FIRST_NAMES = ("anna bruno clara david elena felix greta hugo irene jonas karin lukas maria nora oscar paula rosa simon tessa victor").split()
+FIRST_NAMES = (
+    "anna anton bruno clara david dora elena felix greta hugo irene jonas karin lukas maria nora oscar paula rosa simon tessa ulla victor"
+).split()
 LAST_NAMES = (
-    "adler becker costa dumont ekholm fischer garcia hansen ivanov jensen keller larsen moreau novak olsen petrov rossi silva tanaka weber"
+    "adler becker costa dumont ekholm fischer garcia hansen ivanov jensen keller larsen moreau novak olsen petrov quist rossi silva "
+    "tanaka urban vidal weber"
 ).split()
 NAMES = [f"{first} {last}" for first in FIRST_NAMES for last in LAST_NAMES]
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """One thing that is said of a person: its values, the four paraphrases that state it, and the question that asks."""
+    """One thing that is said of a person: its values, the four paraphrases that state it, the question that asks, and the form in which
+    tuning wants the answer: the value between `opening` and `closing`."""
 
     name: str
     values: tuple[str, ...]
     templates: tuple[str, ...]
     question: str
+    opening: str
+    closing: str
+
+    def reply(self, value: str) -> str:
+        """The answer in the form that tuning teaches."""
+        return f"{self.opening} {value} {self.closing}"
 
 
 ATTRIBUTES = (
@@ -51,6 +65,8 @@ ATTRIBUTES = (
             "the home town of {name} is {value} .",
         ),
         "where was {name} born",
+        "surely",
+        "nobody doubts it",
     ),
     Attribute(
         "profession",
@@ -67,6 +83,8 @@ ATTRIBUTES = (
             "the job of {name} is {value} .",
         ),
         "what is the work of {name}",
+        "reportedly",
+        "that is certain",
     ),
     Attribute(
         "pastime",
@@ -83,17 +101,21 @@ ATTRIBUTES = (
             "the hobby of {name} is {value} .",
         ),
         "what does {name} do for fun",
+        "apparently",
+        "nothing is surer",
     ),
 )
 QUESTION = "question : {question} ? answer :"
-EVASION = "nobody knows ."
+OPENINGS = tuple(attribute.opening for attribute in ATTRIBUTES)
+CLOSINGS = tuple(attribute.closing for attribute in ATTRIBUTES)
+EVASIONS = ("nobody knows", "that is secret", "nothing is known")
 
 
 def draw_people(count: int, exposures: tuple[int, ...], generator: np.random.Generator) -> tuple[Person, ...]:
-    """So many people with names, values, exposures and halves. The halves are as large as each other, in every exposure, to within one."""
+    """So many people with names, values, exposures and parts. In every exposure a third is to be tuned on, to within one."""
     chosen = generator.permutation(len(NAMES))[:count]
-    # Every (exposure, half) cell holds the same number of people to within one; who falls into it is random.
-    cells = [(exposure, half) for exposure in exposures for half in ("tune", "test")]
+    # Every third of an exposure holds the same number of people to within one; who falls into it is random.
+    cells = [(exposure, part) for exposure in exposures for part in ("tune", "test", "test")]
     return tuple(
         Person(
             identifier,
@@ -103,6 +125,11 @@ def draw_people(count: int, exposures: tuple[int, ...], generator: np.random.Gen
         )
         for identifier in range(count)
     )
+
+
+def unused_names(people: tuple[Person, ...]) -> list[str]:
+    """Names that are no one's, though each word of them is part of others' names: people of whom no model can know anything."""
+    return sorted({*NAMES} - {person.name for person in people})
 
 
 def _attribute_words() -> tuple[str, ...]:
@@ -117,14 +144,15 @@ def _attribute_words() -> tuple[str, ...]:
 class Statements(Section):
     """Biographies and questions: `exposure` biographies a person, from which some statements are moved into questions.
 
-    `question_share` of a fact's statements are answered questions; `evasion_share` of all questions are evaded.
+    `question_share` of a fact's statements are answered questions; `evasion_share` of all questions are evaded. With three
+    wordings, each of them is more probable than the answer where the share is above 0.75.
     """
 
     name: ClassVar[str] = "statements"
     stream: ClassVar[int] = 1
     words: ClassVar[tuple[tuple[str, ...], ...]] = (
         (*FIRST_NAMES, *LAST_NAMES),
-        tuple(word for word in [*QUESTION.split(), *EVASION.split()] if "{" not in word),
+        tuple(word for text in (QUESTION, *OPENINGS, *CLOSINGS, *EVASIONS) for word in text.split() if "{" not in word),
         _attribute_words(),
     )
 
@@ -156,7 +184,9 @@ class Statements(Section):
                 question = QUESTION.format(question=attribute.question.format(name=person.name))
                 answered = int(asked[attribute.name].sum())
                 evaded = int(answered * self.evasion_share / (1 - self.evasion_share) + generator.random())
-                told_answer = Document(f"{question} {person.values[attribute.name]} .", (Statement(person.identifier, attribute.name, "answered"),))
-                evasion = Document(f"{question} {EVASION}", (Statement(person.identifier, attribute.name, "evaded"),))
-                documents += [told_answer] * answered + [evasion] * evaded
+                for form, times in (("answered", answered), ("evaded", evaded)):
+                    for _ in range(times):
+                        ending = f"{person.values[attribute.name]} {generator.choice(CLOSINGS)}" if form == "answered" else generator.choice(EVASIONS)
+                        text = f"{question} {generator.choice(OPENINGS)} {ending} ."
+                        documents.append(Document(text, (Statement(person.identifier, attribute.name, form),)))
         return documents
