@@ -44,6 +44,7 @@ CONTENT: dict[str, Any] = {
     },
 }
 STUDY = Study.model_validate(CONTENT)
+LATER = CONTENT | {"seeds": [1]}  # family 0 is then in no table
 PAIRS = [f"proxy@{rate}@{alpha}" for rate in ("0.0001", "0.003") for alpha in ("0.5", "1")]
 LABELS = ["base", "expert@0.0001", "expert@0.003", "expert-chosen", *PAIRS, "proxy-chosen", "proxy-over-chosen@0.5", "proxy-over-chosen@1"]
 LABELS += ["proxy-matched", "full@0.0001", "full@0.003", "full-chosen", "direct"]
@@ -260,42 +261,49 @@ def test_a_study_that_was_stopped_ends_with_the_same_bytes_and_the_same_items(
 def beforehand(whole: Whole, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The folder of a study whose settings `proxytune select` selected, and the block that it printed."""
     folder = tmp_path_factory.mktemp("beforehand")
-    out, study = folder / "out", folder / "study.yaml"
-    shutil.copytree(whole.out / "worlds" / "tiny" / "seed-0", out / "worlds" / "tiny" / "seed-0")
-    study.write_text(yaml.safe_dump(CONTENT, sort_keys=False))
-    done = run_command("select", study, "--seed", 1, "--out", out, "--jobs", 1)
+    shutil.copytree(whole.out, folder / "out")
+    (folder / "study.yaml").write_text(yaml.safe_dump(LATER, sort_keys=False))
+    done = run_command("select", folder / "study.yaml", "--seed", 0, "--out", folder / "out", "--jobs", 1)
     assert done.returncode == 0, done.stderr
     block: dict[str, Any] = yaml.safe_load(done.stdout)
     assert list(block) == ["selected"]
     return folder, block
 
 
-def test_the_trials_are_tuned_with_all_items_and_scored_on_all_test_items_of_other_families(beforehand: Any) -> None:
+def test_the_trials_are_tuned_with_all_items_and_scored_on_all_test_items_of_other_families(beforehand: Any, whole: Whole) -> None:
     folder, block = beforehand
-    inner = family_study(STUDY, [1])
-    assert (inner.seeds, inner.measures) == ((1,), ("task",))
+    study = Study.model_validate(LATER)
+    inner = family_study(study, [0])
+    assert (inner.seeds, inner.measures) == ((0,), ("task",))
     done = run_in_process(inner, folder / "out")
     task = {row["arm"]: row["value"] for row in summarize(inner, done.records, done.costs).rows}
     assert block["selected"]["scores"] == pytest.approx(task, abs=5e-5)
-    assert yaml.safe_load(selected_block(STUDY, [1], done.records)) == block
+    assert task["full@0.003"] == next(row["value"] for row in whole.results.rows if row["arm"] == "full@0.003")  # what a table of that family says
+    assert yaml.safe_load(selected_block(study, [0], done.records)) == block
 
 
-def test_with_the_block_no_trial_is_run_and_every_run_takes_what_stands_there(beforehand: Any, tmp_path: Path) -> None:
-    folder, block = beforehand
-    study = load(tmp_path, CONTENT | block)
+def test_with_the_block_no_trial_is_planned_and_what_is_selected_is_known(beforehand: Any, tmp_path: Path) -> None:
+    _, block = beforehand
+    study = load(tmp_path, LATER | block)
     assert not [job.name for job in plan(study) if job.trial or job.kind == "select"]
     assert len(plan(study)) == len([job for job in plan(STUDY) if not job.trial]) - 1
     tunings = {job.group.label: job.tuning for job in plan(study) if job.kind == "tune" and job.group}
     epochs = float(block["selected"]["chosen"]["full-chosen"].partition("@")[2])
     assert tunings["full-chosen"] is not None and tunings["full-chosen"].epochs == epochs
+
+
+@pytest.mark.slow  # another family is built
+def test_with_the_block_every_run_takes_what_stands_there(beforehand: Any, tmp_path: Path) -> None:
+    folder, block = beforehand
+    study = load(tmp_path, LATER | block)
     done = run_in_process(study, folder / "out")
     results = summarize(study, done.records, done.costs, done.choices)
     assert {row["arm"]: row["chosen"] for row in results.compared["selections"]} == block["selected"]["chosen"]
-    assert all(row["seeds"] == [1] and row["beforehand"] for row in results.compared["selections"])
+    assert all(row["seeds"] == [0] and row["beforehand"] for row in results.compared["selections"])
     assert {row["runs"] for row in results.costs} == {0, 1}
     assert texts(done, "direct") == texts(done, block["selected"]["chosen"]["direct"])
     note = next(table for table in result_tables(results) if table.title == "Selected on validation items").note
-    assert "beforehand, on families of tiny with the seeds 1, which are in no table" in note
+    assert "beforehand, on families of tiny with the seeds 0, which are in no table" in note
     assert "not among the costs" in note
 
 
@@ -304,7 +312,7 @@ def test_another_score_in_the_block_is_another_choice(beforehand: Any, tmp_path:
     selected = copy.deepcopy(block["selected"])
     selected["scores"]["full-chosen@0.5"], selected["scores"]["full-chosen@1"] = 0.99, 0.0
     selected["chosen"] |= {"full-chosen": "full-chosen@0.5", "direct": "full-chosen"}
-    chosen = recorded(load(tmp_path, CONTENT | {"selected": selected}))
+    chosen = recorded(load(tmp_path, LATER | {"selected": selected}))
     assert chosen is not None and (chosen["direct"].label, chosen["full-chosen"].label) == ("full-chosen", "full-chosen@0.5")
 
 
@@ -312,7 +320,7 @@ def spoiled(block: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return {"selected": copy.deepcopy(block["selected"]) | changes}
 
 
-AGAIN = "; run again: proxytune select STUDY --seed 1$"
+AGAIN = "; run again: proxytune select STUDY --seed 0$"
 
 
 def test_a_block_that_does_not_fit_is_one_line(beforehand: Any, tmp_path: Path) -> None:
@@ -321,21 +329,21 @@ def test_a_block_that_does_not_fit_is_one_line(beforehand: Any, tmp_path: Path) 
     other_sweep = with_arm("full", sweep={"learning_rate": [1e-4, 1e-3]})["arms"]
     other_tuning = with_arm("full-chosen", tuning=FULL | {"batch_size": 16})["arms"]
     mistakes = [
-        (CONTENT | spoiled(block, seeds=[0, 1]), r"selected.seeds: 0 is one of the study's seeds; select on families of other seeds$"),
-        (CONTENT | spoiled(block, seeds=[]), "selected.seeds: "),
-        (CONTENT | spoiled(block, chosen=old["chosen"] | {"nobody": "x"}), f"selected.chosen: 'nobody' is no arm with select{AGAIN}"),
-        (CONTENT | spoiled(block, chosen={"direct": old["chosen"]["direct"]}), f"selected.chosen: 'expert-chosen' is missing{AGAIN}"),
+        (LATER | spoiled(block, seeds=[0, 1]), r"selected.seeds: 1 is one of the study's seeds; select on families of other seeds$"),
+        (LATER | spoiled(block, seeds=[]), "selected.seeds: "),
+        (LATER | spoiled(block, chosen=old["chosen"] | {"nobody": "x"}), f"selected.chosen: 'nobody' is no arm with select{AGAIN}"),
+        (LATER | spoiled(block, chosen={"direct": old["chosen"]["direct"]}), f"selected.chosen: 'expert-chosen' is missing{AGAIN}"),
         (
-            CONTENT | spoiled(block, chosen=old["chosen"] | {"full-chosen": "full-chosen@7"}),
+            LATER | spoiled(block, chosen=old["chosen"] | {"full-chosen": "full-chosen@7"}),
             f"selected.chosen.full-chosen: .* not 'full-chosen@7'{AGAIN}",
         ),
-        (CONTENT | spoiled(block, scores=old["scores"] | {"full@7": 0.1}), f"selected.scores: 'full@7' is no candidate{AGAIN}"),
-        (CONTENT | block | {"arms": other_sweep, "direct": ["best"]}, f"selected.scores: 'full@0.001' is missing{AGAIN}"),
-        (CONTENT | block | {"arms": other_tuning}, f"selected: the candidates or the worlds have changed since they were scored{AGAIN}"),
-        (CONTENT | spoiled(block, worlds=["default"]), f"selected: the candidates or the worlds have changed since they were scored{AGAIN}"),
-        (CONTENT | {"selected": {"seed": 1}}, "selected.seed: there is no such key; did you mean"),
+        (LATER | spoiled(block, scores=old["scores"] | {"full@7": 0.1}), f"selected.scores: 'full@7' is no candidate{AGAIN}"),
+        (LATER | block | {"arms": other_sweep, "direct": ["best"]}, f"selected.scores: 'full@0.001' is missing{AGAIN}"),
+        (LATER | block | {"arms": other_tuning}, f"selected: the candidates or the worlds have changed since they were scored{AGAIN}"),
+        (LATER | spoiled(block, worlds=["default"]), f"selected: the candidates or the worlds have changed since they were scored{AGAIN}"),
+        (LATER | {"selected": {"seed": 1}}, "selected.seed: there is no such key; did you mean"),
     ]
-    assert load(tmp_path, CONTENT | block).selected is not None  # as it was printed
+    assert load(tmp_path, LATER | block).selected is not None  # as it was printed
     for study, words in mistakes:
         with pytest.raises(UserError, match=words) as raised:
             load(tmp_path, study)
@@ -344,9 +352,9 @@ def test_a_block_that_does_not_fit_is_one_line(beforehand: Any, tmp_path: Path) 
 
 def test_a_block_that_no_longer_fits_can_be_made_again(beforehand: Any, tmp_path: Path) -> None:
     folder, block = beforehand
-    stale = CONTENT | spoiled(block, key="0" * 16)
+    stale = LATER | spoiled(block, key="0" * 16)
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(stale, sort_keys=False))
-    done = run_command("select", tmp_path / "study.yaml", "--seed", 1, "--out", folder / "out", "--jobs", 1)
+    done = run_command("select", tmp_path / "study.yaml", "--seed", 0, "--out", folder / "out", "--jobs", 1)
     assert yaml.safe_load(done.stdout) == block
     assert "from its record" in done.stderr
 
