@@ -155,11 +155,11 @@ def with_comparison(shown: Table, measure: str, compared: dict[str, list[Row]]) 
     columns: Columns = {}
     against = [row for row in compared["against_direct"] if row["measure"] == measure]
     references = list(dict.fromkeys(row["direct"] for row in against))
-    for place, direct in enumerate(references):
+    for direct in references:
         gaps = [row for row in compared["gap_closed"] if (row["measure"], row["direct"]) == (measure, direct)]
         if gaps:
             columns["gap closed" if len(references) == 1 else f"gap closed (vs {direct})"] = {row["arm"]: cell(_value(row), 100) for row in gaps}
-        if gaps and place == 0:
+        if gaps and len(references) == 1:
             columns["capped"] = {row["arm"]: "" if row["capped"] is None else f"{row['capped'] * 100:.1f}" for row in gaps}
         columns[f"Δ vs {direct}"] = {row["arm"]: cell(_value(row), 100) for row in against if row["direct"] == direct}
     arms = shown.frame.iloc[:, 0]

@@ -85,14 +85,12 @@ def _run(place: Place, todo: Sequence[Job], display: Display, jobs: int | None) 
     before = recorded(study)
     choices = dict.fromkeys(study.runs, before) if before else {job.run: outcomes[job.name] for job in todo if job.kind == "select"}
     reads = [(job.run, outcomes[job.name]) for job in todo if job.kind == "read" and not job.trial]
-    records = [
-        Record(entry.arm, entry.frame, entry.run.world, entry.run.seed, entry.protocol, frame_of(place, entry))
-        for _, read in reads
-        for entry in read.entries
-    ]
-    if study.selects_direct:
-        selected = {(run.world, run.seed): chosen[DIRECT].label for run, chosen in choices.items()}
-        records += [replace(record, arm=DIRECT) for record in records if record.arm == selected[record.world, record.seed]]
+    entries = [entry for _, read in reads for entry in read.entries]
+    records = [Record(entry.arm, entry.frame, entry.run.world, entry.run.seed, entry.protocol, frame_of(place, entry)) for entry in entries]
+    if study.selects_direct:  # the same frames under another name
+        records += [
+            replace(record, arm=DIRECT) for entry, record in zip(entries, records, strict=True) if entry.arm == choices[entry.run][DIRECT].label
+        ]
     order = {arm: position for position, arm in enumerate(study.arm_settings)}
     frames = {frame: position for position, frame in enumerate(dict.fromkeys(record.frame for record in records))}
     runs = {run: position for position, run in enumerate(study.runs)}
