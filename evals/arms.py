@@ -1,7 +1,7 @@
 """Arms: which members are loaded together, which mixtures of them are arms, and how a tuned member is made or found."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -12,7 +12,8 @@ from transformers import TrainerCallback
 from transformers.utils import CONFIG_NAME, cached_file
 
 from evals.data import StudyData
-from evals.study import Direct, Expert, Proxy, Study, expanded, label_of
+from evals.selection import Choices, recorded, strength
+from evals.study import Study, Tuned, expanded
 from finetune.recipe import Tuning, TuningRun
 from finetune.tuning import TuningReport, tune
 from proxytune.adapters import is_adapter
@@ -39,25 +40,33 @@ class Group:
 def groups(study: Study) -> list[Group]:
     """The groups of a study. Every arm is in exactly one."""
     found = [Group("base", study.base_arm, study.base_arm)]
-    found += [Group("expert", name, name) for name, arm in study.arms.items() if isinstance(arm, Expert)]
-    return found + [Group("direct", label, study.arm_settings[label].arm) for label in study.direct_settings]
+    for kind in ("expert", "direct"):
+        found += [Group(kind, label, setting.arm) for label, setting in study.rows.items() if setting.kind == kind]
+    return found
 
 
-def mixtures_of(study: Study, group: Group) -> dict[str, Mixture]:
-    """The mixture of every arm of the group, over the members that `members_of` returns."""
+def selected_strengths(study: Study, group: Group) -> bool:
+    """Whether a proxy with `select` may be in the group: which one its expert is, or with which strength, is only known by its selection."""
+    selecting = [name for name in study.selecting if study.arms[name].kind == "proxy"]
+    return any(study.expert_of(name) == group.arm for name in selecting)
+
+
+def mixtures_of(study: Study, group: Group, choices: Choices) -> dict[str, Mixture]:
+    """The mixture of every arm of the group, over the members that `members_of` returns. `choices`: what was selected in this run."""
     if group.kind == "base":
         return {group.label: {"base": 1.0}}
-    proxies: dict[str, Mixture] = {
-        label_of(name, alpha): proxy_tuning(alpha)
-        for name, arm in study.arms.items()
-        if isinstance(arm, Proxy) and study.expert_of(name) == group.arm
-        for alpha in arm.alpha
-    }
+    proxies = {}
+    for label, setting in study.rows.items():
+        if setting.kind == "proxy" and study.expert_of(setting.arm) == group.arm:
+            expert, alpha = strength(study, label, choices)
+            if expert == group.label:
+                proxies[label] = proxy_tuning(alpha)
     return {group.label: {"expert": 1.0}, **proxies}
 
 
-def members_of(study: Study, group: Group, data: StudyData, tuned: Weights | None, beside_base: bool) -> dict[str, Weights]:
-    """The members to load. The first member's tokenizer is used for all: a tuned base without proxies comes first, as it would be served.
+def members_of(group: Group, mixtures: Mapping[str, Mixture], data: StudyData, tuned: Weights | None, beside_base: bool) -> dict[str, Weights]:
+    """The members to load for the group's `mixtures`. The first member's tokenizer is used for all: a tuned base without proxies comes first, as it
+    would be served.
 
     `beside_base`: load the base even if the tuned base is the group's only arm.
     """
@@ -67,7 +76,7 @@ def members_of(study: Study, group: Group, data: StudyData, tuned: Weights | Non
     if group.kind == "expert":
         assert data.small is not None
         return {"base": base, "expert": tuned, "antiexpert": Weights(data.small, field="models.small")}
-    if len(mixtures_of(study, group)) > 1:
+    if len(mixtures) > 1:
         return {"base": base, "expert": tuned, "antiexpert": base}
     return {"expert": tuned} | ({"base": base} if beside_base else {})
 
@@ -82,17 +91,20 @@ def check_vocabularies(data: StudyData) -> None:
 
 def tunings(study: Study) -> Iterator[tuple[Group, Tuning | None]]:
     """The groups whose model we tune, each with its recipe; None if the setting has yet to be selected."""
+    choices = recorded(study) or Choices()
     for group in groups(study):
         arm = study.arms[group.arm]
-        if isinstance(arm, Expert | Direct) and arm.tuning is not None:
-            selecting = isinstance(arm, Direct) and arm.select is not None
-            yield group, arm.tuning if isinstance(arm, Expert) else None if selecting else arm.settings(group.arm)[group.label][1]
+        if isinstance(arm, Tuned) and arm.tuning is not None:
+            if group.arm in choices:
+                yield group, choices[group.arm].tuning
+            else:
+                yield group, None if arm.select is not None else arm.settings(group.arm)[group.label][1].tuning
 
 
 def given_weights(study: Study, group: Group, data: StudyData, folder: Path) -> Weights:
     """A model that was tuned elsewhere: a folder beside the study file or elsewhere, a hub name, or a LoRA adapter on the model it was tuned from."""
     arm = study.arms[group.arm]
-    assert isinstance(arm, Expert | Direct)
+    assert isinstance(arm, Tuned)
     path, field = str(arm.path), f"arms.{group.arm}.path"
     given = folder / path if (folder / path).exists() else expanded(path)
     if is_adapter(given):

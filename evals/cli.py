@@ -1,4 +1,4 @@
-"""The command line: compare, probe, items, tune, generate, bench, rescore, lm-eval, export, world build. Each command imports only what it needs."""
+"""The command line: compare, probe, items, tune, generate, and more. Each command imports only what it needs."""
 
 import os
 import shutil
@@ -93,6 +93,33 @@ def compare(
         show_plan(loaded, folder, place, form)
     else:
         run_and_show(loaded, folder, place, place if loaded is whole else place / loaded.study, form, jobs, wait)
+
+
+@app.command()
+def select(
+    study: Annotated[
+        Path | None,
+        typer.Argument(help="A study file of worlds in which arms have select, or direct is best. Default: as compare.", show_default=False),
+    ] = None,
+    seeds: Annotated[
+        list[int], typer.Option("--seed", min=0, max=LARGEST_SEED, help="Seed of a family to select on, not one of the study's; may be repeated.")
+    ] = [100, 101, 102, 103],  # noqa: B006
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of families, records and checkpoints. Default: proxytune-runs/NAME.", show_default=False)
+    ] = None,
+    jobs: Annotated[int | None, JOBS] = None,
+    wait: Annotated[bool, WAIT] = False,
+) -> None:
+    """Selects a study's settings beforehand, on families of other seeds, and prints what the study file is to say of them.
+
+    With these lines in the file, `compare` takes the selected settings and runs no trials. Stop it at any time: the same
+    command continues.
+    """
+    from evals.commands.select import select_and_show
+    from evals.study import load_study
+
+    loaded, folder = load_study(study, select_again=True)
+    select_and_show(loaded, folder, out or Path("proxytune-runs") / loaded.study, seeds, jobs, wait)
 
 
 @app.command(cls=_WithMeasures)
@@ -404,7 +431,7 @@ def build(
             display.say(f"seed {seed}: {build_family(name, seed, out, display, checkpoints=checkpoints)}")
 
 
-RESUMED = {"compare", "probe", "tune"}
+RESUMED = {"compare", "probe", "select", "tune"}
 _received: list[int] = []
 
 

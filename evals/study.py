@@ -3,10 +3,10 @@
 import difflib
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 STUDIES = Path(__file__).parent / "studies"
 MOST_NODES = 100_000  # of a study file with every alias written out
 SweptName = Literal["learning_rate", "epochs", "rank", "kl", "preference"]
+BEST = "best"  # `direct: best`
+DIRECT = "direct"  # its row
+S = TypeVar("S", bound="Swept")
 
 
 class _Loader(yaml.SafeLoader):
@@ -78,22 +81,104 @@ class Base(Strict):
     kind: Literal["base"]
 
 
-class Expert(Strict):
-    """The small model tuned, by us (`tuning`) or elsewhere (`path`): the proxy's expert, and an arm by itself."""
+class Match(Strict):
+    """Selects the setting whose task score is nearest to that of another row."""
 
-    kind: Literal["expert"]
-    tuning: Tuning | None = None
-    path: str | None = None
+    match: str
+
+
+class Selecting(Strict):
+    """An arm that has several settings. With `select`, only one of them is a row, named as the arm: the `best` at the task, or the one whose task
+    score is nearest to that of another row (`select: {match: proxy@1}`). It is selected on validation items that are held out of tuning; the trials
+    count among the arm's costs."""
+
+    select: Literal["best"] | Match | None = None
+
+    @property
+    def matched(self) -> str | None:
+        """The row whose task score is to be matched, or None."""
+        return self.select.match if isinstance(self.select, Match) else None
+
+
+class Swept(Selecting):
+    """An arm one of whose settings may take several values (`sweep`). Each value is one row, named arm@value; with `select`, one is."""
+
+    within: ClassVar[str | None] = None  # the field whose settings are swept; None: the arm's own fields
+    sweep: dict[str, tuple[FiniteFloat, ...]] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _swept_settings_need_no_value(cls, content: Any) -> Any:
+        try:
+            first = {name: values[0] for name, values in content["sweep"].items()}
+            return first | content if cls.within is None else content | {cls.within: first | content[cls.within]}
+        except (KeyError, TypeError, AttributeError, IndexError):
+            return content
 
     @model_validator(mode="after")
-    def _one_origin(self) -> "Expert":
+    def _one_sweep(self) -> "Swept":
+        if self.sweep is not None and [len(set(values)) for values in self.sweep.values()] != [max(2, *map(len, self.sweep.values()))]:
+            raise ValueError("sweep takes one setting through two or more different values")
+        for setting, values in (self.sweep or {}).items():
+            check_labels(f"sweep.{setting}", values)
+        if self.select is not None and self.sweep is None:
+            raise ValueError("select needs a sweep to select from")
+        try:
+            self.settings("")
+        except ValidationError as error:
+            raise ValueError(f"sweep: {explain_invalid(error)}") from error
+        return self
+
+    def settings(self: S, name: str) -> dict[str, tuple[float | None, S]]:
+        """The swept value, and the arm at this value alone, of every setting by label; including those from which one is selected."""
+        own = self.model_dump(exclude={"sweep", "select"})
+        inner = own if self.within is None else own[self.within]
+        if self.sweep is None or inner is None:
+            return {name: (None, self)}
+        ((setting, values),) = self.sweep.items()
+        found: dict[str, tuple[float | None, S]] = {}
+        for value in values:
+            changed = inner | {setting: value}
+            found[label_of(name, value)] = (value, type(self).model_validate(changed if self.within is None else own | {self.within: changed}))
+        return found
+
+
+class Tuned(Swept):
+    """A model that is tuned, by us (`tuning`) or elsewhere (`path`). A setting that is selected is tuned again with all items."""
+
+    within: ClassVar[str | None] = "tuning"
+    tuning: Tuning | None = None
+    path: str | None = None
+    sweep: dict[SweptName, tuple[FiniteFloat, ...]] | None = None  # type: ignore[assignment]
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Tuned":
         if (self.tuning is None) == (self.path is None):
             raise ValueError("give either tuning or path")
+        if self.tuning is None and self.sweep is not None:
+            raise ValueError("sweep varies a setting of tuning; what was tuned beforehand has none")
         return self
 
 
-class Proxy(Strict):
-    """base + alpha (expert - anti-expert), where the anti-expert is the model that the expert was tuned from. One row for each alpha: proxy@alpha."""
+class Expert(Tuned):
+    """The small model tuned: the proxy's expert, and an arm by itself. `path` is a checkpoint folder, or a LoRA adapter on the small model."""
+
+    kind: Literal["expert"]
+
+
+class Direct(Tuned):
+    """The base itself tuned. `path` is a checkpoint folder, or a LoRA adapter on the base."""
+
+    kind: Literal["direct"]
+
+
+class Proxy(Selecting):
+    """base + alpha (expert - anti-expert), where the anti-expert is the model that the expert was tuned from. One row for each alpha: proxy@alpha.
+
+    Over an expert that is swept and not selected there is a row for each of its values and each alpha: proxy@value@alpha. Over an expert with
+    `select`, the selected one is used. With `select` of its own, the strength is selected by the proxy's own validation score, and the expert's value
+    with it where the expert does not select. The costs of its trials are those of the expert's trial tunings, once for each of the expert's values.
+    """
 
     kind: Literal["proxy"]
     alpha: tuple[FiniteFloat, ...] = Field(min_length=1)
@@ -105,72 +190,20 @@ class Proxy(Strict):
         return check_labels("alpha", alpha)
 
 
-class Match(Strict):
-    """Selects the value whose task score is nearest to that of another arm."""
-
-    match: str
-
-
-class Direct(Strict):
-    """The base itself tuned, by us (`tuning`) or elsewhere (`path`: a checkpoint folder, or a LoRA adapter on the base).
-
-    With `sweep`, one setting takes several values; each is one row, named arm@value. With `select`, only one of the values is a row. It is selected
-    on validation items that are held out of tuning: the `best` at the task, or the one whose task score is nearest to that of another arm
-    (`select: {match: proxy@1}`). The selected value is then tuned with all items; the trials count among the arm's costs.
-    """
-
-    kind: Literal["direct"]
-    tuning: Tuning | None = None
-    path: str | None = None
-    sweep: dict[SweptName, tuple[FiniteFloat, ...]] | None = None
-    select: Literal["best"] | Match | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _swept_settings_need_no_value(cls, content: Any) -> Any:
-        try:
-            first = {name: values[0] for name, values in content["sweep"].items()}
-            return content | {"tuning": first | content["tuning"]}
-        except (KeyError, TypeError, AttributeError, IndexError):
-            return content
-
-    @model_validator(mode="after")
-    def _one_origin_and_one_sweep(self) -> "Direct":
-        if (self.tuning is None) == (self.path is None):
-            raise ValueError("give either tuning or path")
-        if self.tuning is None and self.sweep is not None:
-            raise ValueError("sweep varies a setting of tuning; what was tuned beforehand has none")
-        if self.sweep is not None and [len(set(values)) for values in self.sweep.values()] != [max(2, *map(len, self.sweep.values()))]:
-            raise ValueError("sweep takes one setting through two or more different values")
-        for setting, values in (self.sweep or {}).items():
-            check_labels(f"sweep.{setting}", values)
-        if self.select is not None and self.sweep is None:
-            raise ValueError("select needs a sweep to select from")
-        self.settings("")
-        return self
-
-    @property
-    def matched(self) -> str | None:
-        """The arm whose task score is to be matched, or None."""
-        return self.select.match if isinstance(self.select, Match) else None
-
-    def settings(self, name: str) -> dict[str, tuple[float | None, Tuning | None]]:
-        """The swept value and the tuning (None with a `path`) of every setting, by label; including those from which one is selected."""
-        if self.sweep is None or self.tuning is None:
-            return {name: (None, self.tuning)}
-        ((setting, values),) = self.sweep.items()
-        return {label_of(name, value): (value, Tuning.model_validate(self.tuning.model_dump() | {setting: value})) for value in values}
-
-
 ArmSpec = Annotated[Base | Expert | Proxy | Direct, Field(discriminator="kind")]
 
 
 class ArmSetting(NamedTuple):
-    """One row of the tables: an arm, at one value of its sweep (or alpha) if it has one."""
+    """One row of the tables: an arm, at one value of its sweep (or alpha) if it has one.
+
+    `family` names the rows that differ from this one by that value only. `expert` is the row of a proxy's expert, empty if it is selected with it.
+    """
 
     arm: str
     kind: str
+    family: str
     value: float | None = None
+    expert: str = ""
 
 
 class Run(NamedTuple):
@@ -213,6 +246,20 @@ class Data(Strict):
         return check_prompt(template)
 
 
+class Selected(Strict):
+    """Settings that were selected beforehand by `proxytune select`, on the families of other seeds, which are in no table.
+
+    `chosen` is the setting of every arm that selects, `scores` the candidates' task scores there (means over the families), and `key` a hash of the
+    candidates and of the worlds' recipes.
+    """
+
+    worlds: tuple[str, ...]
+    seeds: tuple[Annotated[int, Field(ge=0, le=LARGEST_SEED)], ...] = Field(min_length=1)
+    key: str
+    chosen: dict[str, str]
+    scores: dict[str, FiniteFloat]
+
+
 class Study(Strict):
     """The whole study file. Either `worlds` (embedded worlds, by their recipes' names) or `models` and `data`."""
 
@@ -225,11 +272,19 @@ class Study(Strict):
     batch_size: int = Field(default=16, ge=1, description="items generated at a time")
     batch_tokens: int = Field(default=2048, ge=1, description="tokens scored at a time")
     arms: dict[str, ArmSpec]
-    direct: str | None = Field(default=None, description="the arm that closes the gap by definition; default: the first direct arm")
+    direct: tuple[str, ...] = Field(
+        default=(), description="what closes the gap by definition: a direct arm, or best (what validation selects); several: the main one first"
+    )
     contrasts: tuple[tuple[str, str], ...] = Field(default=(), description="pairs of arms to compare: the first minus the second")
+    selected: Selected | None = Field(default=None, description="settings that proxytune select has selected beforehand")
     validation_share: float = Field(default=0.2, gt=0, lt=1, description="share of the tuning units on which settings are selected")
     measures: tuple[str, ...] = Field(min_length=1)
     settings: dict[str, Any] = Field(default={}, description="settings of measures, by the measures' names")
+
+    @field_validator("direct", mode="before")
+    @classmethod
+    def _several(cls, content: Any) -> Any:
+        return () if content is None else (content,) if isinstance(content, str) else content
 
     @field_validator("measures")
     @classmethod
@@ -270,16 +325,16 @@ class Study(Strict):
                 raise ValueError(f"arms: the name {name!r} must hold signs, and none that cannot be seen; rename the arm")
             if isinstance(arm, Proxy):
                 expert = self.arms.get(self.expert_of(name))
-                if not isinstance(expert, Expert | Direct) or (isinstance(expert, Direct) and expert.sweep is not None):
-                    raise ValueError(f"arms.{name}: its expert must name one arm of kind expert, or direct without a sweep, not {arm.expert!r}")
-            if isinstance(arm, Direct) and arm.matched not in (None, *self.fixed_settings):
-                raise ValueError(f"arms.{name}.select.match: it must be one of {', '.join(self.fixed_settings)}, not {arm.matched!r}")
+                if not isinstance(expert, Tuned):
+                    raise ValueError(f"arms.{name}: its expert must name one arm of kind expert or direct, not {arm.expert!r}")
+                if arm.select is not None and len(arm.alpha) == 1 and (expert.sweep is None or expert.select is not None):
+                    raise ValueError(f"arms.{name}: select needs two or more values of alpha to select from")
         if "expert" in kinds and self.models is not None and self.models.small is None:
             raise ValueError("an expert needs models.small")
-        if len(self.arm_settings) < sum(len(self._settings_of(name)) for name in self.arms):
+        if len(self.rows) < sum(len(self.rows_of(name)) for name in self.arms):
             raise ValueError("two arms have a row of one name; rename an arm")
-        if self.direct is not None and (self.direct not in self.arm_settings or self.arm_settings[self.direct].kind != "direct"):
-            raise ValueError(f"direct must name an arm of kind direct (with a sweep: arm@value), not {self.direct!r}")
+        self._check_references()
+        self._check_matches()
         for label in (label for pair in self.contrasts for label in pair):
             if label not in self.arm_settings:
                 raise ValueError(f"contrasts: there is no arm {label!r}; there are {', '.join(self.arm_settings)}")
@@ -292,13 +347,55 @@ class Study(Strict):
             for field in sorted(need.partition(".")[0] for need in measures()[name].needs):
                 if getattr(self.data, field) is None:
                     raise ValueError(f"measure {name} needs data.{field}; give it")
-        tuned = [name for name, arm in self.arms.items() if isinstance(arm, Expert | Direct) and arm.tuning is not None]
+        tuned = [name for name, arm in self.arms.items() if isinstance(arm, Tuned) and arm.tuning is not None]
         if self.data is not None and self.data.train is None and tuned:
             raise ValueError(f"arms.{tuned[0]}.tuning needs data.train; give it, or tune beforehand and give path")
-        selecting = [f"arms.{name}.select" for name, arm in self.arms.items() if isinstance(arm, Direct) and arm.select is not None]
-        if self.data is not None and self.data.test is None and selecting:
-            raise ValueError(f"{selecting[0]} needs data.test; give it")
+        selecting = [*(f"arms.{name}.select" for name in self.selecting), *(["direct: best"] if self.selects_direct else [])]
+        for field in ("train", "test") if self.data is not None and selecting else ():
+            if getattr(self.data, field) is None:
+                raise ValueError(f"{selecting[0]} needs data.{field}; give it")
+        if selecting or self.selected is not None:
+            from evals.selection import check_selection
+
+            check_selection(self)
         return self
+
+    def _check_references(self) -> None:
+        if self.selects_direct:
+            for name in (BEST, DIRECT):
+                if name in self.rows:
+                    raise ValueError(f"direct: best makes a row of its own, '{DIRECT}'; rename the arm {name!r}")
+            if not any(isinstance(arm, Direct) and arm.tuning is not None for arm in self.arms.values()):
+                raise ValueError("direct: best needs an arm of kind direct with a tuning to select from")
+        for label in self.direct:
+            if label != BEST and (label not in self.rows or self.rows[label].kind != "direct"):
+                raise ValueError(f"direct must name an arm of kind direct (with a sweep: arm@value), or best, not {label!r}")
+        if len(set(self.direct)) < len(self.direct):
+            raise ValueError("direct names an arm twice; leave one out")
+
+    def _check_matches(self) -> None:
+        targets = [label for label, setting in self.rows.items() if setting.kind != "base"]
+        for name in self.selecting:
+            label = getattr(self.arms[name], "matched", None)
+            if label not in (None, *targets):
+                raise ValueError(f"arms.{name}.select.match: it must be one of {', '.join(targets)}, not {label!r}")
+        for name in self.selecting:
+            waiting = list(self._selected_after(name))
+            seen = set(waiting)
+            while waiting:
+                found = set(self._selected_after(waiting.pop())) - seen
+                waiting += found
+                seen |= found
+            if name in seen:
+                raise ValueError(f"arms.{name}.select.match: what it is to match is itself selected by this arm; match another one")
+
+    def _selected_after(self, name: str) -> Iterator[str]:
+        """The arms whose settings must be known before this one's can be selected."""
+        arm = self.arms[name]
+        if isinstance(arm, Selecting) and arm.matched is not None:
+            yield self.rows[arm.matched].arm
+        if isinstance(arm, Proxy):
+            yield self.expert_of(name)
 
     @property
     def base_arm(self) -> str:
@@ -320,27 +417,34 @@ class Study(Strict):
         return measures()[measure].settings.model_validate(self.settings.get(measure, {}))
 
     @property
-    def direct_arm(self) -> str | None:
-        """The arm whose gain over the base is the whole gap."""
-        return self.direct or next(iter(self.direct_settings), None)
+    def selects_direct(self) -> bool:
+        """Whether there is a row `direct`: in every run the direct arm with the best validation score."""
+        return BEST in self.direct
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """The rows whose gain over the base is the whole gap, the main one first; empty without direct arms."""
+        return tuple(DIRECT if label == BEST else label for label in self.direct) or tuple(self.direct_settings[:1])
+
+    @cached_property
+    def rows(self) -> dict[str, ArmSetting]:
+        """The rows of all arms by label, in the study's order."""
+        return {label: setting for name in self.arms for label, setting in self.rows_of(name).items()}
 
     @cached_property
     def arm_settings(self) -> dict[str, ArmSetting]:
-        """All rows of the tables by label, in the study's order."""
-        return {label: setting for name in self.arms for label, setting in self._settings_of(name).items()}
+        """All rows of the tables by label, in the study's order: those of the arms, then `direct` if it is selected among them."""
+        return self.rows | ({DIRECT: ArmSetting(DIRECT, "direct", DIRECT)} if self.selects_direct else {})
 
     @property
     def direct_settings(self) -> list[str]:
-        return [label for label, setting in self.arm_settings.items() if setting.kind == "direct"]
+        """The rows of arms of kind direct."""
+        return [label for label, setting in self.rows.items() if setting.kind == "direct"]
 
     @property
-    def fixed_settings(self) -> list[str]:
-        """Arms whose settings need no selection, without the base."""
-        return [
-            label
-            for label, setting in self.arm_settings.items()
-            if setting.kind != "base" and getattr(self.arms[setting.arm], "select", None) is None
-        ]
+    def selecting(self) -> list[str]:
+        """The arms with `select`."""
+        return [name for name, arm in self.arms.items() if isinstance(arm, Selecting) and arm.select is not None]
 
     def expert_of(self, proxy: str) -> str:
         """The name of the arm whose tuned model is the proxy's expert; empty if there is none, or more than one candidate."""
@@ -348,13 +452,18 @@ class Study(Strict):
         experts = [name for name, other in self.arms.items() if other.kind == "expert"]
         return (arm.expert if isinstance(arm, Proxy) else None) or (experts[0] if len(experts) == 1 else "")
 
-    def _settings_of(self, name: str) -> dict[str, ArmSetting]:
+    def rows_of(self, name: str) -> dict[str, ArmSetting]:
+        """The rows of one arm by label."""
         arm = self.arms[name]
+        if isinstance(arm, Selecting) and arm.select is not None:
+            return {name: ArmSetting(name, arm.kind, name)}
+        if isinstance(arm, Swept):
+            return {label: ArmSetting(name, arm.kind, name, value) for label, (value, _) in arm.settings(name).items()}
         if isinstance(arm, Proxy):
-            return {label_of(name, alpha): ArmSetting(name, "proxy", alpha) for alpha in arm.alpha}
-        if isinstance(arm, Direct) and arm.select is None:
-            return {label: ArmSetting(name, "direct", value) for label, (value, _) in arm.settings(name).items()}
-        return {name: ArmSetting(name, arm.kind)}
+            expert = self.expert_of(name)
+            families = {row: name + row.removeprefix(expert) for row in self.rows_of(expert)}
+            return {label_of(family, alpha): ArmSetting(name, "proxy", family, alpha, row) for row, family in families.items() for alpha in arm.alpha}
+        return {name: ArmSetting(name, arm.kind, name)}
 
 
 def with_seeds(study: Study, count: int) -> Study:
@@ -387,8 +496,9 @@ def expanded(name: str) -> Path:
     return Path(os.path.expanduser(name))
 
 
-def load_study(path: Path | None) -> tuple[Study, Path]:
-    """Reads a study file (None: the default study) and returns it with the folder that its paths are relative to.
+def load_study(path: Path | None, *, select_again: bool = False) -> tuple[Study, Path]:
+    """Reads a study file (None: the default study) and returns it with the folder that its paths are relative to. With `select_again` without what
+    was selected beforehand, which may no longer fit.
 
     Raises `UserError` with the field, the rule and the value for a file that is missing, is not YAML or breaks a rule.
     """
@@ -403,6 +513,8 @@ def load_study(path: Path | None) -> tuple[Study, Path]:
         raise UserError(f"study: '{path}' cannot be read as YAML ({reason}); see evals/studies for examples") from error
     if not isinstance(content, dict):
         raise UserError(f"study: '{path}' must hold keys and values, not {type(content).__name__}; see evals/studies for examples")
+    if select_again:
+        content.pop("selected", None)
     try:
         return Study.model_validate(modernized(content)), path.parent
     except ValidationError as error:
@@ -428,7 +540,7 @@ def explain_invalid(error: ValidationError, known: Sequence[str] = ()) -> str:
 
 
 def _known_keys() -> list[str]:
-    models: tuple[type[BaseModel], ...] = (Study, Models, Data, Base, Expert, Proxy, Direct, Match, Tuning, EarlyStopping)
+    models: tuple[type[BaseModel], ...] = (Study, Models, Data, Base, Expert, Proxy, Direct, Match, Selected, Tuning, EarlyStopping)
     return sorted({name for model in models for name in model.model_fields})
 
 
@@ -451,4 +563,4 @@ def run(study: "Study | Path", out: Path, *, jobs: int | None = 1) -> "Results":
     loaded, folder = (study, Path()) if isinstance(study, Study) else load_study(study)
     with Display() as display:
         finished = run_study(loaded, folder, out, display, jobs=jobs)
-    return summarize(loaded, finished.records, finished.costs)
+    return summarize(loaded, finished.records, finished.costs, finished.choices)

@@ -21,7 +21,7 @@ from probes.internals.blocks import BLOCKS
 from probes.verdict import measured, state
 
 KINDS = {"base": "base", "expert": "expert", "proxy@1": "proxy", "full": "direct", "lora": "direct"}
-HEADER = Header("small", (0,), ("tiny",), "base", KINDS, "full")
+HEADER = Header("small", (0,), ("tiny",), "base", KINDS, ("full",))
 STATES, LAYERS = 5, 4
 EMPTY: dict[str, Any] = {
     "density": DensityFound((), (), (), (), ()),

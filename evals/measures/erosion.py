@@ -22,6 +22,7 @@ from evals.measures.restoration import restored_by_seed
 from evals.measures.states import layers_of
 from evals.results.header import Header
 from evals.results.recorded import Recorded
+from evals.selection import Choices, recorded
 from evals.statistics.estimates import intervals, means_by_unit
 from evals.statistics.intervals import LEVEL, interval
 from evals.statistics.value import Value
@@ -81,7 +82,7 @@ class Erosion(Measure[ErosionFound]):
 
     def summarize(self, records: Recorded, settings: Settings) -> ErosionFound:
         base = records.study.base_arm
-        arms = [arm for arm in records.arms("states") if arm != base and not _is_control(records.study, arm)]
+        arms = [arm for arm in records.arms("states") if arm in records.study.rows and arm != base and not _is_control(records.study, arm)]
         return ErosionFound(tuple(_judge(records, arm) for arm in arms))
 
     def tables(self, summary: ErosionFound, header: Header) -> list[Table]:
@@ -187,10 +188,14 @@ def _clause(records: Recorded, name: str, seeds: Sequence[np.ndarray], one: int,
 
 
 def _tuning(study: Study, label: str) -> tuple[Direct, Tuning | None]:
-    point = study.arm_settings[label]
+    """An arm and its tuning: the one that was selected beforehand, or its first candidate if it is selected in every run."""
+    point = study.rows[label]
     arm = study.arms[point.arm]
     assert isinstance(arm, Direct)
-    return arm, arm.tuning if arm.select is not None else arm.settings(point.arm)[label][1]
+    choices = recorded(study) or Choices()
+    if point.arm in choices:
+        return arm, choices[point.arm].tuning
+    return arm, arm.tuning if arm.select is not None else arm.settings(point.arm)[label][1].tuning
 
 
 def _is_control(study: Study, label: str) -> bool:

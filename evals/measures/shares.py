@@ -49,9 +49,12 @@ def in_bucket(label: str) -> Select:
 def estimate_shares(records: Recorded, frame: str, select: Select = can_be_known) -> Estimate:
     """The share of right answers over the selected items' units, jointly for all arms that have the frame."""
     seeds = records.by_seed(frame)
-    means = [np.stack([_unit_means(of_arm[select(of_arm)]) for of_arm in seed]) for seed in seeds]
+    arms, places = records.distinct(frame)
+    chosen = [records.arms(frame).index(arm) for arm in arms]
+    means = [np.stack([_unit_means(seed[place][select(seed[place])]) for place in chosen]) for seed in seeds]
     strata = [levels(seed[0][select(seed[0])]) for seed in seeds]
-    return bootstrap_means(means, shares=True, strata=strata, same_units=records.study.same_items)
+    value, draws = bootstrap_means(means, shares=True, strata=strata, same_units=records.study.same_items)
+    return Estimate(value[places], draws[places])
 
 
 def counts(frames: Sequence[pd.DataFrame], select: Select) -> dict[str, Any]:

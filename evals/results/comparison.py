@@ -3,41 +3,46 @@
 Each measure declares whether it is a gain or what may be lost (`Measure.role`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from evals.display.cells import Columns, Table, cell
+from evals.display.cells import Columns, Table, cell, table
 from evals.display.chart import Axis, Chart, Panel, Series, all_scaled
 from evals.measures.measure import Share
 from evals.measures.registry import measures
 from evals.measures.shares import DIFFERENCE, can_be_known
 from evals.results.header import Header
 from evals.results.recorded import Recorded
+from evals.selection import Choice, Choices
 from evals.statistics.frontier import on_frontier
 from evals.statistics.intervals import Estimate, gap_closed, interval
 from evals.statistics.power import minimum_detectable_effect
 from evals.statistics.significance import holm, mcnemar
 from evals.statistics.value import Value, finite, value_of
-from evals.study import Study
+from evals.study import Run, Study
 
 Row = dict[str, Any]
-PARTS = ("gap_closed", "against_direct", "contrasts", "frontier")
+PARTS = ("gap_closed", "against_direct", "contrasts", "frontier", "selections")
+SHOWN = 6  # validation scores in a cell
 
 
-def compare(records: Recorded) -> dict[str, list[Row]]:
+def compare(records: Recorded, choices: Mapping[Run, Choices] | None = None) -> dict[str, list[Row]]:
     """The rows of `PARTS`. Each row names the arm and the measure; numbers are `value`, `low`, `high`.
 
     `gap_closed`: (arm - base) / (direct - base), uncapped and `capped` at 1; None where direct - base is within noise. `against_direct`: arm minus
-    direct. `contrasts`: the study's pairs, with McNemar's p, uncorrected and corrected for all contrasts of the measure, and the least
-    difference that this number of items detects four times in five. `frontier`: each arm's gain and knowledge kept (arm minus base), whether no
-    other arm is at least as good at both and better at one, and in what share of the intervals' draws this is so.
+    direct. Each of these rows names its reference in `direct`; those with the study's main reference come first. `contrasts`: the study's pairs,
+    with McNemar's p, uncorrected and corrected for all contrasts of the measure, and the least difference that this number of items detects four
+    times in five. `frontier`: each arm's gain and knowledge kept (arm minus base), whether no other arm is at least as good at both and better at
+    one, and in what share of the intervals' draws this is so; the row `direct` is another arm's, and not among them. `selections`: what was
+    selected for each arm, in which runs, with the candidates' validation scores.
     """
     study = records.study
     arms = list(study.arm_settings)
-    found: dict[str, list[Row]] = {part: [] for part in PARTS}
+    found: dict[str, list[Row]] = {part: [] for part in PARTS} | {"selections": _selections(study, choices or {})}
     shares: dict[str, tuple[str, Estimate]] = {}
     for name in study.measures:
         measure = measures()[name]
@@ -45,10 +50,13 @@ def compare(records: Recorded) -> dict[str, list[Row]]:
         if measure.role is None or share is None:
             continue
         shares.setdefault(measure.role, (name, share.estimate))
-        found["against_direct"] += _against_direct(study, arms, name, share.estimate)
+        for direct in study.references:
+            found["against_direct"] += _against_direct(arms, direct, name, share.estimate)
+            if measure.role == "gain":
+                found["gap_closed"] += _gaps(study, arms, direct, name, share.estimate)
         found["contrasts"] += _contrasts(study, arms, name, share)
-        if measure.role == "gain":
-            found["gap_closed"] += _gaps(study, arms, name, share.estimate)
+    for part in ("gap_closed", "against_direct"):
+        found[part].sort(key=lambda row: study.references.index(row["direct"]))
     if {"gain", "kept"} <= set(shares):
         found["frontier"] = _frontier(study, shares["gain"], shares["kept"])
     return found
@@ -63,14 +71,12 @@ def _difference(estimate: Estimate, arm: int, other: int) -> Row:
     return _numbers(value_of(interval(estimate.value[arm] - estimate.value[other], estimate.draws[arm] - estimate.draws[other], DIFFERENCE)))
 
 
-def _against_direct(study: Study, arms: Sequence[str], measure: str, estimate: Estimate) -> list[Row]:
-    if study.direct_arm is None:
-        return []
-    direct = arms.index(study.direct_arm)
+def _against_direct(arms: Sequence[str], direct: str, measure: str, estimate: Estimate) -> list[Row]:
+    place = arms.index(direct)
     return [
-        {"arm": arm, "direct": study.direct_arm, "measure": measure} | _difference(estimate, position, direct)
+        {"arm": arm, "direct": direct, "measure": measure} | _difference(estimate, position, place)
         for position, arm in enumerate(arms)
-        if position != direct
+        if position != place
     ]
 
 
@@ -94,33 +100,45 @@ def _contrasts(study: Study, arms: Sequence[str], measure: str, share: Share) ->
     ]
 
 
-def _gaps(study: Study, arms: Sequence[str], measure: str, estimate: Estimate) -> list[Row]:
-    if study.direct_arm is None:
-        return []
-    base, direct = arms.index(study.base_arm), arms.index(study.direct_arm)
+def _gaps(study: Study, arms: Sequence[str], direct: str, measure: str, estimate: Estimate) -> list[Row]:
+    base, place = arms.index(study.base_arm), arms.index(direct)
     rows = []
     for position, arm in enumerate(arms):
-        if position not in (base, direct):
-            gap = gap_closed(estimate, position, base, direct)
+        if position not in (base, place):
+            gap = gap_closed(estimate, position, base, place)
             closed = Value(None) if gap is None else value_of(gap)
             capped = None if closed.value is None else min(closed.value, 1.0)
-            rows.append({"arm": arm, "measure": measure} | _numbers(closed) | {"capped": capped})
+            rows.append({"arm": arm, "direct": direct, "measure": measure} | _numbers(closed) | {"capped": capped})
     return rows
 
 
 def _frontier(study: Study, gains: tuple[str, Estimate], kepts: tuple[str, Estimate]) -> list[Row]:
     (gain_measure, gain), (kept_measure, kept) = gains, kepts
-    now, draws = on_frontier(gain.value, kept.value), on_frontier(gain.draws, kept.draws)
-    base = list(study.arm_settings).index(study.base_arm)
+    own = len(study.rows)  # without the row `direct`, which is the last
+    now, draws = on_frontier(gain.value[:own], kept.value[:own]), on_frontier(gain.draws[:own], kept.draws[:own])
+    base = list(study.rows).index(study.base_arm)
     return [
-        {"arm": label, "family": setting.arm, "setting": setting.value, "on_frontier": bool(now[position])}
+        {"arm": label, "family": setting.family, "setting": setting.value, "on_frontier": bool(now[position])}
         | {"share_of_draws": _share_of_draws(draws[position], bool(now[position]))}
         | {
             "gain": {"measure": gain_measure} | _difference(gain, position, base),
             "kept": {"measure": kept_measure} | _difference(kept, position, base),
         }
-        for position, (label, setting) in enumerate(study.arm_settings.items())
+        for position, (label, setting) in enumerate(study.rows.items())
     ]
+
+
+def _selections(study: Study, choices: Mapping[Run, Choices]) -> list[Row]:
+    """One row for each arm that selects and each run; one for each arm if its setting was selected beforehand, on families of `seeds`."""
+    selected = study.selected
+    runs = [(run.world, run.seed, chosen) for run, chosen in choices.items()]
+    if selected is None:
+        return [_selection(choice, [] if world is None else [world], [seed]) for world, seed, chosen in runs for choice in chosen.values()]
+    return [_selection(choice, list(selected.worlds), list(selected.seeds)) | {"beforehand": True} for choice in runs[0][2].values()] if runs else []
+
+
+def _selection(choice: Choice, worlds: list[str], seeds: list[int]) -> Row:
+    return {"arm": choice.arm, "chosen": choice.label, "worlds": worlds, "seeds": seeds, "beforehand": False, "scores": dict(choice.scores)}
 
 
 def _share_of_draws(draws: np.ndarray, now: bool) -> float:
@@ -132,24 +150,27 @@ def _share_of_draws(draws: np.ndarray, now: bool) -> float:
 # What is shown
 
 
-def with_comparison(table: Table, measure: str, compared: dict[str, list[Row]]) -> Table:
+def with_comparison(shown: Table, measure: str, compared: dict[str, list[Row]]) -> Table:
     """A measure's table by arm, with columns for the gap closed and the difference from the direct arm."""
     columns: Columns = {}
-    gaps = [row for row in compared["gap_closed"] if row["measure"] == measure]
-    if gaps:
-        columns["gap closed"] = {row["arm"]: cell(_value(row), 100) for row in gaps}
-        columns["capped"] = {row["arm"]: "" if row["capped"] is None else f"{row['capped'] * 100:.1f}" for row in gaps}
-    for row in compared["against_direct"]:
-        if row["measure"] == measure:
-            columns.setdefault(f"Δ vs {row['direct']}", {})[row["arm"]] = cell(_value(row), 100)
-    arms = table.frame.iloc[:, 0]
-    frame = table.frame.assign(**{name: [cells.get(arm, "") for arm in arms] for name, cells in columns.items()})
-    note = " Gap closed = (arm - base) / (direct - base); n/a where direct - base is within noise." if gaps else ""
-    return Table(table.title, frame, f"{table.note}{note}")
+    against = [row for row in compared["against_direct"] if row["measure"] == measure]
+    references = list(dict.fromkeys(row["direct"] for row in against))
+    for direct in references:
+        gaps = [row for row in compared["gap_closed"] if (row["measure"], row["direct"]) == (measure, direct)]
+        if gaps:
+            columns["gap closed" if len(references) == 1 else f"gap closed (vs {direct})"] = {row["arm"]: cell(_value(row), 100) for row in gaps}
+        if gaps and len(references) == 1:
+            columns["capped"] = {row["arm"]: "" if row["capped"] is None else f"{row['capped'] * 100:.1f}" for row in gaps}
+        columns[f"Δ vs {direct}"] = {row["arm"]: cell(_value(row), 100) for row in against if row["direct"] == direct}
+    arms = shown.frame.iloc[:, 0]
+    frame = shown.frame.assign(**{name: [cells.get(arm, "") for arm in arms] for name, cells in columns.items()})
+    closed = any(row["measure"] == measure for row in compared["gap_closed"])
+    note = " Gap closed = (arm - base) / (direct - base); n/a where direct - base is within noise." if closed else ""
+    return Table(shown.title, frame, f"{shown.note}{note}")
 
 
 def comparison_tables(compared: dict[str, list[Row]]) -> list[Table]:
-    return [*_frontier_table(compared["frontier"]), *_contrast_table(compared["contrasts"])]
+    return [*_frontier_table(compared["frontier"]), *_contrast_table(compared["contrasts"]), *_selection_table(compared["selections"])]
 
 
 def comparison_charts(compared: dict[str, list[Row]], header: Header) -> Iterator[Chart]:
@@ -215,3 +236,26 @@ def _contrast_table(rows: Sequence[Row]) -> list[Table]:
             frame[f"detectable, {measure}"] = ["" if row["detectable"] is None else f"{row['detectable'] * 100:.1f}" for row in tests]
     note = "Paired differences in percentage points, 95 % intervals; p by McNemar's exact test (in parentheses: Holm's correction for all contrasts)"
     return [Table("Contrasts", frame, f"{note}; detectable: the least difference that this number of items detects four times in five.")]
+
+
+def _selection_table(rows: Sequence[Row]) -> list[Table]:
+    """What was selected for each arm, in how many runs, and the best candidates' mean scores."""
+    columns: Columns = {"selected": {}, "validation scores": {}}
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        of_arm = [row for row in rows if row["arm"] == arm]
+        counts = Counter(row["chosen"] for row in of_arm)
+        times = [f"{label} ({count} of {len(of_arm)})" if len(of_arm) > 1 else label for label, count in counts.most_common()]
+        means = {label: float(np.mean([row["scores"][label] for row in of_arm])) for label in of_arm[0]["scores"]}
+        best = sorted(means, key=means.__getitem__, reverse=True)
+        more = f", and {len(best) - SHOWN} lower" if len(best) > SHOWN else ""
+        columns["selected"][arm] = ", ".join(times)
+        columns["validation scores"][arm] = ", ".join(f"{label} {means[label] * 100:.1f}" for label in best[:SHOWN]) + more
+    if rows and rows[0]["beforehand"]:
+        worlds, seeds = (", ".join(map(str, rows[0][part])) for part in ("worlds", "seeds"))
+        where = f"beforehand, on families of {worlds} with the seeds {seeds}, which are in no table"
+        costs = "Scores are means over these families. The trials are not among the costs."
+    else:
+        where = "in every run by itself, on items that are held out of the trials' tuning"
+        costs = "Scores are means over the runs. The trials are among the costs."
+    note = f"Settings were selected {where}; test items were not used. Per cent right. {costs}"
+    return table("Selected on validation items", columns["selected"], columns, note)

@@ -52,7 +52,7 @@ def cost_table(counted: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[
             frame[title] = [_amount(found.get(arm), scale) for arm in frame["arm"]]
     for title, name in (("FLOPs a token, x base", "flops_a_token"), ("bytes a token, x base", "bytes_a_token")):
         frame[title] = [f"{row[name] / base[name]:.2f}" for row in counted]
-    note = "Tuning: means over seeds; the expert and the trials of a selected setting are included; FLOPs by formula (see finetune/flops.py). "
+    note = "Tuning: means over seeds; the expert and the trials of settings selected in these runs are included; FLOPs as in finetune/flops.py. "
     return [Table("Cost", frame, f"{note}Per token: weights multiplied by and read in decoding, relative to the base alone.")]
 
 

@@ -8,15 +8,15 @@ from evals.study import Study
 
 @dataclass(frozen=True)
 class Header:
-    """The study's name, seeds and worlds (none if it has its own data), the base's arm, the kind of every arm in the study's order, and the arm at
-    which the gap is closed."""
+    """The study's name, seeds and worlds (none if it has its own data), the base's arm, the kind of every arm in the study's order, and the arms at
+    which the gap is closed, the main one first."""
 
     study: str
     seeds: tuple[int, ...]
     worlds: tuple[str, ...]
     base: str
     kinds: dict[str, str]
-    direct: str | None = None
+    direct: tuple[str, ...] = ()
 
     @property
     def runs(self) -> int:
@@ -40,4 +40,4 @@ class Header:
 
 def header_of(study: Study) -> Header:
     kinds = {label: setting.kind for label, setting in study.arm_settings.items()}
-    return Header(study.study, study.seeds, study.worlds, study.base_arm, kinds, study.direct_arm)
+    return Header(study.study, study.seeds, study.worlds, study.base_arm, kinds, study.references)

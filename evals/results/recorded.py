@@ -39,6 +39,16 @@ class Recorded:
         """The arms that have the frame, in the study's order."""
         return [arm for arm in self.study.arm_settings if self.has(frame, arm)]
 
+    def distinct(self, frame: str) -> tuple[list[str], list[int]]:
+        """The arms that have the frame, of arms with the very same records only the first, and for each arm of `arms` its place among these.
+
+        The row `direct` has the records of the arm that was selected. If that is one arm in every run, both are one series of values.
+        """
+        same = [tuple(map(id, self(frame, arm))) for arm in self.arms(frame)]
+        places = {ids: place for place, ids in enumerate(dict.fromkeys(same))}
+        first = dict(zip(reversed(same), reversed(self.arms(frame)), strict=True))
+        return [first[ids] for ids in places], [places[ids] for ids in same]
+
     def by_seed(self, frame: str) -> list[list[pd.DataFrame]]:
         """For every run, the frames of all arms that have the frame."""
         return [list(of_arms) for of_arms in zip(*(self(frame, arm) for arm in self.arms(frame)), strict=True)]

@@ -1,7 +1,7 @@
 """From records to results: every measure's summary and the comparison across measures, in one object from which tables, figures and JSON are made."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,21 @@ from evals.results.comparison import PARTS, Row, compare, comparison_charts, com
 from evals.results.costs import Costs, cost_table, counted_costs, measured_costs
 from evals.results.header import Header, header_of
 from evals.results.recorded import Recorded
-from evals.study import Study
+from evals.selection import Choices
+from evals.study import Run, Study
 from proxytune.content import as_json
 from proxytune.errors import UserError, brief
 from proxytune.files import check_readable
 
-SCHEMA = 2  # of results.json
+SCHEMA = 3  # of results.json
 DIGITS = 6  # to which results.json is rounded
 
 
 @dataclass(frozen=True)
 class Results:
     """`header`: the study; `measures`: each measure's summary by name; `rows`: shares, and what was forgotten, one row per arm and measure;
-    `compared`: gap closed, differences and frontier (see `comparison`); `costs`: costs that are counted; `measured`: costs that a machine measured.
+    `compared`: gap closed, differences, frontier and selections (see `comparison`); `costs`: costs that are counted; `measured`: costs that a machine
+    measured.
     """
 
     header: Header
@@ -46,12 +48,12 @@ class Results:
         return as_json(_rounded(content))
 
 
-def summarize(study: Study, records: Sequence[Record], costs: Costs) -> Results:
-    """The results of a study's records. Raises `UserError` if records of one frame were asked differently."""
+def summarize(study: Study, records: Sequence[Record], costs: Costs, choices: Mapping[Run, Choices] | None = None) -> Results:
+    """The results of a study's records; `choices` is what its runs selected. Raises `UserError` if records of a frame were asked differently."""
     recorded = Recorded(study, records)
     summaries = {name: recorded.summary(name) for name in study.measures}
     rows = [row for name, summary in summaries.items() for row in measures()[name].rows(summary)]
-    return Results(header_of(study), summaries, rows, compare(recorded), counted_costs(costs), measured_costs(costs))
+    return Results(header_of(study), summaries, rows, compare(recorded, choices), counted_costs(costs), measured_costs(costs))
 
 
 def read_results(path: Path) -> Results:

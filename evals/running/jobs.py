@@ -16,11 +16,11 @@ from evals.measures.measure import Reading
 from evals.measures.registry import measures
 from evals.measures.subjects import Outputs, Pair
 from evals.records import has_record, read_record, write_record
-from evals.running.costs import serving_cost, tuning_cost, with_trials
+from evals.running.costs import serving_cost, tuning_cost
 from evals.running.plan import Job
 from evals.running.progress import Display
-from evals.selection import Choice, score_of, select, trial_data, trial_study
-from evals.study import Direct, Run, Study
+from evals.selection import Choices, choose, recorded, score_of, trial_data, trial_study
+from evals.study import Run, Study
 from probes.internals.blocks import check_same_shape
 from probes.world.family import build_family, find_family
 from proxytune.content import content_key
@@ -60,7 +60,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Read:
-    """The outcome of a reading job: its records, and the costs of its arms."""
+    """The outcome of a reading job: its records, and the costs of its arms, without trials."""
 
     entries: tuple[Entry, ...]
     costs: Mapping[str, Mapping[str, Any]]
@@ -77,9 +77,10 @@ def perform(job: Job, place: Place, outcomes: Outcomes, display: Display) -> Any
             build_family(job.run.world, job.run.seed, place.worlds, display)
         return None
     if job.kind == "select":
-        choice = select_from(job, place, outcomes)
-        display.say(f"{job.run} · {choice}")
-        return choice
+        choices = select_from(job, place, outcomes)
+        for choice in choices.values():
+            display.say(f"{job.run} · {choice}")
+        return choices
     inputs = inputs_of(place, job)
     if job.kind == "tune":
         return _tune(job, place, inputs.data, outcomes, display)
@@ -105,15 +106,18 @@ def _inputs(study_as_json: str, folder: Path, worlds: Path, run: Run, trial: boo
     return Inputs(study, trial_data(study, data, run.seed) if trial else data, run.seed)
 
 
-def select_from(job: Job, place: Place, outcomes: Outcomes) -> Choice:
-    """The setting that the validation items select for the job's arm."""
-    assert job.group is not None
-    arm = place.study.arms[job.group.arm]
-    assert isinstance(arm, Direct)
+def select_from(job: Job, place: Place, outcomes: Outcomes) -> Choices:
+    """The settings that the validation items select in the job's run."""
     reads = [outcomes[name] for name in job.waits]
     scores = {entry.arm: score_of(frame_of(place, entry)) for read in reads for entry in read.entries}
     costs = {label: cost for read in reads for label, cost in read.costs.items()}
-    return select(arm, job.group.arm, scores, costs)
+    return choose(place.study, scores, costs)
+
+
+def choices_of(job: Job, study: Study, outcomes: Outcomes) -> Choices:
+    """What was selected beforehand, or by the selection that the job waits for; empty if the job needs none."""
+    found = (outcomes[name] for name in job.waits)
+    return recorded(study) or next((outcome for outcome in found if isinstance(outcome, Choices)), Choices())
 
 
 def frame_of(place: Place, entry: Entry) -> Any:
@@ -126,7 +130,8 @@ def frame_of(place: Place, entry: Entry) -> Any:
 
 def tuning_of(job: Job, outcomes: Outcomes) -> Any:
     """The recipe of a tuning job: from the study, or from the selection that it waits for."""
-    return job.tuning or next(choice for name in job.waits if isinstance(choice := outcomes[name], Choice)).tuning
+    assert job.group is not None
+    return job.tuning or next(outcome for name in job.waits if isinstance(outcome := outcomes[name], Choices))[job.group.arm].tuning
 
 
 def _tune(job: Job, place: Place, data: StudyData, outcomes: Outcomes, display: Display) -> Weights:
@@ -157,8 +162,7 @@ def _read(job: Job, place: Place, inputs: Inputs, outcomes: Outcomes, display: D
         entries += _take(reading, subject, inputs, job, place, display)
         costs |= costs_of(subject)
         del subject  # frees its memory for what is loaded next
-    trials = [choice.trials for choice in outcomes.values() if isinstance(choice, Choice)]
-    return Read(tuple(entries), {arm: with_trials(cost, trials[0]) if trials else cost for arm, cost in costs.items()})
+    return Read(tuple(entries), costs)
 
 
 def opened(job: Job, place: Place, inputs: Inputs, outcomes: Outcomes, display: Display) -> Iterator[tuple[Reading, Outputs | Pair]]:
@@ -169,12 +173,13 @@ def opened(job: Job, place: Place, inputs: Inputs, outcomes: Outcomes, display: 
     readings = readings_of(inputs)
     outer = [reading for reading in readings if reading.subject is Outputs]
     inner = [reading for reading in readings if reading.subject is Pair and group.kind != "expert"]
-    weights = members_of(study, group, inputs.data, tuned, any(reading.beside_base for reading in outer))
+    mixtures = mixtures_of(study, group, choices_of(job, study, outcomes))
+    weights = members_of(group, mixtures, inputs.data, tuned, any(reading.beside_base for reading in outer))
     members: dict[str, Member] = {}
     if outer:
         with display.bar(f"{job.run} · loading {', '.join(weights)}", None):
             members = load_members(weights, prepacked=True)
-        subject = Outputs(members, weights, mixtures_of(study, group))
+        subject = Outputs(members, weights, mixtures)
         for reading in outer:
             yield reading, subject
         del subject
@@ -258,8 +263,9 @@ def keys_of(reading: Reading, subject: Outputs | Pair, inputs: Inputs) -> dict[t
 
 
 def missing_of(keys: Mapping[tuple[str, str], str], place: Place) -> list[tuple[str, str]]:
-    """The arm and frame of each record that is missing."""
-    return [of for of, key in keys.items() if not has_record(place.records, key)]
+    """The arm and frame of each record that is missing. Arms that are the same mixture have one record, which is the first one's."""
+    first = {key: of for of, key in reversed(list(keys.items()))}
+    return [of for of, key in keys.items() if first[key] == of and not has_record(place.records, key)]
 
 
 def arms_of(records: Iterable[tuple[str, str]]) -> list[str]:

@@ -2,16 +2,16 @@
 
 For each run (a seed, in a world): find or pretrain the family; tune each model; load each group of arms and read it. A setting that is
 selected on validation items adds its trials (tunings without the validation items, and readings of the task on them) and a `select` job, for
-which the arm's own tuning waits.
+which the arm's own tuning waits (a proxy's reading, if its strength is selected). Settings that were selected beforehand need no trials.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from evals.arms import Group, groups, tunings
-from evals.selection import trial_study
-from evals.study import Direct, Run, Study
+from evals.arms import Group, groups, selected_strengths, tunings
+from evals.selection import selects_here, trial_study
+from evals.study import Run, Study
 from finetune.recipe import Tuning
 
 Kind = Literal["family", "tune", "select", "read"]
@@ -46,37 +46,31 @@ def _of_run(study: Study, run: Run) -> Iterator[Job]:
         family = Job(f"{run} · family", "family", run)
         yield family
         begin = (family.name,)
-    selecting = {name: arm for name, arm in study.arms.items() if isinstance(arm, Direct) and arm.select is not None}
-    if selecting:
+    selection: tuple[str, ...] = ()
+    if selects_here(study):
         trials = list(_measured(trial_study(study), run, begin, trial=True))
         yield from trials
-        waits = tuple(job.name for job in trials if job.kind == "read")
-        yield from (Job(_select(run, name), "select", run, waits, group=Group("direct", name, name)) for name in selecting)
-    yield from _measured(study, run, begin, trial=False)
+        select = Job(f"{run} · select", "select", run, tuple(job.name for job in trials if job.kind == "read"))
+        yield select
+        selection = (select.name,)
+    yield from _measured(study, run, begin, selection, trial=False)
 
 
-def _measured(study: Study, run: Run, begin: tuple[str, ...], *, trial: bool) -> Iterator[Job]:
-    """A tuning job for each different tuning, then a reading job for each group.
-
-    The reading of a selected setting waits for its selection too, whose trials count among the arm's costs.
-    """
+def _measured(study: Study, run: Run, begin: tuple[str, ...], selection: tuple[str, ...] = (), *, trial: bool) -> Iterator[Job]:
+    """A tuning job for each different tuning, then a reading job for each group. `selection` is what selected settings wait for."""
     tuned: dict[tuple[object, ...], str] = {}
-    before: dict[Group, tuple[str, ...]] = {}
+    made: dict[Group, str] = {}
     for group, tuning in tunings(study):
-        selection = () if tuning is not None else (_select(run, group.arm),)
-        job = Job(_named(run, "tune", group, trial), "tune", run, (*begin, *selection), trial, group, tuning)
+        job = Job(_named(run, "tune", group, trial), "tune", run, begin if tuning is not None else (*begin, *selection), trial, group, tuning)
         same = (group.kind, tuning) if tuning is not None else (group.kind, group.label)
         if same not in tuned:
             yield job
-        before[group] = (tuned.setdefault(same, job.name), *selection)
+        made[group] = tuned.setdefault(same, job.name)
     for group in groups(study):
-        waits = before.get(group, begin)
-        yield Job(_named(run, "read", group, trial), "read", run, waits, trial, group, tuned=waits[0] if group in before else None)
+        waits = (made[group],) if group in made else begin
+        waits += selection if selected_strengths(study, group) else ()
+        yield Job(_named(run, "read", group, trial), "read", run, waits, trial, group, tuned=made.get(group))
 
 
 def _named(run: Run, kind: Kind, group: Group, trial: bool) -> str:
     return f"{run} · {'trial · ' if trial else ''}{kind} {group.label}"
-
-
-def _select(run: Run, arm: str) -> str:
-    return f"{run} · select {arm}"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import wait as wait_for
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -26,10 +26,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from evals.data import data_for
 from evals.records import Record
+from evals.running.costs import with_trials
 from evals.running.jobs import Place, Read, forget_inputs, frame_of, perform
 from evals.running.plan import Job, plan
 from evals.running.progress import Display, Forwarded, forwarding
-from evals.study import Run, Study
+from evals.selection import Choices, recorded, trials_of
+from evals.study import DIRECT, Run, Study
 from proxytune.errors import UserError
 
 SMALL = 100_000_000  # parameters of all members together, up to which jobs run in parallel
@@ -38,10 +40,11 @@ LOCK = ".running"
 
 @dataclass(frozen=True)
 class Finished:
-    """All records in the study's order, and every arm's costs, one entry per run."""
+    """All records in the study's order, every arm's costs, one entry per run, and what was selected in every run (empty if nothing was)."""
 
     records: list[Record]
     costs: dict[str, list[Mapping[str, Any]]]
+    choices: dict[Run, Choices]
 
 
 def run_study(study: Study, folder: Path, out: Path, display: Display, *, jobs: int | None = None, patient: bool = False) -> Finished:
@@ -79,25 +82,33 @@ def _run(place: Place, todo: Sequence[Job], display: Display, jobs: int | None) 
     work = _here(place, ended, display) if workers == 1 else _in_processes(place, ended, display, workers)
     with work as start:
         _work_off(todo, start, ended, outcomes, workers)
-    reads = [outcomes[job.name] for job in todo if job.kind == "read" and not job.trial]
-    records = [
-        Record(entry.arm, entry.frame, entry.run.world, entry.run.seed, entry.protocol, frame_of(place, entry))
-        for read in reads
-        for entry in read.entries
-    ]
+    before = recorded(study)
+    choices = dict.fromkeys(study.runs, before) if before else {job.run: outcomes[job.name] for job in todo if job.kind == "select"}
+    reads = [(job.run, outcomes[job.name]) for job in todo if job.kind == "read" and not job.trial]
+    entries = [entry for _, read in reads for entry in read.entries]
+    records = [Record(entry.arm, entry.frame, entry.run.world, entry.run.seed, entry.protocol, frame_of(place, entry)) for entry in entries]
+    if study.selects_direct:  # the same frames under another name
+        records += [
+            replace(record, arm=DIRECT) for entry, record in zip(entries, records, strict=True) if entry.arm == choices[entry.run][DIRECT].label
+        ]
     order = {arm: position for position, arm in enumerate(study.arm_settings)}
     frames = {frame: position for position, frame in enumerate(dict.fromkeys(record.frame for record in records))}
     runs = {run: position for position, run in enumerate(study.runs)}
     records.sort(key=lambda record: (frames[record.frame], order[record.arm], runs[Run(record.world, record.seed)]))
-    return Finished(records, _costs(reads, order))
+    return Finished(records, _costs(study, reads, choices), choices)
 
 
-def _costs(reads: Sequence[Read], order: Mapping[str, int]) -> dict[str, list[Mapping[str, Any]]]:
+def _costs(study: Study, reads: Sequence[tuple[Run, Read]], choices: Mapping[Run, Choices]) -> dict[str, list[Mapping[str, Any]]]:
+    """Every arm's costs, one entry per run, with those of the trials by which it was selected. The row `direct` costs what the selected arm costs
+    without its own trials, and the trials of all direct arms."""
     found: dict[str, list[Mapping[str, Any]]] = {}
-    for read in reads:
+    for run, read in reads:
+        chosen = choices.get(run, Choices())
         for arm, cost in read.costs.items():
-            found.setdefault(arm, []).append(cost)
-    return {arm: found[arm] for arm in sorted(found, key=order.__getitem__)}
+            for row in (arm, DIRECT) if DIRECT in chosen and chosen[DIRECT].label == arm else (arm,):
+                trials = trials_of(study, row, chosen)
+                found.setdefault(row, []).append(with_trials(cost, trials) if trials else cost)
+    return {arm: found[arm] for arm in study.arm_settings if arm in found}
 
 
 def workers_for(study: Study, parameters: int, wanted: int | None, most: int, say: Callable[[str], None]) -> int:

@@ -18,9 +18,9 @@ from evals.records import Record
 from evals.results.costs import Costs
 from evals.results.summary import Results, result_tables, summarize
 from evals.running.costs import serving_cost
-from evals.selection import score_of, select, trial_data, trial_study
+from evals.selection import choose, score_of, trial_data, trial_study
 from evals.statistics.frontier import on_frontier
-from evals.study import Direct, Run, Study
+from evals.study import Run, Study
 from finetune.items import hold_out
 from proxytune.errors import UserError
 from proxytune.member import Weights, load_members
@@ -89,14 +89,11 @@ def test_the_selection_is_made_on_held_out_items_and_tuned_with_all(finished: An
     inner, its = trial_study(study), trial_data(study, data, 0)
     given = {label: score_of(records["base", "task"].items.assign(right=scores.get(label, 0.0))) for label in inner.arm_settings}
     costs: dict[str, Mapping[str, Any]] = {label: {"of": label} for label in inner.arm_settings}
-    choices = {}
-    for name in ("lora-selected", "matched"):
-        arm = study.arms[name]
-        assert isinstance(arm, Direct)
-        choices[name] = select(arm, name, given, costs)
+    choices = choose(study, given, costs)
     assert {name: choice.label for name, choice in choices.items()} == {"lora-selected": "lora-selected@0.01", "matched": "matched@0.5"}
-    assert choices["lora-selected"].tuning.learning_rate == 1e-2
-    assert choices["matched"].tuning.epochs == 0.5
+    tunings = {name: choice.tuning for name, choice in choices.items() if choice.tuning is not None}
+    assert tunings["lora-selected"].learning_rate == 1e-2
+    assert tunings["matched"].epochs == 0.5
     assert [cost["of"] for cost in choices["matched"].trials] == ["matched@0.5", "matched@1"]
     assert str(choices["matched"]) == "matched: selected matched@0.5 by validation (matched@0.5 0.100, matched@1 0.600, proxy@0.5 0.200)"
     assert inner.measures == ("task",)
@@ -196,9 +193,10 @@ def changed(arm: str, **changes: Any) -> dict[str, Any]:
         (changed("lora", sweep={"learning_rate": [1e-3, -1]}), "greater than 0"),
         (changed("lora", tuning=LORA, sweep={"rank": [4, 2.5]}), "valid integer"),
         (changed("matched", sweep=None), "select needs a sweep"),
-        (changed("matched", select={"match": "lora-selected"}), "arms.matched.select.match: it must be one of .*, not 'lora-selected'"),
+        (changed("matched", select={"match": "nobody"}), "arms.matched.select.match: it must be one of expert, .*, not 'nobody'"),
+        (changed("matched", select={"match": "base"}), "arms.matched.select.match: it must be one of .*, not 'base'"),
         (changed("matched", select="lora-selected"), "should be 'best'"),
-        (changed("proxy", expert="lora"), "arms.proxy: its expert must name one arm"),
+        (changed("proxy", expert="base"), "arms.proxy: its expert must name one arm"),
         (changed("proxy", expert=None), "arms.proxy: its expert must name one arm"),
         (STUDY | {"direct": "lora"}, "with a sweep: arm@value"),
         (changed("large", kind="expert", tuning=TUNING) | {"direct": "nothing"}, "direct must name"),

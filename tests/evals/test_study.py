@@ -7,6 +7,7 @@ from helpers import GOOD, PLAIN_TUNING, changed, load
 from evals.arms import given_weights, groups, members_of, mixtures_of, tuning_summary
 from evals.data import StudyData
 from evals.running.plan import plan
+from evals.selection import Choices
 from evals.study import STUDIES, load_study
 from proxytune.errors import UserError
 from proxytune.member import Weights
@@ -15,7 +16,7 @@ from proxytune.member import Weights
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_studies_are_valid(path: Path) -> None:
     study, folder = load_study(path)
-    assert study.direct_arm is not None
+    assert study.references
     if study.data is not None:
         assert all((folder / name).exists() for name in (study.data.train, study.data.test, study.data.knowledge) if name)
 
@@ -86,7 +87,7 @@ def test_what_was_tuned_beforehand_needs_no_training_data_and_can_be_an_expert(t
     study = load(tmp_path, on_data({"knowledge": "k"}, ["knowledge"]))
     assert (study.data.train, study.data.test) == (None, None)
     assert list(study.arm_settings) == ["base", "large", "proxy@1"]
-    assert study.direct_arm == "large"
+    assert study.references == ("large",)
 
 
 @pytest.mark.parametrize(
@@ -116,8 +117,8 @@ def test_a_direct_arm_is_taken_from_its_folder_or_as_an_adapter_on_the_base(tmp_
     found = {}
     for group in groups(study):
         tuned = None if group.kind == "base" else given_weights(study, group, data, lora_family)
-        members = members_of(study, group, data, tuned, beside_base=False)
-        found |= {label: [members[name] for name in mixture if mixture[name]] for label, mixture in mixtures_of(study, group).items()}
+        members = members_of(group, mixtures_of(study, group, Choices()), data, tuned, beside_base=False)
+        found |= {label: [members[name] for name in mixture if mixture[name]] for label, mixture in mixtures_of(study, group, Choices()).items()}
     base = Weights(data.base)
     assert found == {
         "base": [base],

@@ -22,6 +22,7 @@ from evals.results.recorded import Recorded
 from evals.results.summary import Results, read_results, result_charts, result_tables, summarize
 from evals.running.jobs import keys_of, readings_of
 from evals.running.runner import Finished
+from evals.selection import choose
 from evals.statistics.value import Value
 from evals.study import Study
 from probes.verdict import RULE
@@ -310,3 +311,21 @@ def test_results_survive_json_and_their_figures_are_drawn(whole: Whole, reread: 
     for chart in charts:
         for path in draw_chart(chart, tmp_path):
             assert path.stat().st_size > 5_000, path.name
+
+
+def test_the_row_direct_is_shown_by_every_measure_as_the_arm_that_was_selected(whole: Whole, tmp_path: Path) -> None:
+    study = whole_study(whole.copy, direct=["best", "lora"])
+    records = [*whole.finished.records, *(replace(record, arm="direct") for record in whole.finished.records if record.arm == "full")]
+    costs = whole.finished.costs | {"direct": whole.finished.costs["full"]}
+    choices = {study.runs[0]: choose(study, {"base": 0.0, "full": 1.0, "lora": 0.5})}
+    results = summarize(study, records, costs, choices)
+    assert results.compared["selections"][0]["chosen"] == "full"
+    (tmp_path / "results.json").write_text(results.json())
+    assert read_results(tmp_path / "results.json").json() == results.json()
+    assert result_charts(results)
+    found = 0
+    for table in result_tables(replace(results, compared=results.compared | {"against_direct": [], "gap_closed": [], "selections": []})):
+        rows = {name: table.frame[table.frame.iloc[:, 0] == name].iloc[:, 1:].to_numpy().tolist() for name in ("direct", "full")}
+        assert rows["direct"] in ([], rows["full"]), table.title
+        found += rows["direct"] != []
+    assert found >= 5

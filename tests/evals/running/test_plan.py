@@ -99,9 +99,9 @@ def test_a_selection_waits_for_the_trials_and_its_own_tuning_for_the_selection()
         "matched@1",
     }
     reads = tuple(name for name in trials if jobs[name].kind == "read")
+    select = jobs["tiny, seed 0 · select"]
+    assert (select.kind, select.waits) == ("select", reads)
     for arm in ("best", "matched"):
-        select = jobs[f"tiny, seed 0 · select {arm}"]
-        assert (select.kind, select.waits) == ("select", reads)
         tune = jobs[f"tiny, seed 0 · tune {arm}"]
         assert (tune.tuning, tune.trial) == (None, False)
         assert select.name in tune.waits

@@ -29,8 +29,8 @@ from evals.running.outlook import look_at
 from evals.running.plan import plan
 from evals.running.progress import Display
 from evals.running.runner import LOCK, run_study, workers_for
-from evals.selection import Choice
-from evals.study import Study, load_study, run
+from evals.selection import Choice, Choices
+from evals.study import ArmSetting, Study, load_study, run
 from finetune.pretraining import Pretraining
 from finetune.recipe import Tuning
 from probes.world.recipes import RECIPES
@@ -353,10 +353,11 @@ def test_the_plan_says_what_is_there_and_writes_nothing(place: Path, unbroken: d
 
 
 def test_a_tuning_takes_the_selection_that_it_waits_for(place: Path) -> None:
-    """Whatever else has been selected by then."""
-    jobs = {job.name: job for job in plan(load_study(place / "study.yaml")[0])}
+    """Whatever has been selected in other runs by then."""
+    jobs = {job.name: job for job in plan(load_study(place / "study.yaml")[0].model_copy(update={"seeds": (0, 1)}))}
     tunings = {arm: Tuning(method="full", learning_rate=rate) for arm, rate in (("best", 1.0), ("matched", 2.0))}
-    outcomes = dict.fromkeys(jobs) | {f"seed 0 · select {arm}": Choice(arm, arm, tuning, {}, ()) for arm, tuning in tunings.items()}
+    chosen = Choices({arm: Choice(arm, arm, ArmSetting(arm, "direct", arm), tuning, {}) for arm, tuning in tunings.items()})
+    outcomes = dict.fromkeys(jobs) | {"seed 1 · select": Choices(), "seed 0 · select": chosen}
     assert {arm: tuning_of(jobs[f"seed 0 · tune {arm}"], outcomes) for arm in tunings} == tunings
     assert tuning_of(jobs["seed 0 · tune full"], outcomes) == Tuning(**TUNING)
 
