@@ -14,7 +14,7 @@ from yaml.constructor import ConstructorError
 from evals.measures.registry import measures
 from evals.older import modernized
 from finetune.encoding import check_prompt
-from finetune.recipe import LARGEST_SEED, EarlyStopping, Tuning
+from finetune.recipe import LARGEST_SEED, BiasTuning, EarlyStopping, Tuning
 from probes.world.recipes import RECIPES
 from proxytune.errors import UserError, brief, shortened
 from proxytune.files import check_readable
@@ -161,7 +161,26 @@ class Direct(Strict):
         return {label_of(name, value): (value, Tuning.model_validate(self.tuning.model_dump() | {setting: value})) for value in values}
 
 
-ArmSpec = Annotated[Base | Expert | Proxy | Direct, Field(discriminator="kind")]
+class LogitBias(Strict):
+    """The base with a vector over the vocabulary added to its logits at every step: fitted on data.train (`tuning`, which may be empty: {}), or one
+    that forbids words (`banned`), each of which must be one token of the base after a space."""
+
+    kind: Literal["logit_bias"]
+    tuning: BiasTuning | None = None
+    banned: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "LogitBias":
+        if (self.tuning is None) == (self.banned is None):
+            raise ValueError("give either tuning or banned")
+        return self
+
+    def settings(self, name: str) -> dict[str, tuple[float | None, BiasTuning | None]]:
+        """The one setting, as `Direct.settings` gives several."""
+        return {name: (None, self.tuning)}
+
+
+ArmSpec = Annotated[Base | Expert | Proxy | Direct | LogitBias, Field(discriminator="kind")]
 
 
 class ArmSetting(NamedTuple):
@@ -291,7 +310,7 @@ class Study(Strict):
             for field in sorted(need.partition(".")[0] for need in measures()[name].needs):
                 if getattr(self.data, field) is None:
                     raise ValueError(f"measure {name} needs data.{field}; give it")
-        tuned = [name for name, arm in self.arms.items() if isinstance(arm, Expert | Direct) and arm.tuning is not None]
+        tuned = [name for name, arm in self.arms.items() if isinstance(arm, Expert | Direct | LogitBias) and arm.tuning is not None]
         if self.data is not None and self.data.train is None and tuned:
             raise ValueError(f"arms.{tuned[0]}.tuning needs data.train; give it, or tune beforehand and give path")
         selecting = [f"arms.{name}.select" for name, arm in self.arms.items() if isinstance(arm, Direct) and arm.select is not None]
@@ -404,7 +423,7 @@ def explain_invalid(error: ValidationError, known: Sequence[str] = ()) -> str:
     first = next((entry for entry in error.errors() if entry["type"] == "extra_forbidden"), error.errors()[0])
     location = [shortened(str(part), 80) for part in first["loc"]]
     # pydantic adds the tag of a discriminated union (the arm's kind) to the location; the file has no such level.
-    if len(location) > 2 and location[0] == "arms" and location[2] in ("base", "expert", "proxy", "direct"):
+    if len(location) > 2 and location[0] == "arms" and location[2] in ("base", "expert", "proxy", "direct", "logit_bias"):
         del location[2]
     field = ".".join(location) or "study"
     if first["type"] == "extra_forbidden":
@@ -418,7 +437,7 @@ def explain_invalid(error: ValidationError, known: Sequence[str] = ()) -> str:
 
 
 def _known_keys() -> list[str]:
-    models: tuple[type[BaseModel], ...] = (Study, Models, Data, Base, Expert, Proxy, Direct, Match, Tuning, EarlyStopping)
+    models: tuple[type[BaseModel], ...] = (Study, Models, Data, Base, Expert, Proxy, Direct, Match, LogitBias, Tuning, BiasTuning, EarlyStopping)
     return sorted({name for model in models for name in model.model_fields})
 
 
