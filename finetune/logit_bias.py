@@ -8,6 +8,7 @@ covered: models that change their head's logits afterwards (a soft cap).
 """
 
 import functools
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -89,7 +90,8 @@ def fit_logit_bias(
             kept = list(pieces()) if keeps else None
             fit = fitted(pieces if kept is None else lambda: kept, targets, member.rows, tuning.penalty)
             result = folder / "result"
-            result.mkdir(exist_ok=True)
+            shutil.rmtree(result, ignore_errors=True)  # left by a fit that was killed here
+            result.mkdir()
             save_file({"bias": fit.values.contiguous()}, result / FILE)
             evaluated = OPERATIONS * member.rows + (0 if keeps else 2 * member.model.get_output_embeddings().weight.numel())
             meter.tick()

@@ -169,6 +169,22 @@ def test_a_full_disk_is_named_and_leaves_nothing(folder: Path, monkeypatch: pyte
     fit(folder)  # twin
 
 
+def test_a_fit_that_was_killed_or_stopped_leaves_nothing_that_counts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = folder / ".bias.partial" / "result"
+    killed.mkdir(parents=True)
+    (killed / "bias.safetensors").write_bytes(b"half")
+    (killed / "junk").write_text("")
+    with monkeypatch.context() as patched:
+        patched.setattr(logit_bias, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            fit(folder)
+    assert not (folder / "bias").exists()
+    killed.mkdir(parents=True)
+    (killed / "junk").write_text("")
+    fit(folder)
+    assert sorted(path.name for path in (folder / "bias").iterdir()) == [FILE, "digests.json", "tuning.json"]
+
+
 def test_a_fit_that_does_not_converge_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, targets = draw()
     monkeypatch.setattr(logit_bias, "EVALUATIONS", 2)

@@ -158,6 +158,14 @@ def test_the_plan_fits_before_it_reads_and_bans_without_fitting() -> None:
     assert "tiny, seed 0 · tune banned" not in jobs
 
 
+def test_a_selection_may_match_a_bias_which_is_then_fitted_without_the_validation_items() -> None:
+    swept = {"kind": "direct", "tuning": TUNING, "sweep": {"epochs": [1, 2]}, "select": {"match": "bias"}}
+    jobs = {job.name: job for job in plan(Study.model_validate(STUDY | {"arms": STUDY["arms"] | {"matched": swept}}))}
+    assert jobs["tiny, seed 0 · trial · tune bias"].trial
+    assert "tiny, seed 0 · trial · read bias" in jobs["tiny, seed 0 · select matched"].waits
+    assert "tiny, seed 0 · trial · read banned" not in jobs
+
+
 def test_a_key_depends_on_the_bias_and_without_one_is_what_it_was() -> None:
     members = {"base": make_members()["base"]}
 
