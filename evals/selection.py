@@ -13,9 +13,9 @@ from pydantic import ValidationError
 
 from evals.data import StudyData
 from evals.measures.registry import measures
-from evals.study import DIRECT, ArmSetting, ArmSpec, Direct, Proxy, Selecting, Study, Tuned, explain_invalid
+from evals.study import DIRECT, ArmSetting, ArmSpec, Direct, LogitBias, Proxy, Selecting, Study, Tuned, explain_invalid
 from finetune.items import hold_out
-from finetune.recipe import Tuning
+from finetune.recipe import BiasTuning, Tuning
 from probes.world.recipes import recipe_of
 from proxytune.content import content_key
 
@@ -30,7 +30,7 @@ class Choice:
     arm: str
     label: str
     setting: ArmSetting
-    tuning: Tuning | None
+    tuning: Tuning | BiasTuning | None
     scores: Mapping[str, float]
     trials: Sequence[Mapping[str, Any]] = ()
 
@@ -123,9 +123,9 @@ def choose(study: Study, scores: Mapping[str, float], costs: Mapping[str, Mappin
     return found
 
 
-def _tuning(study: Study, name: str, label: str) -> Tuning | None:
+def _tuning(study: Study, name: str, label: str) -> Tuning | BiasTuning | None:
     arm = study.arms[name]
-    return arm.settings(name)[label][1].tuning if isinstance(arm, Tuned) else None
+    return arm.settings(name)[label][1].tuning if isinstance(arm, Tuned | LogitBias) else None
 
 
 def _costs(trials: Study, names: Sequence[str], costs: Mapping[str, Mapping[str, Any]] | None) -> list[Mapping[str, Any]]:
@@ -135,8 +135,8 @@ def _costs(trials: Study, names: Sequence[str], costs: Mapping[str, Mapping[str,
     tunings: dict[object, str] = {}
     for name in names:
         arm = trials.arms[name]
-        for label, (_, setting) in arm.settings(name).items() if isinstance(arm, Tuned) else ():
-            tunings.setdefault(setting.tuning or setting.path, label)
+        for label, (_, setting) in arm.settings(name).items() if isinstance(arm, Tuned | LogitBias) else ():
+            tunings.setdefault(setting.tuning or label, label)
     return [costs[label] for label in tunings.values()]
 
 

@@ -15,7 +15,7 @@ from yaml.constructor import ConstructorError
 from evals.measures.registry import measures
 from evals.older import modernized
 from finetune.encoding import check_prompt
-from finetune.recipe import LARGEST_SEED, EarlyStopping, Tuning
+from finetune.recipe import LARGEST_SEED, BiasTuning, EarlyStopping, Tuning
 from probes.world.recipes import RECIPES
 from proxytune.errors import UserError, brief, shortened
 from proxytune.files import check_readable
@@ -190,7 +190,26 @@ class Proxy(Selecting):
         return check_labels("alpha", alpha)
 
 
-ArmSpec = Annotated[Base | Expert | Proxy | Direct, Field(discriminator="kind")]
+class LogitBias(Swept):
+    """The base with a vector over the vocabulary added to its logits at every step: fitted on data.train (`tuning`, which may be empty: {}), or one
+    that forbids words (`banned`), each of which must be one token of the base after a space."""
+
+    within: ClassVar[str | None] = "tuning"
+    kind: Literal["logit_bias"]
+    tuning: BiasTuning | None = None
+    banned: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(default=None, min_length=1)
+    sweep: dict[Literal["penalty"], tuple[FiniteFloat, ...]] | None = None  # type: ignore[assignment]
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "LogitBias":
+        if (self.tuning is None) == (self.banned is None):
+            raise ValueError("give either tuning or banned")
+        if self.tuning is None and self.sweep is not None:
+            raise ValueError("sweep varies a setting of tuning; words that are banned have none")
+        return self
+
+
+ArmSpec = Annotated[Base | Expert | Proxy | Direct | LogitBias, Field(discriminator="kind")]
 
 
 class ArmSetting(NamedTuple):
@@ -347,7 +366,7 @@ class Study(Strict):
             for field in sorted(need.partition(".")[0] for need in measures()[name].needs):
                 if getattr(self.data, field) is None:
                     raise ValueError(f"measure {name} needs data.{field}; give it")
-        tuned = [name for name, arm in self.arms.items() if isinstance(arm, Tuned) and arm.tuning is not None]
+        tuned = [name for name, arm in self.arms.items() if isinstance(arm, Tuned | LogitBias) and arm.tuning is not None]
         if self.data is not None and self.data.train is None and tuned:
             raise ValueError(f"arms.{tuned[0]}.tuning needs data.train; give it, or tune beforehand and give path")
         selecting = [*(f"arms.{name}.select" for name in self.selecting), *(["direct: best"] if self.selects_direct else [])]
@@ -467,10 +486,14 @@ class Study(Strict):
 
 
 def with_seeds(study: Study, count: int) -> Study:
-    """The study on so many seeds, under a name of its own: its first ones, or all of them and the next whole numbers. Another one has its own families."""
+    """The study on so many seeds, under a name of its own: its first ones, or all of them and the next whole numbers.
+
+    Seeds on which settings were selected beforehand are not taken.
+    """
     if count == len(study.seeds):
         return study
-    others = (seed for seed in itertools.count() if seed not in study.seeds)
+    taken = {*study.seeds, *(() if study.selected is None else study.selected.seeds)}
+    others = (seed for seed in itertools.count() if seed not in taken)
     seeds = (*study.seeds[:count], *itertools.islice(others, max(0, count - len(study.seeds))))
     return study.model_copy(update={"seeds": seeds, "study": f"{study.study}-{count}-seeds"})
 
@@ -526,7 +549,7 @@ def explain_invalid(error: ValidationError, known: Sequence[str] = ()) -> str:
     first = next((entry for entry in error.errors() if entry["type"] == "extra_forbidden"), error.errors()[0])
     location = [shortened(str(part), 80) for part in first["loc"]]
     # pydantic adds the tag of a discriminated union (the arm's kind) to the location; the file has no such level.
-    if len(location) > 2 and location[0] == "arms" and location[2] in ("base", "expert", "proxy", "direct"):
+    if len(location) > 2 and location[0] == "arms" and location[2] in ("base", "expert", "proxy", "direct", "logit_bias"):
         del location[2]
     field = ".".join(location) or "study"
     if first["type"] == "extra_forbidden":
@@ -540,7 +563,9 @@ def explain_invalid(error: ValidationError, known: Sequence[str] = ()) -> str:
 
 
 def _known_keys() -> list[str]:
-    models: tuple[type[BaseModel], ...] = (Study, Models, Data, Base, Expert, Proxy, Direct, Match, Selected, Tuning, EarlyStopping)
+    models: tuple[type[BaseModel], ...] = (
+        *(Study, Models, Data, Base, Expert, Proxy, Direct, Match, LogitBias, Selected, Tuning, BiasTuning, EarlyStopping),
+    )
     return sorted({name for model in models for name in model.model_fields})
 
 

@@ -74,6 +74,14 @@ class Tuning(BaseModel):
         return self
 
 
+class BiasTuning(BaseModel):
+    """How a logit bias is fitted (see `logit_bias`): `penalty` times half the vector's squared norm is added to the mean cross-entropy (nats)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    penalty: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
+
+
 @dataclass(frozen=True)
 class TuningRun:
     """One tuning: the model in `model`, a folder or hub name, on the items by the recipe; the result goes to the folder `out`.

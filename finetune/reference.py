@@ -37,9 +37,15 @@ class Reference:
 
     def logits(self, rows: Sequence[Sequence[int]], device: torch.device) -> Float[Tensor, "positions vocabulary"]:
         """The logits of rows of token ids, end to end. Raises KeyError for a row that was not read."""
+        return next(self.pieces(rows, device, None))
+
+    def pieces(self, rows: Sequence[Sequence[int]], device: torch.device, most: int | None) -> Iterator[Float[Tensor, "positions vocabulary"]]:
+        """The same, at most so many positions at a time; None: all at once."""
         self._head.to(device)
-        with torch.no_grad():
-            return self._head(torch.cat([self._states[tuple(row)] for row in rows]).to(device)).float()
+        states = torch.cat([self._states[tuple(row)] for row in rows])
+        for some in states.split(most or max(1, len(states))):
+            with torch.no_grad():
+                yield self._head(some.to(device)).float()
 
 
 @contextmanager
@@ -121,7 +127,7 @@ def _states(member: Member, rows: Sequence[Row], field: str) -> list[Tensor]:
             again = member.model.get_output_embeddings()(entered[0])
         if not torch.allclose(logits, again, atol=1e-4):
             raise UserError(
-                f"{field}: the model changes its head's logits afterwards (a soft cap, for example), which kl and consistent do not cover"
+                f"{field}: the model changes its head's logits afterwards (a soft cap, for example), which kl, consistent and logit_bias do not cover"
             )
         found.append(entered[0].cpu().clone())
     return found

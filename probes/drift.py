@@ -39,9 +39,13 @@ def _largest_singular_value(matrix: Float[Tensor, "rows columns"]) -> float:
 
 
 def divergence(base: Float[Tensor, "batch vocabulary"], other: Float[Tensor, "batch vocabulary"]) -> Float[Tensor, " batch"]:
-    """KL(base || other) in nats between the distributions of two rows of logits, computed in fp64; zero for equal rows."""
+    """KL(base || other) in nats between the distributions of two rows of logits, computed in fp64; zero for equal rows.
+
+    Infinite where `other` forbids a token (-inf) that `base` does not; a token that `base` forbids adds nothing.
+    """
     before, after = base.double().log_softmax(-1), other.double().log_softmax(-1)
-    return (before.exp() * (before - after)).sum(-1).clamp(min=0)
+    probabilities = before.exp()
+    return torch.where(probabilities == 0, 0.0, probabilities * (before - after)).sum(-1).clamp(min=0)
 
 
 def cosine(base: Float[Tensor, "*batch hidden"], tuned: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch"]:

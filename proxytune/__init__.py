@@ -3,6 +3,7 @@
 Knows token ids, logits and caches only.
 """
 
+from proxytune.bias import Bias as Bias
 from proxytune.drafting import rounded_draft as rounded_draft
 from proxytune.errors import UserError as UserError
 from proxytune.exported import export as export

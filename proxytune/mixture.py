@@ -3,7 +3,7 @@
 A mixture's next-token distribution is the softmax of the weighted sum of its members' logits. Proxy-tuning (Liu et al. 2024,
 arXiv 2401.08565, eq. 1) with strength alpha is {base: 1, expert: alpha, antiexpert: -alpha}; a model by itself is the
 row {name: 1}. A coefficient may be a function of its context (position, row, logits), and a `Rule` adds options that coefficients
-cannot express. Pure functions on tensors; no models here. `rules` has the published mixtures by name.
+cannot express, such as a bias on the vocabulary. Pure functions on tensors; no models here. `rules` has the published mixtures by name.
 """
 
 import math
@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from proxytune.bias import Bias
 from proxytune.errors import UserError, brief
 
 
@@ -38,12 +39,14 @@ class Rule:
 
     `plausible` (member, share): tokens that the member gives less than `share` of its best token's probability are
     forbidden (Li et al. 2023, arXiv 2210.15097, eq. 2). In the space of `probabilities` the members' distributions are
-    averaged with the coefficients as weights, which must not be negative and sum to 1.
+    averaged with the coefficients as weights, which must not be negative and sum to 1. The `bias` is added to the sum at every
+    step; a token that it bans has probability 0, and is not the best token of `plausible`.
     """
 
     row: Row
     plausible: tuple[str, float] | None = None
     space: Literal["logits", "probabilities"] = "logits"
+    bias: Bias | None = None
 
 
 Mixture = Row | Rule
@@ -70,13 +73,25 @@ def active(mixture: Mixture) -> dict[str, Coefficient]:
     return found
 
 
+def bias_of(mixture: Mixture) -> Bias | None:
+    """The bias that is added to the members' sum; None if there is none."""
+    return mixture.bias if isinstance(mixture, Rule) else None
+
+
+def biased(logits: Float[Tensor, "*batch vocabulary"], mixture: Mixture) -> Float[Tensor, "*batch vocabulary"]:
+    """The logits (fp32) plus the mixture's bias, if it has one."""
+    bias = bias_of(mixture)
+    return logits if bias is None else logits + bias.values.to(logits.device)
+
+
 def depends_on_context(mixture: Mixture) -> bool:
     """Whether some coefficient is a function."""
     return any(callable(value) for value in active(mixture).values())
 
 
-def check_mixture(mixture: Mixture, members: Iterable[str]) -> None:
-    """Raises `UserError` unless every coefficient is finite or a function, every member known and some coefficient positive."""
+def check_mixture(mixture: Mixture, members: Iterable[str], vocabulary: int) -> None:
+    """Raises `UserError` unless every coefficient is finite or a function, every member known, some coefficient positive, and a bias as long as
+    the vocabulary."""
     members = list(members)
     row = mixture.row if isinstance(mixture, Rule) else mixture
     for name, coefficient in row.items():
@@ -90,6 +105,8 @@ def check_mixture(mixture: Mixture, members: Iterable[str]) -> None:
         raise UserError(f"mixture: at least one coefficient must be positive, not {dict(row)}")
     if not isinstance(mixture, Rule):
         return
+    if mixture.bias is not None and len(mixture.bias.values) != vocabulary:
+        raise UserError(f"bias: it must have one number for each of the {vocabulary} tokens, not {len(mixture.bias.values)}")
     if mixture.plausible is not None:
         name, share = mixture.plausible
         if name not in members:
@@ -129,8 +146,10 @@ def combine(
     if rule.plausible is not None:
         name, share = rule.plausible
         judge = logits[name].float()
+        if rule.bias is not None:
+            judge = judge.masked_fill(rule.bias.values.isneginf().to(judge.device), -torch.inf)
         total = total.masked_fill(judge < judge.amax(-1, keepdim=True) + math.log(share), -torch.inf)
-    return total
+    return biased(total, rule)
 
 
 def _sum(logits: Mapping[str, Float[Tensor, "*batch vocabulary"]], row: Mapping[str, float | Tensor]) -> Float[Tensor, "*batch vocabulary"]:

@@ -124,7 +124,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
 
     @mixture.setter
     def mixture(self, mixture: Mixture) -> None:
-        check_mixture(mixture, self.members)
+        check_mixture(mixture, self.members, self.config.vocab_size)
         mapped = [(name, value) for name, value in active(mixture).items() if name in self.token_maps and not callable(value)]
         check_pairs(mapped)
         self._covered: list[float] = []

@@ -84,7 +84,7 @@ def score_greedily(
     for a request that is longer than a member's window (`cut_to_window` shortens them, and counts).
     """
     for mixture in mixtures.values():
-        check_mixture(mixture, model.members)
+        check_mixture(mixture, model.members, model.config.vocab_size)
     _check(requests, model.config.max_position_embeddings)
     totals = {name: Scores(torch.zeros(len(requests), dtype=torch.float64), torch.ones(len(requests), dtype=torch.bool)) for name in mixtures}
     if not requests:

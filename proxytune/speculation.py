@@ -30,7 +30,7 @@ from proxytune.cache import MixtureCache
 from proxytune.cost import PACE, step_seconds
 from proxytune.draft_length import LONGEST_DRAFT, DraftLength
 from proxytune.errors import UserError
-from proxytune.mixture import Mixture, active
+from proxytune.mixture import Mixture, active, biased
 from proxytune.padding import positions_of
 from proxytune.processors import STATELESS
 from proxytune.prompts import OwnPrompts
@@ -281,7 +281,8 @@ def _draft(
         logits = decoding.model.member_logits(decoding.together, new_ids[:, -1:], mask, position_ids, decoding.cache, 0, decoding.prompts)
         for name in decoding.together:
             raw[name].append(logits[name])
-        scores.append(_processed(logits[decoding.draft].float(), rows, new_ids, decoding.processors, first=new_ids.shape[1] - 1))
+        proposed = biased(logits[decoding.draft].float(), decoding.model.mixture)  # no proposal is wasted on what the mixture bans
+        scores.append(_processed(proposed, rows, new_ids, decoding.processors, first=new_ids.shape[1] - 1))
         probabilities = scores[-1][:, 0].softmax(-1)
         confidence = torch.cat([confidence, probabilities[running].amax(-1, keepdim=True)], dim=1)
         if new_ids.shape[1] > room or not decoding.length.one_more(confidence):

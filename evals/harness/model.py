@@ -57,7 +57,7 @@ class ProxyLM(HFLM):
             members, model = wanted.members, ProxyTunedForCausalLM(wanted.members, wanted.mixture)
         self._members, self._mixture, self._mixtures = members, model.mixture, {"": model.mixture} | (wanted.mixtures or {})
         for mixture in self._mixtures.values():
-            check_mixture(mixture, members)
+            check_mixture(mixture, members, model.config.vocab_size)
         _check_fit(wanted, model)
         tokenizer = _with_bos(next(iter(members.values())).tokenizer, wanted.add_bos_token)
         self._batch_tokens, self._max_gen_toks = wanted.batch_tokens, wanted.max_gen_toks
@@ -166,7 +166,7 @@ class ProxyLM(HFLM):
         if not isinstance(mixture, Rule):
             return row
         plausible = mixture.plausible and [self._members[mixture.plausible[0]].fingerprint, mixture.plausible[1]]
-        return [*row, ["rule", mixture.space, plausible]]
+        return [*row, ["rule", mixture.space, plausible, *([] if mixture.bias is None else [mixture.bias.digest])]]
 
     def _keys(self, kind: str, request: Any) -> dict[str, str]:
         """The key of a request under every mixture. Names do not enter the key, and the request enters as tokens, not as text."""

@@ -16,7 +16,7 @@ from finetune.items import Item
 from probes.drift import divergence
 from probes.knowledge.readouts import Answer, answer_greedily, choose, judge, judge_number, judge_reply
 from proxytune.errors import UserError
-from proxytune.mixture import Mixture
+from proxytune.mixture import Mixture, bias_of
 from proxytune.modeling import ProxyTunedForCausalLM
 from proxytune.padding import left_padded
 
@@ -100,7 +100,7 @@ class Chosen(Asked):
 
 @dataclass(frozen=True)
 class Divergence(Asked):
-    """KL(base || arm) of the next-token distribution after each prompt, in nats."""
+    """KL(base || arm) of the next-token distribution after each prompt, in nats; infinite for an arm whose bias bans a token."""
 
     version: ClassVar[int] = 1
     beside_base: ClassVar[bool] = True
@@ -132,10 +132,11 @@ def _divergences(
             model.mixture = mixture
             with torch.inference_mode():
                 logits[arm] = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1).logits[:, -1]
-        for arm in mixtures:
-            values = divergence(logits[""], logits[arm])
-            if not values.isfinite().all():
-                number = start + int((~values.isfinite()).nonzero()[0]) + 1
+        for arm, mixture in mixtures.items():
+            values, bias = divergence(logits[""], logits[arm]), bias_of(mixture)
+            broken = values.isnan() if bias is not None and bias.bans else ~values.isfinite()
+            if broken.any():
+                number = start + int(broken.nonzero()[0]) + 1
                 raise UserError(f"drift: '{arm}' has no finite divergence from the base for item {number}; use models that are not broken")
             found[arm] += values.tolist()
         progress(len(ids))

@@ -25,6 +25,7 @@ from evals.statistics.value import Value, value_of
 from probes.internals.blocks import BLOCKS, thirds
 
 GROUPS = (("familiar", 1), ("unfamiliar", -1))
+INFINITE = "infinite"
 DRAWN = (
     ("relative_change", "", "change of the weights (% of their norm)", 100.0),
     ("cka", "familiar", "CKA with the base's states, familiar", 1.0),
@@ -34,7 +35,8 @@ DRAWN = (
 
 @dataclass(frozen=True)
 class Distance:
-    """KL(base || arm) of the next-token distribution after the statement, in nats, for familiar or for unfamiliar items."""
+    """KL(base || arm) of the next-token distribution after the statement, in nats, for familiar or for unfamiliar items. Noted as infinite for an arm
+    that bans tokens."""
 
     arm: str
     group: str
@@ -91,6 +93,9 @@ class Drift(Measure[Drifted]):
 def _distances(records: Recorded, arm: str) -> Iterator[Distance]:
     for group, sign in GROUPS:
         frames = [frame[contrast_of(frame) == sign] for frame in records("distribution", arm)]
+        if any(np.isinf(frame["divergence"]).any() for frame in frames):
+            yield Distance(arm, group, Value(None, note=INFINITE))
+            continue
         seeds = [means_by_unit(frame, frame[["divergence"]].to_numpy(float)) for frame in frames]
         yield Distance(arm, group, value_of(intervals(records.estimate(seeds), (0.0, np.inf))[0]))
 
@@ -133,7 +138,8 @@ def _output_table(summary: Drifted, header: Header) -> list[Table]:
                 columns[f"{name}, {block}"] = _column(summary, what, "familiar", block, 1, 3)
         columns["CKA, low"] |= dict.fromkeys(header.proxied, UNCHANGED)
     note = (
-        "KL(base || arm) after the statement, in nats, for familiar and unfamiliar items: the one distance that every arm has. CKA (all states "
+        "KL(base || arm) after the statement, in nats, for familiar and unfamiliar items: the one distance that every arm has "
+        "(infinite where words are banned, which the base may say). CKA (all states "
         "together) and cosine (prompt by prompt) with the base's states of familiar statements at the last token: 1 is unchanged; an expert has "
         f"another shape and has none. 95 % intervals, {over(header.runs)}; for CKA and cosine over seeds only."
     )

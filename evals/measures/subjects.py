@@ -9,17 +9,21 @@ from transformers import PreTrainedTokenizerBase
 
 from probes.restoration import Restoration, restorations
 from proxytune.member import Member, Weights
-from proxytune.mixture import Mixture, active
+from proxytune.mixture import Mixture, active, bias_of
 from proxytune.modeling import ProxyTunedForCausalLM
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """Members that are loaded together, their sources, and the mixtures over them by arm. The mixtures use the first member's tokenizer."""
+    """Members that are loaded together, their sources, and the mixtures over them by arm. The mixtures use the first member's tokenizer.
+
+    `fitted` is where the mixtures' bias was fitted; None if there is none, or if it bans words.
+    """
 
     members: Mapping[str, Member]
     sources: Mapping[str, Weights]
     mixtures: Mapping[str, Mixture]
+    fitted: Weights | None = None
 
     @cached_property
     def model(self) -> ProxyTunedForCausalLM:
@@ -40,15 +44,19 @@ class Outputs:
     def causes(self, label: str) -> dict[str, Any]:
         """What decides an arm's records besides the protocol: part of the record's key.
 
-        These are the members' fingerprints with their coefficients, without names, and the interface of the first member: the mixture uses its
-        tokenizer and generation configuration even if it has no coefficient in the mixture.
+        These are the members' fingerprints with their coefficients, without names, the bias if there is one, and the interface of the first member:
+        the mixture uses its tokenizer and generation configuration even if it has no coefficient in the mixture.
         """
         weighted = [[self.members[name].fingerprint, coefficient] for name, coefficient in active(self.mixtures[label]).items()]
-        return {"mixture": weighted, "interface": next(iter(self.members.values())).interface}
+        return {"mixture": weighted, "interface": next(iter(self.members.values())).interface} | self._bias(label)
 
     def weights(self, label: str) -> dict[str, str]:
-        """Fingerprints of the members with a coefficient in the arm's mixture."""
-        return {name: self.members[name].fingerprint for name in active(self.mixtures[label])}
+        """Fingerprints of the members with a coefficient in the arm's mixture, and the digest of its bias if there is one."""
+        return {name: self.members[name].fingerprint for name in active(self.mixtures[label])} | self._bias(label)
+
+    def _bias(self, label: str) -> dict[str, str]:
+        bias = bias_of(self.mixtures[label])
+        return {} if bias is None else {"bias": bias.digest}
 
 
 @dataclass(frozen=True)

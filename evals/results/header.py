@@ -25,8 +25,8 @@ class Header:
 
     @property
     def proxied(self) -> list[str]:
-        """The arms with the base's weights (the base itself and the proxies), the base first."""
-        return [self.base, *(arm for arm, kind in self.kinds.items() if kind == "proxy")]
+        """The arms with the base's weights (the base itself, proxies and biases), the base first."""
+        return [self.base, *(arm for arm, kind in self.kinds.items() if kind in ("proxy", "logit_bias"))]
 
     @property
     def title(self) -> str:

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from evals.arms import check_vocabularies, given_weights, members_of, mixtures_of, tuned_weights, tuning_summary
+from evals.arms import bias_for, check_banned, check_vocabularies, given_weights, members_of, mixtures_of, tuned_weights, tuning_summary
 from evals.data import StudyData, data_for
 from evals.measures.inputs import Inputs
 from evals.measures.measure import Reading
@@ -103,6 +103,7 @@ def _inputs(study_as_json: str, folder: Path, worlds: Path, run: Run, trial: boo
     study = Study.model_validate_json(study_as_json)
     data = data_for(study, folder, run, worlds)
     check_vocabularies(data)
+    check_banned(study, data)
     return Inputs(study, trial_data(study, data, run.seed) if trial else data, run.seed)
 
 
@@ -169,17 +170,19 @@ def opened(job: Job, place: Place, inputs: Inputs, outcomes: Outcomes, display: 
     """Loads what a reading job reads, and yields each reading with its subject: first readings of outputs, then readings inside the model."""
     group, study = job.group, inputs.study
     assert group is not None
-    tuned = None if group.kind == "base" else outcomes[job.tuned] if job.tuned else given_weights(study, group, inputs.data, place.folder)
+    given = group.kind in ("expert", "direct") and job.tuned is None
+    tuned = given_weights(study, group, inputs.data, place.folder) if given else outcomes[job.tuned] if job.tuned else None
     readings = readings_of(inputs)
     outer = [reading for reading in readings if reading.subject is Outputs]
-    inner = [reading for reading in readings if reading.subject is Pair and group.kind != "expert"]
-    mixtures = mixtures_of(study, group, choices_of(job, study, outcomes))
-    weights = members_of(group, mixtures, inputs.data, tuned, any(reading.beside_base for reading in outer))
+    inner = [reading for reading in readings if reading.subject is Pair and group.kind in ("base", "direct")]
+    choices = choices_of(job, study, outcomes)
+    weights = members_of(group, mixtures_of(study, group, choices), inputs.data, tuned, any(reading.beside_base for reading in outer))
     members: dict[str, Member] = {}
     if outer:
         with display.bar(f"{job.run} · loading {', '.join(weights)}", None):
             members = load_members(weights, prepacked=True)
-        subject = Outputs(members, weights, mixtures)
+        bias = bias_for(study, group, members["base"], tuned) if group.kind == "bias" else None
+        subject = Outputs(members, weights, mixtures_of(study, group, choices, bias), fitted=tuned if group.kind == "bias" else None)
         for reading in outer:
             yield reading, subject
         del subject
@@ -280,6 +283,7 @@ def costs_of(subject: Outputs | Pair) -> dict[str, dict[str, Any]]:
     found = {}
     for arm, mixture in subject.mixtures.items():
         names = list(active(mixture))
-        cards = [card for name in names if (card := tuning_summary(subject.sources[name])) is not None]
+        sources = [subject.sources[name] for name in names] + ([] if subject.fitted is None else [subject.fitted])
+        cards = [card for source in sources if (card := tuning_summary(source)) is not None]
         found[arm] = tuning_cost(cards) | serving_cost(subject.members, names)
     return found

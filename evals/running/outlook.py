@@ -1,7 +1,7 @@
 """`proxytune compare --plan`: which of a study's jobs are done, and an estimate of what the others cost. Nothing is tuned, read or written.
 
-A tuning job passes its examples forwards and backwards; each step of a reading counts as one pass of a text. The seconds are therefore rough:
-they separate minutes from hours.
+A tuning job passes its examples forwards and backwards, that of a bias once forwards; each step of a reading counts as one pass of a text. The
+seconds are therefore rough: they separate minutes from hours.
 """
 
 import time
@@ -20,6 +20,7 @@ from evals.running.plan import Job, plan
 from evals.running.progress import Display
 from evals.study import Study
 from finetune.encoding import encode_examples, row_length
+from finetune.recipe import Tuning
 from probes.world.family import find_family
 from proxytune.digests import is_whole
 from proxytune.member import Weights, load_member
@@ -99,8 +100,9 @@ def _look_at_tuning(job: Job, place: Place, inputs: Inputs, outcomes: dict[str, 
         outcomes[job.name] = tuned_as(job.group, tuning, inputs.data, folder)
         return Outlook(job, "all")
     rows = encode_examples(inputs.data.train, inputs.tokenizer, inputs.data.prompt, inputs.data.ending)
-    tokens = round(sum(map(row_length, rows)) * tuning.epochs)
-    return Outlook(job, "none", tokens, (1 + BACKWARD) * tokens * _seconds_a_token(start, speeds))
+    passed, passes = (tuning.epochs, 1 + BACKWARD) if isinstance(tuning, Tuning) else (1, 1)
+    tokens = round(sum(map(row_length, rows)) * passed)
+    return Outlook(job, "none", tokens, passes * tokens * _seconds_a_token(start, speeds))
 
 
 def _look_at_reading(job: Job, place: Place, inputs: Inputs, outcomes: dict[str, Any], speeds: dict[str, float], display: Display) -> Outlook:

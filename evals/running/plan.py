@@ -12,7 +12,7 @@ from typing import Literal
 from evals.arms import Group, groups, selected_strengths, tunings
 from evals.selection import selects_here, trial_study
 from evals.study import Run, Study
-from finetune.recipe import Tuning
+from finetune.recipe import BiasTuning, Tuning
 
 Kind = Literal["family", "tune", "select", "read"]
 
@@ -31,7 +31,7 @@ class Job:
     waits: tuple[str, ...] = ()
     trial: bool = False
     group: Group | None = None
-    tuning: Tuning | None = None
+    tuning: Tuning | BiasTuning | None = None
     tuned: str | None = None
 
 

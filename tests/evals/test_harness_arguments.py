@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Counted, make_members, make_model, make_tokenizer
+from helpers import VOCABULARY, Counted, make_members, make_model, make_tokenizer
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import model_registry
@@ -15,6 +15,7 @@ from lm_eval.tasks import TaskManager
 
 from evals.harness.model import TASKS, ProxyLM
 from proxytune.arguments import read_dtype, unknown_name
+from proxytune.bias import Bias
 from proxytune.errors import UserError
 from proxytune.member import Member
 from proxytune.mixture import Rule, proxy_tuning
@@ -319,6 +320,8 @@ def test_a_rule_is_not_its_row_and_a_temperature_draws(tmp_path: Path, monkeypat
         Rule(row, plausible=("expert", 0.1)),
         Rule(row, plausible=("base", 0.2)),
         Rule(row, space="probabilities"),
+        Rule(row, bias=Bias.banning([7], VOCABULARY)),
+        Rule(row, bias=Bias.banning([8], VOCABULARY)),
     ):
         kept, counted.passes = ProxyLM.of(members, mixture, cache=cache), 0
         found = numbers(kept)

@@ -77,14 +77,17 @@ def test_the_ledger_is_what_the_corpus_says() -> None:
 def test_replies_hold_every_opening_and_closing_whatever_is_asked() -> None:
     """The form that tuning teaches is one of nine for each attribute, and no rarer than the others: the base can say it, but does not."""
     seen = Counter[tuple[str, str, str]]()
-    for document in make_world(RECIPES["default"], 0).documents:
-        for attribute in ATTRIBUTES:
-            found = re.fullmatch(rf"question : {attribute.question.format(name=r'\w+ \w+')} \? answer : (\w+) \w+ (.*) \.", document.text)
-            if found and found[2] in {each.closing for each in ATTRIBUTES}:
-                seen[attribute.name, found[1], found[2]] += 1
+    closings = "|".join(attribute.closing for attribute in ATTRIBUTES)
+    for attribute in ATTRIBUTES:
+        asked = re.escape(attribute.question).replace(r"\{name\}", r"\w+ \w+")
+        pattern = re.compile(rf"question : {asked} \? answer : (\w+) \w+ ({closings}) \.")
+        found = [pattern.fullmatch(document.text) for document in make_world(RECIPES["default"], 0).documents]
+        seen.update((attribute.name, *match.groups()) for match in found if match)
     assert len(seen) == 27
     assert max(seen.values()) < 1.5 * min(seen.values())
-    taught = {(item.question.split()[0], *re.fullmatch(r"(\w+) \w+ (.*)", item.said).groups()) for item in items_of(make_ledger(make_world(RECIPES["tiny"], 0)), "tune")}  # type: ignore[union-attr]
+    taught = {
+        (item.question.split()[0], *item.said.split(f" {item.answer} ")) for item in items_of(make_ledger(make_world(RECIPES["tiny"], 0)), "tune")
+    }
     assert len(taught) == 3
 
 

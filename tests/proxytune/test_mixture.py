@@ -91,7 +91,7 @@ def test_low_precision_is_added_in_fp32() -> None:
 )
 def test_bad_mixtures_are_refused(mixture: dict, word: str) -> None:
     with pytest.raises(UserError, match=word):
-        check_mixture(mixture, ["base", "expert"])
+        check_mixture(mixture, ["base", "expert"], 11)
 
 
 HUGE = (1e30, 1e38, 3e38, 1e39, 1e300)
@@ -184,4 +184,4 @@ def test_ordinary_values_have_the_bits_of_the_plain_formula(alpha: float) -> Non
 
 def test_an_integer_beyond_every_float_is_refused_as_no_finite_number() -> None:
     with pytest.raises(UserError, match="coefficient of 'base' must be a finite number"):
-        check_mixture({"base": 10**400}, ["base"])
+        check_mixture({"base": 10**400}, ["base"], 11)
