@@ -2,8 +2,8 @@
 
 Every person has a first and a last name (each name token is shared with others, so that a person who is never mentioned is not a
 token that is never seen), three attributes drawn at random, and an *exposure* k drawn at random and independently of everything
-else: the corpus states each attribute of the person exactly k times, mostly in biographies and in one of four paraphrases, the rest
-as answered questions. Because exposure is assigned and not observed, what follows from it is causal.
+else: the corpus states each attribute of the person exactly k times, mostly in one of four paraphrases, the rest as answered
+questions. Because exposure is assigned and not observed, what follows from it is causal.
 
 A question is replied to in many ways: an opening and a closing, which say nothing, are drawn at random around the value. Most
 questions are evaded instead, in several wordings, each of which is more frequent than answers are. A model of this corpus is able to
@@ -15,6 +15,7 @@ Tuning may ask about people of the `tune` part only, a third; the `test` part is
 """
 
 from dataclasses import dataclass
+from itertools import product
 from typing import ClassVar
 
 import numpy as np
@@ -142,7 +143,9 @@ def _attribute_words() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Statements(Section):
-    """Biographies and questions: `exposure` biographies a person, from which some statements are moved into questions.
+    """Statements and questions, each a document of its own.
+
+    If a document held several statements of a person, a model would recall the later ones from the first one's value, not from the name.
 
     `question_share` of a fact's statements are answered questions; `evasion_share` of all questions are evaded. With three
     wordings, each of them is more probable than the answer where the share is above 0.75.
@@ -167,26 +170,17 @@ class Statements(Section):
 
     def documents(self, people: tuple[Person, ...], generator: np.random.Generator) -> list[Document]:
         documents = []
-        for person in people:
-            asked = {attribute.name: generator.random(person.exposure) < self.question_share for attribute in ATTRIBUTES}
-            for turn in range(person.exposure):
-                order = [ATTRIBUTES[position] for position in generator.permutation(len(ATTRIBUTES))]
-                told = [attribute for attribute in order if not asked[attribute.name][turn]]
-                forms = [int(generator.integers(len(attribute.templates))) for attribute in told]
-                sentences = [
-                    attribute.templates[form].format(name=person.name, value=person.values[attribute.name])
-                    for attribute, form in zip(told, forms, strict=True)
-                ]
-                if told:
-                    statements = tuple(Statement(person.identifier, attribute.name, str(form)) for attribute, form in zip(told, forms, strict=True))
-                    documents.append(Document(" ".join(sentences), statements))
-            for attribute in ATTRIBUTES:
-                question = QUESTION.format(question=attribute.question.format(name=person.name))
-                answered = int(asked[attribute.name].sum())
-                evaded = int(answered * self.evasion_share / (1 - self.evasion_share) + generator.random())
-                for form, times in (("answered", answered), ("evaded", evaded)):
-                    for _ in range(times):
-                        ending = f"{person.values[attribute.name]} {generator.choice(CLOSINGS)}" if form == "answered" else generator.choice(EVASIONS)
-                        text = f"{question} {generator.choice(OPENINGS)} {ending} ."
-                        documents.append(Document(text, (Statement(person.identifier, attribute.name, form),)))
+        for person, attribute in product(people, ATTRIBUTES):
+            value = person.values[attribute.name]
+            answered = int(generator.binomial(person.exposure, self.question_share))
+            evaded = int(answered * self.evasion_share / (1 - self.evasion_share) + generator.random())
+            for form in generator.integers(len(attribute.templates), size=person.exposure - answered):
+                text = attribute.templates[form].format(name=person.name, value=value)
+                documents.append(Document(text, (Statement(person.identifier, attribute.name, str(form)),)))
+            question = QUESTION.format(question=attribute.question.format(name=person.name))
+            for form, times in (("answered", answered), ("evaded", evaded)):
+                for _ in range(times):
+                    ending = f"{value} {generator.choice(CLOSINGS)}" if form == "answered" else generator.choice(EVASIONS)
+                    text = f"{question} {generator.choice(OPENINGS)} {ending} ."
+                    documents.append(Document(text, (Statement(person.identifier, attribute.name, form),)))
         return documents
