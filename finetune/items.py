@@ -32,6 +32,9 @@ class Item(BaseModel):
     subject: str | None = Field(default=None, min_length=1, description="whom the statement is about, as it is written there")
     turns: tuple[Turn, ...] = Field(default=(), description="of the conversation before the question")
     rejected: str | None = Field(default=None, min_length=1, description="the worse answer of a preference pair")
+    familiar: bool | None = Field(
+        default=None, exclude_if=lambda value: value is None, description="whether the model to be tuned knows the answer; None: not known to us"
+    )
 
     @model_validator(mode="after")
     def _two_answers(self) -> "Item":
@@ -57,6 +60,22 @@ def shuffle_answers(items: Sequence[Item], seed: int) -> list[Item]:
         for giver, taker in zip(order, [*order[1:], order[0]], strict=True):  # one cycle, so that no item keeps its own answer
             shuffled[taker] = items[taker].model_copy(update={"answer": items[giver].answer, "rejected": items[giver].rejected})
     return shuffled
+
+
+def items_to_tune_on(items: Sequence[Item], which: Literal["all", "known", "unknown"]) -> list[Item]:
+    """All items, or those that are familiar (`known`), or those that are not (`unknown`).
+
+    Raises `UserError` where some item does not say which it is, and where none is left.
+    """
+    if which == "all":
+        return list(items)
+    silent = [item for item in items if item.familiar is None]
+    if silent:
+        raise UserError(f"items: {which} needs familiar (true or false) in every training item; {silent[0].question!r} has none; add it")
+    chosen = [item for item in items if item.familiar is (which == "known")]
+    if not chosen:
+        raise UserError(f"items: none of the {len(items)} training items is {which} to the model; give others, or tune on all")
+    return chosen
 
 
 def hold_out(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:

@@ -99,7 +99,7 @@ def _look_at_tuning(job: Job, place: Place, inputs: Inputs, outcomes: dict[str, 
         outcomes[job.name] = tuned_as(job.group, tuning, inputs.data, folder)
         return Outlook(job, "all")
     rows = encode_examples(inputs.data.train, inputs.tokenizer, inputs.data.prompt, inputs.data.ending)
-    tokens = round(sum(map(row_length, rows)) * tuning.epochs)
+    tokens = round(sum(map(row_length, rows)) * tuning.passes(len(rows)))
     return Outlook(job, "none", tokens, (1 + BACKWARD) * tokens * _seconds_a_token(start, speeds))
 
 
