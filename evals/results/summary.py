@@ -49,7 +49,7 @@ class Results:
 def summarize(study: Study, records: Sequence[Record], costs: Costs) -> Results:
     """The results of a study's records. Raises `UserError` if records of one frame were asked differently."""
     recorded = Recorded(study, records)
-    summaries = {name: recorded.summary(name) for name in study.measures}
+    summaries = {name: recorded.summary(name) for name in study.shown}
     rows = [row for name, summary in summaries.items() for row in measures()[name].rows(summary)]
     return Results(header_of(study), summaries, rows, compare(recorded), counted_costs(costs), measured_costs(costs))
 

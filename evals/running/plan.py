@@ -1,8 +1,9 @@
 """A study as jobs: what has to be done and what each job waits for. Pure: no files are read and no models are loaded.
 
-For each run (a seed, in a world): find or pretrain the family; tune each model; load each group of arms and read it. A setting that is
-selected on validation items adds its trials (tunings without the validation items, and readings of the task on them) and a `select` job, for
-which the arm's own tuning waits.
+For each run (a seed, in a world): find or pretrain the family; tune each model; load each group of arms and read it. Where an arm is tuned on
+known or unknown items only, a `classify` job asks the base first, once, and the tunings of such arms wait for it. A setting that is selected on
+validation items adds its trials (tunings without the validation items, and readings of the task on them) and a `select` job, for which the arm's
+own tuning waits.
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from evals.selection import trial_study
 from evals.study import Direct, Run, Study
 from finetune.recipe import Tuning
 
-Kind = Literal["family", "tune", "select", "read"]
+Kind = Literal["family", "classify", "tune", "select", "read"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ def _of_run(study: Study, run: Run) -> Iterator[Job]:
         family = Job(f"{run} · family", "family", run)
         yield family
         begin = (family.name,)
+    if any(map(study.chooses_items, study.arms)):
+        yield Job(_classify(run), "classify", run, begin, group=Group("base", study.base_arm, study.base_arm))
     selecting = {name: arm for name, arm in study.arms.items() if isinstance(arm, Direct) and arm.select is not None}
     if selecting:
         trials = list(_measured(trial_study(study), run, begin, trial=True))
@@ -64,7 +67,8 @@ def _measured(study: Study, run: Run, begin: tuple[str, ...], *, trial: bool) ->
     before: dict[Group, tuple[str, ...]] = {}
     for group, tuning in tunings(study):
         selection = () if tuning is not None else (_select(run, group.arm),)
-        job = Job(_named(run, "tune", group, trial), "tune", run, (*begin, *selection), trial, group, tuning)
+        classified = (_classify(run),) if study.chooses_items(group.arm) else ()
+        job = Job(_named(run, "tune", group, trial), "tune", run, (*begin, *classified, *selection), trial, group, tuning)
         same = (group.kind, tuning) if tuning is not None else (group.kind, group.label)
         if same not in tuned:
             yield job
@@ -76,6 +80,10 @@ def _measured(study: Study, run: Run, begin: tuple[str, ...], *, trial: bool) ->
 
 def _named(run: Run, kind: Kind, group: Group, trial: bool) -> str:
     return f"{run} · {'trial · ' if trial else ''}{kind} {group.label}"
+
+
+def _classify(run: Run) -> str:
+    return f"{run} · classify the tuning items"
 
 
 def _select(run: Run, arm: str) -> str:

@@ -80,11 +80,9 @@ def _run(place: Place, todo: Sequence[Job], display: Display, jobs: int | None) 
     with work as start:
         _work_off(todo, start, ended, outcomes, workers)
     reads = [outcomes[job.name] for job in todo if job.kind == "read" and not job.trial]
-    records = [
-        Record(entry.arm, entry.frame, entry.run.world, entry.run.seed, entry.protocol, frame_of(place, entry))
-        for read in reads
-        for entry in read.entries
-    ]
+    classified = [outcomes[job.name] for job in todo if job.kind == "classify"]
+    entries = dict.fromkeys(entry for read in (*reads, *classified) for entry in read.entries)  # a study may also ask for what was classified
+    records = [Record(entry.arm, entry.frame, entry.run.world, entry.run.seed, entry.protocol, frame_of(place, entry)) for entry in entries]
     order = {arm: position for position, arm in enumerate(study.arm_settings)}
     frames = {frame: position for position, frame in enumerate(dict.fromkeys(record.frame for record in records))}
     runs = {run: position for position, run in enumerate(study.runs)}
