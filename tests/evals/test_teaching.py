@@ -17,6 +17,9 @@ from evals.records import Record
 from evals.results.header import header_of
 from evals.results.recorded import Recorded
 from evals.results.summary import Results, read_results, result_tables, summarize
+from evals.running.jobs import Place
+from evals.running.outlook import look_at
+from evals.running.progress import Display
 from evals.running.runner import Finished
 from evals.selection import trial_data
 from evals.study import Run, Study
@@ -115,6 +118,16 @@ def test_the_base_is_asked_once_and_a_study_that_asks_too_finds_the_record(ran: 
     assert passes.passes == 0
     assert [record.frame for record in again.records].count("novelty") == 1
     assert summarize(ran.study, again.records, again.costs).json() == ran.results.json()
+
+
+def test_the_plan_knows_what_is_classified(ran: Ran, tiny_family: Path, tmp_path: Path) -> None:
+    with Display(quiet=True) as display:
+        there = look_at(Place(ran.study, Path(), ran.out), display)
+        fresh = look_at(Place(ran.study, Path(), place_world(tiny_family, tmp_path)), display)
+    assert {one.there for one in there} == {"all"}
+    found = {one.job.name: one.there for one in fresh}
+    assert found["tiny, seed 0 · classify the tuning items"] == "0 of 1 records"
+    assert found["tiny, seed 0 · tune known"] == "none"
 
 
 def test_a_study_without_such_arms_asks_nobody(ran: Ran) -> None:
