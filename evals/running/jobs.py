@@ -13,6 +13,7 @@ from evals.arms import check_vocabularies, given_weights, members_of, mixtures_o
 from evals.data import StudyData, data_for
 from evals.measures.inputs import Inputs
 from evals.measures.measure import Reading
+from evals.measures.novelty import NAME as NOVELTY
 from evals.measures.novelty import Recalled, counted, marked
 from evals.measures.registry import measures
 from evals.measures.subjects import Outputs, Pair
@@ -135,7 +136,8 @@ def tuning_of(job: Job, outcomes: Outcomes) -> Any:
 
 def with_classified(job: Job, place: Place, data: StudyData, outcomes: Outcomes) -> StudyData:
     """The data of a tuning job: where it waits for the classification, each training item says whether it is familiar to the base."""
-    found = [outcome.entries[0] for name in job.waits if isinstance(outcome := outcomes[name], Read)]
+    before = [entry for name in job.waits if isinstance(outcome := outcomes[name], Read) for entry in outcome.entries]
+    found = [entry for entry in before if entry.frame == NOVELTY]
     return replace(data, train=marked(data.train, frame_of(place, found[0]))) if found else data
 
 
