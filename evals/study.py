@@ -435,6 +435,16 @@ class Study(Strict):
         """The settings of a measure, with defaults for those that the file leaves out."""
         return measures()[measure].settings.model_validate(self.settings.get(measure, {}))
 
+    def chooses_items(self, arm: str) -> bool:
+        """Whether an arm is tuned on known or on unknown items only."""
+        tuning = getattr(self.arms[arm], "tuning", None)
+        return tuning is not None and tuning.items != "all"
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The measures, with novelty where an arm is tuned on known or unknown items only: which these are belongs to the results."""
+        return tuple(dict.fromkeys((*self.measures, *("novelty" for arm in self.arms if self.chooses_items(arm)))))
+
     @property
     def selects_direct(self) -> bool:
         """Whether there is a row `direct`: in every run the direct arm with the best validation score."""

@@ -25,7 +25,12 @@ class Item(BaseModel):
 
     question: str = Field(min_length=1)
     answer: str = Field(min_length=1)
-    reply: str | None = Field(default=None, min_length=1, description="how a tuned model is to say the answer to the question; default: as it is")
+    reply: str | None = Field(
+        default=None,
+        min_length=1,
+        exclude_if=lambda value: value is None,
+        description="how a tuned model is to say the answer to the question; default: as it is",
+    )
     choices: tuple[str, ...] = ()
     statement: str | None = None
     popularity: float | None = Field(default=None, ge=0, allow_inf_nan=False, description="stands in for exposure on real models")
@@ -33,6 +38,9 @@ class Item(BaseModel):
     subject: str | None = Field(default=None, min_length=1, description="whom the statement is about, as it is written there")
     turns: tuple[Turn, ...] = Field(default=(), description="of the conversation before the question")
     rejected: str | None = Field(default=None, min_length=1, description="the worse answer of a preference pair")
+    familiar: bool | None = Field(
+        default=None, exclude_if=lambda value: value is None, description="whether the model to be tuned knows the answer; None: not known to us"
+    )
 
     @property
     def said(self) -> str:
@@ -64,6 +72,22 @@ def shuffle_answers(items: Sequence[Item], seed: int) -> list[Item]:
             moved = {name: getattr(items[giver], name) for name in ("answer", "reply", "rejected")}
             shuffled[taker] = items[taker].model_copy(update=moved)
     return shuffled
+
+
+def items_to_tune_on(items: Sequence[Item], which: Literal["all", "known", "unknown"]) -> list[Item]:
+    """All items, or those that are familiar (`known`), or those that are not (`unknown`).
+
+    Raises `UserError` where some item does not say which it is, and where none is left.
+    """
+    if which == "all":
+        return list(items)
+    silent = [item for item in items if item.familiar is None]
+    if silent:
+        raise UserError(f"items: {which} needs familiar (true or false) in every training item; {silent[0].question!r} has none; add it")
+    chosen = [item for item in items if item.familiar is (which == "known")]
+    if not chosen:
+        raise UserError(f"items: none of the {len(items)} training items is {which} to the model; give others, or tune on all")
+    return chosen
 
 
 def hold_out(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:

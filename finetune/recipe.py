@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -13,6 +13,16 @@ LARGEST_SEED = 2**32 - 1  # numpy's global generator takes no larger seed
 LARGEST_RANK = 16384  # the width of the widest models; memory grows with it
 
 MOST_EPOCHS = 1e6  # more are a typing error, and counting their steps would take minutes
+MOST_STEPS = 10**9
+
+
+# Fields that recipes did not always have are left out of a recipe's content where they are not used: its checkpoints keep their keys.
+def _is_none(value: object) -> bool:
+    return value is None
+
+
+def _is_all(value: object) -> bool:
+    return value == "all"
 
 
 class EarlyStopping(BaseModel):
@@ -26,7 +36,7 @@ class EarlyStopping(BaseModel):
 
 
 class Tuning(BaseModel):
-    """How a model is tuned. The learning rate falls linearly to zero.
+    """How a model is tuned, for so many epochs or for exactly so many steps. The learning rate falls linearly to zero.
 
     The loss is the mean cross-entropy of the answers' tokens. One of three options changes it: `kl` adds its weight times
     KL(start || tuned) at the same positions; `consistent` tunes an expert inside the mixture that it will be used in,
@@ -38,7 +48,11 @@ class Tuning(BaseModel):
 
     method: Literal["full", "lora"]
     learning_rate: float = Field(gt=0, allow_inf_nan=False)
-    epochs: float = Field(default=3, gt=0, le=MOST_EPOCHS)
+    epochs: float | None = Field(default=3, gt=0, le=MOST_EPOCHS, description="passes over the examples; None where steps are given")
+    steps: int | None = Field(default=None, ge=1, le=MOST_STEPS, exclude_if=_is_none, description="optimizer steps, instead of epochs")
+    items: Literal["all", "known", "unknown"] = Field(
+        default="all", exclude_if=_is_all, description="only the items whose answer the model to be tuned knows, or does not know: `Item.familiar`"
+    )
     batch_size: int = Field(default=16, ge=1, le=2**31 - 1, description="examples per step, over all processes")
     micro_batch_size: int | None = Field(default=None, ge=1, description="examples in memory at a time; default: all of a step")
     padding_free: bool = Field(default=False, description="the examples of a batch in one row without padding; the same loss")
@@ -57,8 +71,15 @@ class Tuning(BaseModel):
     shuffled: bool = Field(default=False, description="answers shuffled among questions: a control that learns the form but not the content")
     early_stopping: EarlyStopping | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_need_no_epochs(cls, content: Any) -> Any:
+        return {"epochs": None} | content if isinstance(content, dict) and content.get("steps") is not None else content
+
     @model_validator(mode="after")
     def _coherent(self) -> "Tuning":
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("epochs and steps both say how long to tune; give one of them")
         if (self.method == "lora") != (self.rank is not None):
             raise ValueError("rank must be given with method lora, and only then")
         if self.method == "full" and (self.targets or self.dora or self.rslora):
@@ -72,6 +93,16 @@ class Tuning(BaseModel):
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}")
         return self
+
+    def passes(self, examples: int) -> float:
+        """How often so many examples are passed over, if nothing stops the tuning early."""
+        return passes_of(self.steps, examples, self.batch_size) if self.steps is not None else float(self.epochs or 0)
+
+
+def passes_of(steps: int, examples: int, batch_size: int) -> float:
+    """How often so many optimizer steps pass over the examples. The last step of each pass takes what is left of them."""
+    whole, rest = divmod(steps, -(-examples // batch_size))
+    return whole + rest * batch_size / examples
 
 
 class BiasTuning(BaseModel):

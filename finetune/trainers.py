@@ -201,7 +201,7 @@ def _options(run: TuningRun, folder: Path, processes: int) -> dict[str, Any]:
         "per_device_eval_batch_size": at_once,
         "gradient_accumulation_steps": tuning.batch_size // (at_once * processes),
         "learning_rate": tuning.learning_rate,
-        "num_train_epochs": tuning.epochs,
+        **({"num_train_epochs": tuning.epochs} if tuning.steps is None else {"max_steps": tuning.steps}),
         "lr_scheduler_type": "linear",
         "max_length": None,
         "gradient_checkpointing": False,

@@ -22,8 +22,8 @@ from transformers import PrinterCallback, TrainerCallback
 from finetune.checkpoints import Checkpoints, is_main_process, last_whole, workplace
 from finetune.encoding import Row, check_rows, encode_examples, encode_pairs, row_length, trained_share
 from finetune.flops import training_flops
-from finetune.items import Item, hold_out, shuffle_answers
-from finetune.recipe import Tuning, TuningRun
+from finetune.items import Item, hold_out, items_to_tune_on, shuffle_answers
+from finetune.recipe import Tuning, TuningRun, passes_of
 from finetune.trainers import make_trainer, started_processes
 from proxytune.content import as_json, content_key
 from proxytune.digests import publish
@@ -56,19 +56,20 @@ class TuningReport:
 
 
 def tune(run: TuningRun, watcher: TrainerCallback | None = None) -> TuningReport:
-    """Tunes the model on the items and writes the result to `run.out` (a full model, or a LoRA adapter). `watcher` sees every step.
+    """Tunes the model on the items that the recipe asks for, and writes the result to `run.out` (a full model, or a LoRA adapter).
 
-    The same seed gives the same weights on one machine with one thread count, however often the run was stopped. Under torchrun
-    the processes share a step's examples; where these do not divide evenly, the last step of an epoch repeats some. Raises
-    `UserError` where no token would be trained on, where an example does not fit the model, where the loss is not finite, where
-    the disk is full, where fewer processes train than were started, and where `run.model` is not a model. Not covered: mixed
-    precision.
+    `watcher` sees every step. The same seed gives the same weights on one machine with one thread count, however often the run was
+    stopped. Under torchrun the processes share a step's examples; where these do not divide evenly, the last step of an epoch repeats
+    some. Raises `UserError` where no token would be trained on, where an example does not fit the model, where the loss is not finite,
+    where the disk is full, where fewer processes train than were started, where `run.model` is not a model, and what
+    `items_to_tune_on` raises. Not covered: mixed precision.
     """
     processes = started_processes()
     tuning, seed, out = run.tuning, run.seed, run.out
     member = load_member(run.model, field=run.field)
-    items = shuffle_answers(run.items, seed) if tuning.shuffled else run.items
-    train, validation = (list(items), []) if tuning.early_stopping is None else hold_out(items, tuning.early_stopping.validation_share, seed)
+    items = items_to_tune_on(run.items, tuning.items)
+    items = shuffle_answers(items, seed) if tuning.shuffled else items
+    train, validation = (items, []) if tuning.early_stopping is None else hold_out(items, tuning.early_stopping.validation_share, seed)
     rows, held_out = (_encode(part, member, run) for part in (train, validation))
     window = getattr(member.model.config.get_text_config(), "max_position_embeddings", None)
     check_rows(rows + held_out, window, member.model.get_input_embeddings().weight.shape[0])
@@ -88,7 +89,8 @@ def tune(run: TuningRun, watcher: TrainerCallback | None = None) -> TuningReport
             _check_alive(member.model, tuning)
             trainer.save_model(str(folder / "result"))
             meter.tick()
-            tokens = round(sum(map(row_length, rows)) * float(trainer.state.epoch or 0))
+            passes = passes_of(trainer.state.global_step, len(rows), tuning.batch_size)
+            tokens = round(sum(map(row_length, rows)) * passes)
             history = trainer.state.log_history
             report = TuningReport(
                 examples=len(rows),
@@ -98,7 +100,7 @@ def tune(run: TuningRun, watcher: TrainerCallback | None = None) -> TuningReport
                 parameters=sum(parameter.numel() for parameter in member.model.parameters() if parameter.requires_grad),
                 losses=[float(entry["loss"]) for entry in history if "loss" in entry],
                 validation_losses=[float(entry["eval_loss"]) for entry in history if "eval_loss" in entry],
-                flops=flops + training_flops(member.model, tokens, tokens / max(1.0, len(rows) * float(trainer.state.epoch or 0))),
+                flops=flops + training_flops(member.model, tokens, tokens / max(1.0, len(rows) * passes)),
                 stored_bytes=sum(file.stat().st_size for file in (folder / "result").glob("*.safetensors")),
                 processes=processes,
                 wrapped=type(trainer.model_wrapped).__name__,

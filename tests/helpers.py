@@ -132,6 +132,7 @@ TUNINGS: dict[str, dict[str, Any]] = {
     "micro-batches": {"micro_batch_size": 2, "padding_free": True},
     "consistent": {"consistent": 1.0},
     "preference": {"preference": 0.1},
+    "steps": {"epochs": None, "steps": 12},
     "early-stopped": {"early_stopping": EarlyStopping(validation_share=0.2, every_steps=2, patience=3)},
 }
 
@@ -173,7 +174,7 @@ def unbroken_tuning(recipe: str = "full", epochs: float = 2.0, learning_rate: fl
     """What an uninterrupted run of that recipe gives on the models of the fixture `folder`: its report and its result's fingerprint."""
     with tempfile.TemporaryDirectory() as place:
         save_models(Path(place))
-        options = TUNINGS[recipe] | {"epochs": epochs, "learning_rate": learning_rate}
+        options = {"epochs": epochs, "learning_rate": learning_rate} | TUNINGS[recipe]
         report = run_tuning(Path(place), "unbroken", every=1e9, **options)
         return report, fingerprint(Path(place), "unbroken")
 

@@ -193,8 +193,9 @@ def _tuning(study: Study, label: str) -> tuple[Direct, Tuning | None]:
     arm = study.arms[point.arm]
     assert isinstance(arm, Direct)
     choices = recorded(study) or Choices()
-    if point.arm in choices:
-        return arm, choices[point.arm].tuning
+    chosen = choices[point.arm].tuning if point.arm in choices else None
+    if isinstance(chosen, Tuning):
+        return arm, chosen
     return arm, arm.tuning if arm.select is not None else arm.settings(point.arm)[label][1].tuning
 
 

@@ -51,7 +51,7 @@ class Results:
 def summarize(study: Study, records: Sequence[Record], costs: Costs, choices: Mapping[Run, Choices] | None = None) -> Results:
     """The results of a study's records; `choices` is what its runs selected. Raises `UserError` if records of a frame were asked differently."""
     recorded = Recorded(study, records)
-    summaries = {name: recorded.summary(name) for name in study.measures}
+    summaries = {name: recorded.summary(name) for name in study.shown}
     rows = [row for name, summary in summaries.items() for row in measures()[name].rows(summary)]
     return Results(header_of(study), summaries, rows, compare(recorded, choices), counted_costs(costs), measured_costs(costs))
 

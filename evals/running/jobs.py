@@ -4,7 +4,7 @@ A job takes the outcomes of the jobs that it waits for; everything else it reads
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from evals.arms import bias_for, check_banned, check_vocabularies, given_weights
 from evals.data import StudyData, data_for
 from evals.measures.inputs import Inputs
 from evals.measures.measure import Reading
+from evals.measures.novelty import NAME as NOVELTY
+from evals.measures.novelty import Recalled, counted, marked
 from evals.measures.registry import measures
 from evals.measures.subjects import Outputs, Pair
 from evals.records import has_record, read_record, write_record
@@ -83,8 +85,11 @@ def perform(job: Job, place: Place, outcomes: Outcomes, display: Display) -> Any
         return choices
     inputs = inputs_of(place, job)
     if job.kind == "tune":
-        return _tune(job, place, inputs.data, outcomes, display)
-    return _read(job, place, inputs, outcomes, display)
+        return _tune(job, place, with_classified(job, place, inputs.data, outcomes), outcomes, display)
+    read = _read(job, place, inputs, outcomes, display)
+    if job.kind == "classify":
+        display.say(f"{job.run} · {counted(frame_of(place, read.entries[0]))}")
+    return read
 
 
 def inputs_of(place: Place, job: Job) -> Inputs:
@@ -135,6 +140,13 @@ def tuning_of(job: Job, outcomes: Outcomes) -> Any:
     return job.tuning or next(outcome for name in job.waits if isinstance(outcome := outcomes[name], Choices))[job.group.arm].tuning
 
 
+def with_classified(job: Job, place: Place, data: StudyData, outcomes: Outcomes) -> StudyData:
+    """The data of a tuning job: where it waits for the classification, each training item says whether it is familiar to the base."""
+    before = [entry for name in job.waits if isinstance(outcome := outcomes[name], Read) for entry in outcome.entries]
+    found = [entry for entry in before if entry.frame == NOVELTY]
+    return replace(data, train=marked(data.train, frame_of(place, found[0]))) if found else data
+
+
 def _tune(job: Job, place: Place, data: StudyData, outcomes: Outcomes, display: Display) -> Weights:
     assert job.group is not None
     weights = tuned_weights(job.group, tuning_of(job, outcomes), data, job.run.seed, place.out, display)
@@ -172,7 +184,7 @@ def opened(job: Job, place: Place, inputs: Inputs, outcomes: Outcomes, display: 
     assert group is not None
     given = group.kind in ("expert", "direct") and job.tuned is None
     tuned = given_weights(study, group, inputs.data, place.folder) if given else outcomes[job.tuned] if job.tuned else None
-    readings = readings_of(inputs)
+    readings = [Recalled()] if job.kind == "classify" else readings_of(inputs)
     outer = [reading for reading in readings if reading.subject is Outputs]
     inner = [reading for reading in readings if reading.subject is Pair and group.kind in ("base", "direct")]
     choices = choices_of(job, study, outcomes)

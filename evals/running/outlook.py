@@ -15,11 +15,12 @@ import torch
 from evals.arms import start_of, tuned_as, tuned_folder
 from evals.display.cells import Table
 from evals.measures.inputs import Inputs
-from evals.running.jobs import Entry, Place, Read, arms_of, costs_of, inputs_of, keys_of, missing_of, opened, select_from, tuning_of
+from evals.running.jobs import Entry, Place, Read, arms_of, costs_of, inputs_of, keys_of, missing_of, opened, select_from, tuning_of, with_classified
 from evals.running.plan import Job, plan
 from evals.running.progress import Display
 from evals.study import Study
 from finetune.encoding import encode_examples, row_length
+from finetune.items import items_to_tune_on
 from finetune.recipe import Tuning
 from probes.world.family import find_family
 from proxytune.digests import is_whole
@@ -94,13 +95,15 @@ def _look_at(job: Job, place: Place, outcomes: dict[str, Any], speeds: dict[str,
 
 def _look_at_tuning(job: Job, place: Place, inputs: Inputs, outcomes: dict[str, Any], speeds: dict[str, float]) -> Outlook:
     assert job.group is not None
-    tuning, start = tuning_of(job, outcomes), start_of(job.group, inputs.data)
-    folder = tuned_folder(job.group, tuning, inputs.data, inputs.seed, place.out)
+    data = with_classified(job, place, inputs.data, outcomes)
+    tuning, start = tuning_of(job, outcomes), start_of(job.group, data)
+    folder = tuned_folder(job.group, tuning, data, inputs.seed, place.out)
     if is_whole(folder):
-        outcomes[job.name] = tuned_as(job.group, tuning, inputs.data, folder)
+        outcomes[job.name] = tuned_as(job.group, tuning, data, folder)
         return Outlook(job, "all")
-    rows = encode_examples(inputs.data.train, inputs.tokenizer, inputs.data.prompt, inputs.data.ending)
-    passed, passes = (tuning.epochs, 1 + BACKWARD) if isinstance(tuning, Tuning) else (1, 1)
+    items = items_to_tune_on(data.train, tuning.items) if isinstance(tuning, Tuning) else data.train
+    passed, passes = (tuning.passes(len(items)), 1 + BACKWARD) if isinstance(tuning, Tuning) else (1, 1)
+    rows = encode_examples(items, inputs.tokenizer, inputs.data.prompt, inputs.data.ending)
     tokens = round(sum(map(row_length, rows)) * passed)
     return Outlook(job, "none", tokens, passes * tokens * _seconds_a_token(start, speeds))
 

@@ -1,8 +1,9 @@
 """A study as jobs: what has to be done and what each job waits for. Pure: no files are read and no models are loaded.
 
-For each run (a seed, in a world): find or pretrain the family; tune each model; load each group of arms and read it. A setting that is
-selected on validation items adds its trials (tunings without the validation items, and readings of the task on them) and a `select` job, for
-which the arm's own tuning waits (a proxy's reading, if its strength is selected). Settings that were selected beforehand need no trials.
+For each run (a seed, in a world): find or pretrain the family; tune each model; load each group of arms and read it. Where an arm is tuned on
+known or unknown items only, a `classify` job asks the base first, once, and the tunings of such arms wait for it. A setting that is selected on
+validation items adds its trials (tunings without the validation items, and readings of the task on them) and a `select` job, for which the arm's
+own tuning waits (a proxy's reading, if its strength is selected). Settings that were selected beforehand need no trials.
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from evals.selection import selects_here, trial_study
 from evals.study import Run, Study
 from finetune.recipe import BiasTuning, Tuning
 
-Kind = Literal["family", "tune", "select", "read"]
+Kind = Literal["family", "classify", "tune", "select", "read"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ def _of_run(study: Study, run: Run) -> Iterator[Job]:
         family = Job(f"{run} · family", "family", run)
         yield family
         begin = (family.name,)
+    if any(map(study.chooses_items, study.arms)):
+        yield Job(_classify(run), "classify", run, begin, group=Group("base", study.base_arm, study.base_arm))
     selection: tuple[str, ...] = ()
     if selects_here(study):
         trials = list(_measured(trial_study(study), run, begin, trial=True))
@@ -61,7 +64,8 @@ def _measured(study: Study, run: Run, begin: tuple[str, ...], selection: tuple[s
     tuned: dict[tuple[object, ...], str] = {}
     made: dict[Group, str] = {}
     for group, tuning in tunings(study):
-        job = Job(_named(run, "tune", group, trial), "tune", run, begin if tuning is not None else (*begin, *selection), trial, group, tuning)
+        waits = (*begin, *((_classify(run),) if study.chooses_items(group.arm) else ()), *(selection if tuning is None else ()))
+        job = Job(_named(run, "tune", group, trial), "tune", run, waits, trial, group, tuning)
         same = (group.kind, tuning) if tuning is not None else (group.kind, group.label)
         if same not in tuned:
             yield job
@@ -74,3 +78,7 @@ def _measured(study: Study, run: Run, begin: tuple[str, ...], selection: tuple[s
 
 def _named(run: Run, kind: Kind, group: Group, trial: bool) -> str:
     return f"{run} · {'trial · ' if trial else ''}{kind} {group.label}"
+
+
+def _classify(run: Run) -> str:
+    return f"{run} · classify the tuning items"

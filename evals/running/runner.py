@@ -85,7 +85,11 @@ def _run(place: Place, todo: Sequence[Job], display: Display, jobs: int | None) 
     before = recorded(study)
     choices = dict.fromkeys(study.runs, before) if before else {job.run: outcomes[job.name] for job in todo if job.kind == "select"}
     reads = [(job.run, outcomes[job.name]) for job in todo if job.kind == "read" and not job.trial]
-    entries = [entry for _, read in reads for entry in read.entries]
+    classified = [outcomes[job.name] for job in todo if job.kind == "classify"]
+    of_reads = [read for _, read in reads]
+    entries = list(
+        dict.fromkeys(entry for read in (*of_reads, *classified) for entry in read.entries)
+    )  # a study may also ask for what was classified
     records = [Record(entry.arm, entry.frame, entry.run.world, entry.run.seed, entry.protocol, frame_of(place, entry)) for entry in entries]
     if study.selects_direct:  # the same frames under another name
         records += [

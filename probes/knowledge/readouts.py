@@ -10,9 +10,10 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from finetune.encoding import continuation_ids, prompt_ids
 from finetune.items import Item
@@ -57,21 +58,40 @@ def answer_greedily(
 
     Raises `UserError` for a prompt that leaves no room for the answer in some member's window.
     """
+    questions = [item.question for item in items]
+    texts = continuations(model, tokenizer, prompts, questions, new_tokens=new_tokens, batch_size=batch_size, progress=progress)
+    return [(judged or judge)(text, item) for text, item in zip(texts, items, strict=True)]
+
+
+def continuations(
+    model: ProxyTunedForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    questions: Sequence[str],
+    *,
+    new_tokens: int,
+    batch_size: int,
+    processor: Callable[[Sequence[int]], LogitsProcessor] | None = None,
+    progress: Progress = lambda prompts_done: None,
+) -> list[str]:
+    """What the current mixture says after each prompt, greedily, without space around it.
+
+    `questions` name the prompts in error messages. `processor` gives what changes the logits of a batch, from the numbers of its
+    prompts. Raises `UserError` for a prompt that leaves no room for the answer in some member's window.
+    """
     encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     window = model.config.max_position_embeddings
-    for item, ids in zip(items, encoded, strict=True):
+    for question, ids in zip(questions, encoded, strict=True):
         if len(ids) + new_tokens > window:
-            raise UserError(
-                f"new_tokens: {item.question!r} has {len(ids)} tokens and may get {new_tokens} more, but the window is {window}; shorten it"
-            )
-    order = sorted(range(len(items)), key=lambda index: len(encoded[index]))
-    answers: dict[int, Answer] = {}
+            raise UserError(f"new_tokens: {question!r} has {len(ids)} tokens and may get {new_tokens} more, but the window is {window}; shorten it")
+    order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
+    texts: dict[int, str] = {}
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
-        for index, text in zip(indices, _generate(model, tokenizer, [encoded[index] for index in indices], new_tokens), strict=True):
-            answers[index] = (judged or judge)(text, items[index])
+        processors = LogitsProcessorList([] if processor is None else [processor(indices)])
+        texts |= zip(indices, _generate(model, tokenizer, [encoded[index] for index in indices], new_tokens, processors), strict=True)
         progress(len(indices))
-    return [answers[index] for index in range(len(items))]
+    return [texts[index] for index in range(len(prompts))]
 
 
 def judge(text: str, item: Item) -> Answer:
@@ -158,9 +178,12 @@ def _chosen(item: Item, scores: Sequence[float], arm: str) -> Answer:
     return Answer(" / ".join(best), best.count(item.answer) / len(best), False, len(best) > 1)
 
 
-def _generate(model: ProxyTunedForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], new_tokens: int) -> list[str]:
+def _generate(
+    model: ProxyTunedForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], new_tokens: int, processors: LogitsProcessorList
+) -> list[str]:
     input_ids, attention_mask = left_padded(prompts, tokenizer.pad_token_id, model.device)
-    output = model.generate(input_ids, attention_mask=attention_mask, do_sample=False, num_beams=1, max_new_tokens=new_tokens, repetition_penalty=1.0)
+    settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, "max_new_tokens": new_tokens, "repetition_penalty": 1.0}
+    output = model.generate(input_ids, attention_mask=attention_mask, logits_processor=processors, **settings)
     return [tokenizer.decode(row[input_ids.shape[1] :], skip_special_tokens=True).strip() for row in output]
 
 

@@ -29,7 +29,7 @@ from proxytune.digests import seal
 
 @pytest.mark.parametrize(
     ("recipe", "steps"),
-    [*((recipe, (1, 4, 6) if recipe == "full" else (4,)) for recipe in TUNINGS)]
+    [*((recipe, {"full": (1, 4, 6), "steps": (7,)}.get(recipe, (4,))) for recipe in TUNINGS)]
     + [pytest.param(recipe, tuple(range(1, 10 if recipe == "full" else 7)), marks=pytest.mark.slow) for recipe in TUNINGS],
 )
 def test_a_stopped_run_goes_on_to_the_same_bits(folder: Path, recipe: str, steps: tuple[int, ...]) -> None:

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,12 +16,13 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from finetune.encoding import encode_examples, encode_pairs
 from finetune.flops import forward_flops, training_flops
-from finetune.items import Item, shuffle_answers
+from finetune.items import Item, items_to_tune_on, shuffle_answers
 from finetune.meter import Meter
 from finetune.recipe import EarlyStopping, Tuning, TuningRun
 from finetune.reference import read_reference
 from finetune.trainers import _freeze, _lora, inside_the_mixture, near_start
 from finetune.tuning import TuningReport, tune
+from proxytune.content import content_key
 from proxytune.errors import UserError
 from proxytune.member import Member, load_member
 
@@ -313,11 +314,68 @@ def test_an_adapter_and_its_merged_model_are_the_same(folder: Path, options: dic
         ({"kl": 1.0, "preference": 0.1}, "three losses"),
         ({"batch_size": 8, "micro_batch_size": 3}, "must be a multiple"),
         ({"preference": 0.1, "padding_free": True}, "padding_free is not for preference"),
+        ({"epochs": 2, "steps": 10}, "epochs and steps both say how long to tune; give one"),
+        ({"epochs": None}, "epochs and steps both say how long to tune; give one"),
+        ({"steps": 0}, "greater than or equal to 1"),
+        ({"items": "familiar"}, "'all', 'known' or 'unknown'"),
     ],
 )
 def test_recipes_that_contradict_themselves_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Tuning(**({"method": "full", "learning_rate": 1e-3} | options))
+
+
+def test_what_a_recipe_does_not_use_is_not_in_its_content() -> None:
+    """Keys of checkpoints are hashes of it: recipes and items from before there were these fields keep theirs."""
+    recipe = {"method": "full", "learning_rate": 1e-3}
+    before = Tuning(**recipe).model_dump()
+    assert content_key(tuning=before) == "45c4442190ea8b72e57c6fcbcca77370"  # as it was then
+    asked = Tuning(**recipe, steps=10, items="known")
+    assert asked.model_dump() == before | {"epochs": None, "steps": 10, "items": "known"}
+    assert Tuning.model_validate(asked.model_dump()) == asked == Tuning.model_validate_json(asked.model_dump_json())
+    assert "familiar" not in Item(question="w3", answer="w4").model_dump()
+    assert Item(question="w3", answer="w4", familiar=False).model_dump()["familiar"] is False
+
+
+@pytest.mark.parametrize(("count", "steps"), [(24, 1), (24, 3), (20, 3), (20, 8), (5, 4)])
+def test_so_many_steps_are_taken_however_many_the_items_are(folder: Path, count: int, steps: int) -> None:
+    """Each pass reads every item once; its last step takes what is left (24, 20 and 5 items in batches of 8)."""
+    report = run(folder, "out", count=count, epochs=None, steps=steps)
+    assert report.steps == len(report.losses) == steps
+    left = {24: (8, 8, 8), 20: (8, 8, 4), 5: (5,)}[count]
+    read = sum(left[step % len(left)] for step in range(steps))
+    tokens = sum(len(row["input_ids"]) for row in encode_examples(items(count), make_tokenizer(), PROMPT, ""))
+    assert report.tokens == round(tokens * read / count)
+    assert Tuning(method="full", learning_rate=1e-3, batch_size=8, steps=steps).passes(count) == pytest.approx(read / count)
+
+
+def test_steps_that_make_whole_epochs_are_these_epochs(folder: Path) -> None:
+    epochs, steps, fewer = run(folder, "epochs", epochs=2.0), run(folder, "steps", epochs=None, steps=6), run(folder, "fewer", epochs=None, steps=5)
+    assert distance(folder / "epochs", folder / "steps") == 0 < distance(folder / "steps", folder / "fewer")
+    assert (steps.losses, steps.tokens, steps.flops) == (epochs.losses, epochs.tokens, epochs.flops)
+    assert fewer.tokens < steps.tokens
+    assert fewer.flops < steps.flops
+
+
+@pytest.mark.parametrize("which", ["known", "unknown"])
+def test_only_the_items_that_are_asked_for_are_tuned_on(folder: Path, which: Literal["known", "unknown"]) -> None:
+    marked = [item.model_copy(update={"familiar": number % 3 == 0}) for number, item in enumerate(items())]
+    chosen = [item for item in marked if item.familiar is (which == "known")]
+    recipe: dict[str, Any] = {"method": "full", "learning_rate": 1e-3, "batch_size": 8, "steps": 3}
+    runs = {"asked": (marked, which), "given": (chosen, "all"), "everything": (marked, "all")}
+    for name, (given, wanted) in runs.items():
+        tune(TuningRun(folder / "small", given, Tuning(**recipe, items=wanted), prompt=PROMPT, ending="", seed=0, out=folder / name))
+    assert distance(folder / "asked", folder / "given") == 0 < distance(folder / "asked", folder / "everything")
+
+
+def test_items_that_do_not_say_what_they_are_cannot_be_chosen() -> None:
+    one, other = Item(question="w3", answer="w4", familiar=True), Item(question="w5", answer="w6")
+    with pytest.raises(UserError, match=r"items: known needs familiar \(true or false\) in every training item; 'w5' has none"):
+        items_to_tune_on([one, other], "known")
+    with pytest.raises(UserError, match="items: none of the 1 training items is unknown to the model"):
+        items_to_tune_on([one], "unknown")
+    assert items_to_tune_on([one, other], "all") == [one, other]
+    assert items_to_tune_on([one], "known") == [one]
 
 
 def dealt(count: int = 24) -> list[Item]:

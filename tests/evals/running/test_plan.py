@@ -110,6 +110,24 @@ def test_a_selection_waits_for_the_trials_and_its_own_tuning_for_the_selection()
     assert {jobs[name].tuning for name in trials if jobs[name].kind == "tune"} >= {job.tuning for job in jobs.values() if job.tuning is not None}
 
 
+def test_the_tuning_items_are_classified_once_and_only_arms_that_choose_among_them_wait_for_it() -> None:
+    known = TUNING | {"items": "known"}
+    arms = with_arms(
+        known={"kind": "direct", "tuning": known},
+        unknown={"kind": "direct", "tuning": TUNING | {"items": "unknown"}},
+        full={"kind": "direct", "tuning": TUNING},
+        best={"kind": "direct", "tuning": known, "sweep": {"learning_rate": [1e-3, 1e-2]}, "select": "best"},
+    )
+    jobs = planned(arms=arms, seeds=[0, 1])
+    for seed in (0, 1):
+        (classify,) = [job for job in jobs.values() if job.kind == "classify" and job.run.seed == seed]
+        assert (classify.waits, classify.trial) == ((f"tiny, seed {seed} · family",), False)
+        tunings = [job for job in jobs.values() if job.kind == "tune" and job.run.seed == seed]
+        waiting = {job.name.rpartition(" ")[2] for job in tunings if classify.name in job.waits}
+        assert waiting == {"known", "unknown", "best", "best@0.001", "best@0.01"}
+        assert len(tunings) == len(waiting) + 1  # the twin: `full` does not wait
+
+
 def test_two_selected_arms_of_one_sweep_are_two_tunings() -> None:
     """What they select is known only later: `match` and `best` may take different values."""
     arms = with_arms(full={"kind": "direct", "tuning": TUNING}, best=SWEPT | {"select": "best"}, matched=SWEPT | {"select": {"match": "full"}})
