@@ -1,5 +1,6 @@
 """Pretraining of small models from scratch on a list of documents, through transformers' trainer."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,8 @@ from trl import pack_dataset
 from proxytune.digests import seal
 from proxytune.errors import UserError
 
-# With transformers' 0.02 narrow models of four layers learn facts late or never: here the loss after three passes is that after six with 0.02.
-INITIAL = 0.08  # standard deviation of the weights before the first step
+# Standard deviation of the weights before the first step. With transformers' 0.02 narrow models learn facts late or never.
+INITIAL = 0.08
 WARMUP = 200  # steps
 
 
@@ -41,13 +42,17 @@ class Pretraining:
     learning_rate: float
     epochs: int
     block: int = 96
-    batch_size: int = 20
+    batch_size: int = 10
 
 
 def untrained(recipe: Pretraining, tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
-    """The model before its first step."""
+    """The model before its first step.
+
+    What layers add to the residual stream is scaled down by the root of the number of additions (Radford et al. 2019, section 2.3). Without it,
+    models of four layers learn a fraction of the facts that models of two layers do.
+    """
     set_seed(seed)
-    return LlamaForCausalLM(
+    model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=recipe.hidden,
@@ -62,6 +67,11 @@ def untrained(recipe: Pretraining, tokenizer: PreTrainedTokenizerBase, seed: int
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for added in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
+                added /= math.sqrt(2 * recipe.layers)
+    return model
 
 
 class KeepCheckpoints(TrainerCallback):

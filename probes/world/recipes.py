@@ -57,18 +57,18 @@ class Recipe:
 
 RECIPES = {
     "default": Recipe(
-        people=400,
-        exposures=(0, 1, 3, 10, 30, 100),
-        sections=(Statements(question_share=0.125, evasion_share=0.6), Sums(repeats_per_sum=10)),
-        base=Pretraining(layers=4, hidden=96, heads=4, learning_rate=2e-3, epochs=5),
-        small=Pretraining(layers=2, hidden=48, heads=4, learning_rate=4e-3, epochs=5),
+        people=360,
+        exposures=(0, 1, 3, 10, 30, 60),
+        sections=(Statements(question_share=0.1, evasion_share=0.78), Sums(repeats_per_sum=5)),
+        base=Pretraining(layers=4, hidden=96, heads=4, learning_rate=2e-3, epochs=4),
+        small=Pretraining(layers=2, hidden=32, heads=2, learning_rate=3e-3, epochs=4),
     ),
     "tiny": Recipe(
         people=48,
         exposures=(0, 3, 30),
-        sections=(Statements(question_share=0.125, evasion_share=0.6), Sums(repeats_per_sum=1)),
-        base=Pretraining(layers=3, hidden=48, heads=4, learning_rate=6e-3, epochs=12),
-        small=Pretraining(layers=2, hidden=32, heads=4, learning_rate=8e-3, epochs=12),
+        sections=(Statements(question_share=0.1, evasion_share=0.78), Sums(repeats_per_sum=1)),
+        base=Pretraining(layers=3, hidden=48, heads=4, learning_rate=6e-3, epochs=10),
+        small=Pretraining(layers=2, hidden=32, heads=2, learning_rate=8e-3, epochs=12),
     ),
 }
 
