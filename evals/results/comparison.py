@@ -19,9 +19,10 @@ from evals.results.recorded import Recorded
 from evals.statistics.frontier import on_frontier
 from evals.statistics.intervals import Estimate, gap_closed, interval
 from evals.statistics.power import minimum_detectable_effect
-from evals.statistics.significance import holm, mcnemar
+from evals.statistics.significance import mcnemar
 from evals.statistics.value import Value, finite, value_of
 from evals.study import Study
+from probes.significance import holm
 
 Row = dict[str, Any]
 PARTS = ("gap_closed", "against_direct", "contrasts", "frontier")
