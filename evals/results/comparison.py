@@ -18,7 +18,7 @@ from evals.results.header import Header
 from evals.results.recorded import Recorded
 from evals.statistics.frontier import on_frontier
 from evals.statistics.intervals import Estimate, gap_closed, interval
-from evals.statistics.power import minimum_detectable_effect
+from evals.statistics.power import Needs, minimum_detectable_effect, needs
 from evals.statistics.significance import mcnemar
 from evals.statistics.value import Value, finite, value_of
 from evals.study import Study
@@ -35,6 +35,10 @@ def compare(records: Recorded) -> dict[str, list[Row]]:
     direct. `contrasts`: the study's pairs, with McNemar's p, uncorrected and corrected for all contrasts of the measure, and the least
     difference that this number of items detects four times in five. `frontier`: each arm's gain and knowledge kept (arm minus base), whether no
     other arm is at least as good at both and better at one, and in what share of the intervals' draws this is so.
+
+    `needs` of a difference whose interval includes zero: the `number` of seeds or units (`of`) that would find a difference as large as the observed
+    one four times in five (`statistics.power.needs`); None where it is decided. Gap closed has no such question of its own: an arm closes 100 %
+    exactly where its difference from direct is zero. Its `needs` are those of the gap, direct minus base, where that is within noise.
     """
     study = records.study
     arms = list(study.arm_settings)
@@ -46,10 +50,10 @@ def compare(records: Recorded) -> dict[str, list[Row]]:
         if measure.role is None or share is None:
             continue
         shares.setdefault(measure.role, (name, share.estimate))
-        found["against_direct"] += _against_direct(study, arms, name, share.estimate)
+        found["against_direct"] += _against_direct(study, arms, name, share)
         found["contrasts"] += _contrasts(study, arms, name, share)
         if measure.role == "gain":
-            found["gap_closed"] += _gaps(study, arms, name, share.estimate)
+            found["gap_closed"] += _gaps(study, arms, name, share)
     if {"gain", "kept"} <= set(shares):
         found["frontier"] = _frontier(study, shares["gain"], shares["kept"])
     return found
@@ -64,12 +68,25 @@ def _difference(estimate: Estimate, arm: int, other: int) -> Row:
     return _numbers(value_of(interval(estimate.value[arm] - estimate.value[other], estimate.draws[arm] - estimate.draws[other], DIFFERENCE)))
 
 
-def _against_direct(study: Study, arms: Sequence[str], measure: str, estimate: Estimate) -> list[Row]:
+def _needs(study: Study, share: Share, arm: int, other: int) -> Row:
+    """How many seeds or units would decide the difference of two arms; None where it is decided, or where nothing varies."""
+    value = share.estimate.value[arm] - share.estimate.value[other]
+    draws = share.estimate.draws[arm] - share.estimate.draws[other]
+    found = interval(value, draws, DIFFERENCE)
+    if found.excludes_zero() or found.low == found.high:
+        return {"needs": None}
+    units = share.frames[0][arm].loc[can_be_known, "unit"].nunique()
+    return {"needs": needs(value, draws, len(share.frames), units, study.same_items, value)._asdict()}
+
+
+def _against_direct(study: Study, arms: Sequence[str], measure: str, share: Share) -> list[Row]:
     if study.direct_arm is None:
         return []
     direct = arms.index(study.direct_arm)
     return [
-        {"arm": arm, "direct": study.direct_arm, "measure": measure} | _difference(estimate, position, direct)
+        {"arm": arm, "direct": study.direct_arm, "measure": measure}
+        | _difference(share.estimate, position, direct)
+        | _needs(study, share, position, direct)
         for position, arm in enumerate(arms)
         if position != direct
     ]
@@ -90,22 +107,22 @@ def _contrasts(study: Study, arms: Sequence[str], measure: str, share: Share) ->
             for one, corrected, least in zip(p, holm(p), detectable, strict=True)
         ]
     return [
-        {"arm": arm, "minus": other, "measure": measure} | _difference(share.estimate, *places) | test
+        {"arm": arm, "minus": other, "measure": measure} | _difference(share.estimate, *places) | _needs(study, share, *places) | test
         for (arm, other), places, test in zip(study.contrasts, pairs, tests, strict=True)
     ]
 
 
-def _gaps(study: Study, arms: Sequence[str], measure: str, estimate: Estimate) -> list[Row]:
+def _gaps(study: Study, arms: Sequence[str], measure: str, share: Share) -> list[Row]:
     if study.direct_arm is None:
         return []
     base, direct = arms.index(study.base_arm), arms.index(study.direct_arm)
-    rows = []
+    rows, of_gap = [], _needs(study, share, direct, base)
     for position, arm in enumerate(arms):
         if position not in (base, direct):
-            gap = gap_closed(estimate, position, base, direct)
+            gap = gap_closed(share.estimate, position, base, direct)
             closed = Value(None) if gap is None else value_of(gap)
             capped = None if closed.value is None else min(closed.value, 1.0)
-            rows.append({"arm": arm, "measure": measure} | _numbers(closed) | {"capped": capped})
+            rows.append({"arm": arm, "measure": measure} | _numbers(closed) | {"capped": capped} | of_gap)
     return rows
 
 
@@ -132,20 +149,30 @@ def _share_of_draws(draws: np.ndarray, now: bool) -> float:
 
 # What is shown
 
+TO_DECIDE = "how many seeds or units would find a difference as large as this one four times in five"
+
+
+def _in_words(row: Row, form: str = "{}") -> str:
+    """What would decide an open row; empty if it is decided."""
+    return "" if row["needs"] is None else form.format(Needs(**row["needs"]))
+
 
 def with_comparison(table: Table, measure: str, compared: dict[str, list[Row]]) -> Table:
     """A measure's table by arm, with columns for the gap closed and the difference from the direct arm."""
     columns: Columns = {}
     gaps = [row for row in compared["gap_closed"] if row["measure"] == measure]
     if gaps:
-        columns["gap closed"] = {row["arm"]: cell(_value(row), 100) for row in gaps}
+        columns["gap closed"] = {row["arm"]: cell(_value(row), 100) + _in_words(row, " ({})") for row in gaps}
         columns["capped"] = {row["arm"]: "" if row["capped"] is None else f"{row['capped'] * 100:.1f}" for row in gaps}
-    for row in compared["against_direct"]:
-        if row["measure"] == measure:
-            columns.setdefault(f"Δ vs {row['direct']}", {})[row["arm"]] = cell(_value(row), 100)
+    differences = [row for row in compared["against_direct"] if row["measure"] == measure]
+    for row in differences:
+        columns.setdefault(f"Δ vs {row['direct']}", {})[row["arm"]] = cell(_value(row), 100)
+        if any(other["needs"] for other in differences):
+            columns.setdefault("to decide Δ", {})[row["arm"]] = _in_words(row)
     arms = table.frame.iloc[:, 0]
     frame = table.frame.assign(**{name: [cells.get(arm, "") for arm in arms] for name, cells in columns.items()})
     note = " Gap closed = (arm - base) / (direct - base); n/a where direct - base is within noise." if gaps else ""
+    note += f" To decide Δ: {TO_DECIDE}." if "to decide Δ" in columns else ""
     return Table(table.title, frame, f"{table.note}{note}")
 
 
@@ -210,9 +237,12 @@ def _contrast_table(rows: Sequence[Row]) -> list[Table]:
     for measure in dict.fromkeys(row["measure"] for row in rows):
         of_measure = {name: row for name, row in zip(names, rows, strict=True) if row["measure"] == measure}
         frame[measure] = [cell(_value(of_measure[name]), 100) for name in frame["arms"]]
+        if any(row["needs"] for row in of_measure.values()):
+            frame[f"to decide, {measure}"] = [_in_words(of_measure[name]) for name in frame["arms"]]
         tests = [row for row in of_measure.values() if row["p"] is not None]
         if tests:
             frame[f"p, {measure}"] = [f"{row['p']:.2g} ({row['p_holm']:.2g})" for row in tests]
             frame[f"detectable, {measure}"] = ["" if row["detectable"] is None else f"{row['detectable'] * 100:.1f}" for row in tests]
     note = "Paired differences in percentage points, 95 % intervals; p by McNemar's exact test (in parentheses: Holm's correction for all contrasts)"
-    return [Table("Contrasts", frame, f"{note}; detectable: the least difference that this number of items detects four times in five.")]
+    note += "; detectable: the least difference that this number of items detects four times in five"
+    return [Table("Contrasts", frame, f"{note}; to decide: {TO_DECIDE}.")]

@@ -79,7 +79,9 @@ def power_of_t_test(seeds: int, shift: float, level: float = 1 - LEVEL) -> float
     if math.isinf(shift):
         return 1.0
     limit, distance = t.ppf(1 - level / 2, seeds - 1), shift * math.sqrt(seeds)
-    return float(nct.sf(limit, seeds - 1, distance) + nct.cdf(-limit, seeds - 1, distance))
+    # NaN where the effect is too far from zero for the distribution to be computed: all lies on its side, nothing on the other.
+    right, wrong = nct.sf(limit, seeds - 1, distance), nct.cdf(-limit, seeds - 1, distance)
+    return float(np.nan_to_num(right, nan=1.0) + np.nan_to_num(wrong, nan=0.0))
 
 
 def _errors(power: float, level: float) -> float:
