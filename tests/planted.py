@@ -54,5 +54,5 @@ def records_of(
                 off = 0.0 if arm == "base" else generator.normal(0, tuned) + generator.normal(0, answers, people)
                 columns = {"unit": names, "question": names, "popularity": 1.0, "answer": "a", "text": "a", "unparsed": False}
                 items = pd.DataFrame(columns | {"right": values + off})
-                found.append(Record(arm, frame, run.world, run.seed, frame, items))
+                found.append(Record(arm, frame, run.world, run.seed, frame, items, run.tuning))
     return found

@@ -94,7 +94,7 @@ def _look_at(job: Job, place: Place, outcomes: dict[str, Any], speeds: dict[str,
 def _look_at_tuning(job: Job, place: Place, inputs: Inputs, outcomes: dict[str, Any], speeds: dict[str, float]) -> Outlook:
     assert job.group is not None
     tuning, start = tuning_of(job, outcomes), start_of(job.group, inputs.data)
-    folder = tuned_folder(job.group, tuning, inputs.data, inputs.seed, place.out)
+    folder = tuned_folder(job.group, tuning, inputs.data, job.run.tuning_seed, place.out)
     if is_whole(folder):
         outcomes[job.name] = tuned_as(job.group, tuning, inputs.data, folder)
         return Outlook(job, "all")

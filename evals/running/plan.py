@@ -1,6 +1,7 @@
 """A study as jobs: what has to be done and what each job waits for. Pure: no files are read and no models are loaded.
 
-For each run (a seed, in a world): find or pretrain the family; tune each model; load each group of arms and read it. A setting that is
+For each run (a seed, in a world): find or pretrain the family; tune each model; load each group of arms and read it. Several tunings of one seed
+share what is not tuned. A setting that is
 selected on validation items adds its trials (tunings without the validation items, and readings of the task on them) and a `select` job, for
 which the arm's own tuning waits.
 """
@@ -37,13 +38,13 @@ class Job:
 
 def plan(study: Study) -> list[Job]:
     """All jobs of a study; each job comes after those that it waits for."""
-    return [job for run in study.runs for job in _of_run(study, run)]
+    return list(dict.fromkeys(job for run in study.runs for job in _of_run(study, run)))  # what several tunings share is one job
 
 
 def _of_run(study: Study, run: Run) -> Iterator[Job]:
     begin: tuple[str, ...] = ()
     if run.world is not None:
-        family = Job(f"{run} · family", "family", run)
+        family = Job(f"{run.first} · family", "family", run.first)
         yield family
         begin = (family.name,)
     selecting = {name: arm for name, arm in study.arms.items() if isinstance(arm, Direct) and arm.select is not None}
@@ -70,8 +71,8 @@ def _measured(study: Study, run: Run, begin: tuple[str, ...], *, trial: bool) ->
             yield job
         before[group] = (tuned.setdefault(same, job.name), *selection)
     for group in groups(study):
-        waits = before.get(group, begin)
-        yield Job(_named(run, "read", group, trial), "read", run, waits, trial, group, tuned=waits[0] if group in before else None)
+        waits, of = before.get(group, begin), run if group in before else run.first
+        yield Job(_named(of, "read", group, trial), "read", of, waits, trial, group, tuned=waits[0] if group in before else None)
 
 
 def _named(run: Run, kind: Kind, group: Group, trial: bool) -> str:

@@ -79,17 +79,19 @@ def _run(place: Place, todo: Sequence[Job], display: Display, jobs: int | None) 
     work = _here(place, ended, display) if workers == 1 else _in_processes(place, ended, display, workers)
     with work as start:
         _work_off(todo, start, ended, outcomes, workers)
-    reads = [outcomes[job.name] for job in todo if job.kind == "read" and not job.trial]
+    reads = {job: outcomes[job.name] for job in todo if job.kind == "read" and not job.trial}
     records = [
-        Record(entry.arm, entry.frame, entry.run.world, entry.run.seed, entry.protocol, frame_of(place, entry))
-        for read in reads
+        Record(entry.arm, entry.frame, run.world, run.seed, entry.protocol, frame_of(place, entry), run.tuning)
+        for job, read in reads.items()
+        for run in study.runs
+        if run == job.run or (job.tuned is None and run.first == job.run)  # what is not tuned stands beside every tuning
         for entry in read.entries
     ]
     order = {arm: position for position, arm in enumerate(study.arm_settings)}
     frames = {frame: position for position, frame in enumerate(dict.fromkeys(record.frame for record in records))}
     runs = {run: position for position, run in enumerate(study.runs)}
-    records.sort(key=lambda record: (frames[record.frame], order[record.arm], runs[Run(record.world, record.seed)]))
-    return Finished(records, _costs(reads, order))
+    records.sort(key=lambda record: (frames[record.frame], order[record.arm], runs[Run(record.world, record.seed, record.tuning)]))
+    return Finished(records, _costs(list(reads.values()), order))
 
 
 def _costs(reads: Sequence[Read], order: Mapping[str, int]) -> dict[str, list[Mapping[str, Any]]]:
