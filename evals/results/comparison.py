@@ -16,6 +16,7 @@ from evals.measures.registry import measures
 from evals.measures.shares import DIFFERENCE, can_be_known
 from evals.results.header import Header
 from evals.results.recorded import Recorded
+from evals.results.variance import variance, variance_table
 from evals.statistics.frontier import on_frontier
 from evals.statistics.intervals import Estimate, gap_closed, interval
 from evals.statistics.power import Needs, minimum_detectable_effect, needs
@@ -25,7 +26,7 @@ from evals.study import Study
 from probes.significance import holm
 
 Row = dict[str, Any]
-PARTS = ("gap_closed", "against_direct", "contrasts", "frontier")
+PARTS = ("gap_closed", "against_direct", "contrasts", "frontier", "variance")
 
 
 def compare(records: Recorded) -> dict[str, list[Row]]:
@@ -34,7 +35,8 @@ def compare(records: Recorded) -> dict[str, list[Row]]:
     `gap_closed`: (arm - base) / (direct - base), uncapped and `capped` at 1; None where direct - base is within noise. `against_direct`: arm minus
     direct. `contrasts`: the study's pairs, with McNemar's p, uncorrected and corrected for all contrasts of the measure, and the least
     difference that this number of items detects four times in five. `frontier`: each arm's gain and knowledge kept (arm minus base), whether no
-    other arm is at least as good at both and better at one, and in what share of the intervals' draws this is so.
+    other arm is at least as good at both and better at one, and in what share of the intervals' draws this is so. `variance`: where the variance of
+    the headline differences comes from (`results/variance.py`).
 
     `needs` of a difference whose interval includes zero: the `number` of seeds or units (`of`) that would find a difference as large as the observed
     one four times in five (`statistics.power.needs`); None where it is decided. Gap closed has no such question of its own: an arm closes 100 %
@@ -56,6 +58,7 @@ def compare(records: Recorded) -> dict[str, list[Row]]:
             found["gap_closed"] += _gaps(study, arms, name, share)
     if {"gain", "kept"} <= set(shares):
         found["frontier"] = _frontier(study, shares["gain"], shares["kept"])
+    found["variance"] = variance(records)
     return found
 
 
@@ -177,7 +180,7 @@ def with_comparison(table: Table, measure: str, compared: dict[str, list[Row]]) 
 
 
 def comparison_tables(compared: dict[str, list[Row]]) -> list[Table]:
-    return [*_frontier_table(compared["frontier"]), *_contrast_table(compared["contrasts"])]
+    return [*_frontier_table(compared["frontier"]), *_contrast_table(compared["contrasts"]), *variance_table(compared["variance"])]
 
 
 def comparison_charts(compared: dict[str, list[Row]], header: Header) -> Iterator[Chart]:

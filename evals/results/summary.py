@@ -21,7 +21,7 @@ from proxytune.content import as_json
 from proxytune.errors import UserError, brief
 from proxytune.files import check_readable
 
-SCHEMA = 2  # of results.json
+SCHEMA = 3  # of results.json
 DIGITS = 6  # to which results.json is rounded
 
 

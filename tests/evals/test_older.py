@@ -102,9 +102,9 @@ def test_only_files_may_be_old() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"study": "old", "seeds": [0], "rows": []}', r"is of an older version \(schema None, not 2\); run the study again"),
-        ('{"schema": 1}', r"is of an older version \(schema 1, not 2\)"),
-        ('{"schema": 2}', "is not what proxytune compare writes"),
+        ('{"study": "old", "seeds": [0], "rows": []}', r"is of an older version \(schema None, not 3\); run the study again"),
+        ('{"schema": 1}', r"is of an older version \(schema 1, not 3\)"),
+        ('{"schema": 3}', "is not what proxytune compare writes"),
         ("[]", "cannot be read as results of proxytune compare"),
         ("{", "cannot be read as results of proxytune compare"),
     ],

@@ -105,7 +105,7 @@ def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
         ("", "cannot be read as results"),
         ("[]", "cannot be read as results"),
         ('{"study": "small", "rows": []}', "is of an older version"),
-        ('{"schema": 2, "study": "small"}', "is not what proxytune compare writes"),
+        ('{"schema": 3, "study": "small"}', "is not what proxytune compare writes"),
     ],
 )
 def test_what_is_no_results_is_one_line(tmp_path: Path, content: str, message: str) -> None:
