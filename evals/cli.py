@@ -73,7 +73,7 @@ def compare(
         Path | None, typer.Option(help="Folder of records, checkpoints and figures. Default: proxytune-runs/NAME.", show_default=False)
     ] = None,
     seeds: Annotated[int | None, SEEDS] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Print the jobs, which are done, and what the others will cost; run nothing.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Print the jobs, what the rest will cost, and what the study can tell; run nothing.")] = False,
     jobs: Annotated[int | None, JOBS] = None,
     wait: Annotated[bool, WAIT] = False,
     form: Annotated[Format, typer.Option("--format", help="How the results go to standard output.")] = Format.table,

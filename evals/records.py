@@ -29,7 +29,8 @@ logger = logging.getLogger("proxytune")
 
 @dataclass(frozen=True)
 class Record:
-    """One frame of one arm in one run (a seed, in a world if the study has worlds). `protocol` is a hash of how the arm was asked."""
+    """One frame of one arm in one run (a seed, in a world if the study has worlds, and the number of the tuning). `protocol` is a hash of how the arm
+    was asked."""
 
     arm: str
     frame: str
@@ -37,6 +38,7 @@ class Record:
     seed: int
     protocol: str
     items: pd.DataFrame
+    tuning: int = 0
 
 
 def write_record(folder: Path, key: str, items: pd.DataFrame, provenance: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
+import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
 from yaml.constructor import ConstructorError
@@ -226,13 +227,29 @@ class ArmSetting(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One world (None if the study has its own data) and one seed."""
+    """One world (None if the study has its own data), one seed, and the number of the tuning: the family of a seed may be tuned several times."""
 
     world: str | None
     seed: int
+    tuning: int = 0
 
     def __str__(self) -> str:
-        return f"seed {self.seed}" if self.world is None else f"{self.world}, seed {self.seed}"
+        place = f"seed {self.seed}" if self.world is None else f"{self.world}, seed {self.seed}"
+        return place if self.tuning == 0 else f"{place}, tuning {self.tuning}"
+
+    @property
+    def first(self) -> "Run":
+        """The seed's first tuning. What is not tuned (the family, its data, the base) is that of this run."""
+        return self._replace(tuning=0)
+
+    @property
+    def tuning_seed(self) -> int:
+        """The seed of the tuning. The first tuning has the run's own seed; later ones are drawn from the upper half of the seeds, where studies
+        have none of their own."""
+        if self.tuning == 0:
+            return self.seed
+        half = (LARGEST_SEED + 1) // 2
+        return half + int(np.random.SeedSequence([self.seed, self.tuning]).generate_state(1)[0]) % half
 
 
 class Models(Strict):
@@ -287,6 +304,7 @@ class Study(Strict):
     models: Models | None = None
     data: Data | None = None
     seeds: tuple[Annotated[int, Field(ge=0, le=LARGEST_SEED)], ...] = Field(default=(0,), min_length=1)
+    tuning_seeds: int = Field(default=1, ge=1, le=1000, description="how many times every arm is tuned on each seed's family, to tell both apart")
     threads: int = Field(default=1, ge=1, le=1024, description="CPU threads per job; two are slower than one for models below 100M parameters")
     batch_size: int = Field(default=16, ge=1, description="items generated at a time")
     batch_tokens: int = Field(default=2048, ge=1, description="tokens scored at a time")
@@ -362,6 +380,11 @@ class Study(Strict):
             raise ValueError(f"contrasts: {list(twice)} stands there twice; leave one out")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds must differ")
+        if self.tuning_seeds > 1 and self.data is not None:
+            raise ValueError("tuning_seeds: with your own data every seed is a tuning of the same models on the same items; give more seeds")
+        inside = [name for name in self.measures if not measures()[name].of_answers]
+        if self.tuning_seeds > 1 and inside:
+            raise ValueError(f"tuning_seeds: {inside[0]} looks inside one tuned model; leave it out of measures, or have one tuning a seed")
         for name in self.measures if self.data is not None else ():
             for field in sorted(need.partition(".")[0] for need in measures()[name].needs):
                 if getattr(self.data, field) is None:
@@ -428,8 +451,8 @@ class Study(Strict):
 
     @property
     def runs(self) -> list["Run"]:
-        """Every seed of every world. In each run everything is tuned and measured once."""
-        return [Run(world, seed) for world in (self.worlds or (None,)) for seed in self.seeds]
+        """Every tuning of every seed of every world. In each run everything is tuned and measured once."""
+        return [Run(world, seed, tuning) for world in (self.worlds or (None,)) for seed in self.seeds for tuning in range(self.tuning_seeds)]
 
     def settings_of(self, measure: str) -> Any:
         """The settings of a measure, with defaults for those that the file leaves out."""
@@ -449,6 +472,11 @@ class Study(Strict):
     def selects_direct(self) -> bool:
         """Whether there is a row `direct`: in every run the direct arm with the best validation score."""
         return BEST in self.direct
+
+    @property
+    def direct_arm(self) -> str | None:
+        """The main reference."""
+        return next(iter(self.references), None)
 
     @property
     def references(self) -> tuple[str, ...]:

@@ -8,19 +8,32 @@ and more than restoring an equally large change elsewhere (equal noise in every 
 enters first, so the first part alone says little); (c) a model tuned with its bottom half frozen keeps more knowledge at the
 same task gain; (d) lost knowledge is not relearned quickly.
 
-The claim is refuted if any clause fails. A clause fails when its 95 % interval excludes every effect in the claimed direction that
-is large enough to count: the effect is absent, reversed, or too small. It holds when the whole interval is on the claimed side.
+The claim is refuted if any clause fails. A clause fails when the hypothesis that its effect is large enough to count (as large as
+`threshold`, in the claimed direction) is rejected: the effect is absent, reversed, or too small. Its one-sided p value (`p_value`) is
+that of a t test with the degrees of freedom of the runs, whose standard error is read from the 95 % interval. That is exact where the
+interval is the t interval over runs, and cautious where units make it wider. The p values of all measured clauses are corrected by
+Holm, so that a claim that is true in every clause, however barely, is refuted in at most 5 % of studies (`FAMILY`), whatever the dependence
+between clauses. Seven 95 % intervals without correction refute it in up to 16 %. A clause holds when it does not fail and its whole interval
+is on the claimed side. Support needs all clauses, so it needs no correction: a false claim is supported in at most 2.5 % of studies.
 Otherwise, and where a clause was not measured, it cannot tell: then the verdict is "underpowered" and `needs` says how many seeds
 would decide. One tuning run is described but not judged: its intervals cover units only, and another seed may give any other
-result; the verdict is then "cannot tell: one seed". Error rates: an effect that is just large enough fails a clause in 2.5 % of
-studies, so a true claim is refuted in at most 15 % of studies; a false claim is supported in at most 2.5 %.
+result; the verdict is then "cannot tell: one seed".
+
+Power that is left, by simulation: a claim whose effects are all twice the least that counts except one, which is zero, where seeds
+differ by a standard deviation of half the least that counts, is refuted in 17 % of studies with 3 seeds (without correction: 47 %) and in 97 %
+with 8 (100 %). Where they differ by all of it: in 6 % (18 %) and 42 % (68 %). So three seeds seldom refute.
 
 Not covered: knowledge that no read-out asks for, and a base that a proxy steers, whose layers cannot change.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
+
+import numpy as np
+from scipy.special import stdtr, stdtrit
+
+from probes.significance import holm
 
 State = Literal["holds", "fails", "cannot tell"]
 Verdict = Literal["supported", "not supported", "underpowered", "cannot tell: one seed"]
@@ -31,6 +44,10 @@ SMALLEST_DENSITY = 0.002
 SMALLEST_KNOWLEDGE = 0.01
 # Half of the steps: a fact that returns in less than half the steps of a new one was mostly kept.
 MOST_SAVINGS = 0.5
+# The largest share of studies in which a claim is refuted although every clause of it is true.
+FAMILY = 0.05
+# The interval's share of the distribution on each side.
+TAIL = 0.025
 
 
 class Clause(NamedTuple):
@@ -81,15 +98,45 @@ def measured(name: str, interval: tuple[float, float, float] | None, runs: int, 
     return RULE[name]._replace(value=value, low=low, high=high, runs=runs, needs=needs, note=note)
 
 
-def state(clause: Clause) -> State:
-    """Whether a clause holds, fails or cannot tell, from its interval alone; with an end that is NaN or with a single run it cannot tell."""
-    if clause.runs < 2 or clause.low is None or clause.high is None or math.isnan(clause.low + clause.high):
-        return "cannot tell"
+def p_value(clause: Clause) -> float | None:
+    """One-sided p of the hypothesis that the effect is as large as the `threshold`, in the claimed direction, or larger.
+
+    None where nothing was measured, where an end is NaN or infinite, or with one run. The standard error is the distance from the value to the
+    interval's end that is nearer to the threshold, over the t quantile with `runs` - 1 degrees of freedom. An interval without width gives 0 or 1.
+    """
+    if clause.runs < 2 or clause.value is None or clause.low is None or clause.high is None or not math.isfinite(clause.low + clause.high):
+        return None
+    distance = clause.threshold - clause.value
+    width = clause.high - clause.value if distance > 0 else clause.value - clause.low
     sign = -1 if clause.side == "below" else 1
-    least, most = sorted((sign * clause.low, sign * clause.high))
-    if most < sign * clause.threshold:
+    if width <= 0:
+        return 0.0 if sign * distance > 0 else 1.0
+    degrees = clause.runs - 1
+    return float(stdtr(degrees, sign * distance / width * stdtrit(degrees, TAIL)))
+
+
+def p_values(clauses: Sequence[Clause]) -> list[float | None]:
+    """The p value of each clause, corrected by Holm for all that were measured."""
+    found = [p_value(clause) for clause in clauses]
+    corrected = iter(holm(np.array([p for p in found if p is not None])).tolist())
+    return [None if p is None else next(corrected) for p in found]
+
+
+def states(clauses: Sequence[Clause]) -> list[State]:
+    """Whether each clause of one claim holds, fails or cannot tell, from all intervals together: those of clauses that are left out do not count.
+
+    A clause with an end that is NaN, or with a single run, cannot tell.
+    """
+    return [_state(clause, p) for clause, p in zip(clauses, p_values(clauses), strict=True)]
+
+
+def _state(clause: Clause, p: float | None) -> State:
+    if p is None or clause.low is None or clause.high is None:
+        return "cannot tell"
+    if p <= FAMILY:
         return "fails"
-    return "holds" if least > sign * clause.boundary else "cannot tell"
+    claimed = clause.high < clause.boundary if clause.side == "below" else clause.low > clause.boundary
+    return "holds" if claimed else "cannot tell"
 
 
 def worst(states: Iterable[State]) -> State:
@@ -109,4 +156,4 @@ def verdict(clauses: Iterable[Clause]) -> Verdict:
     if any(clause.runs == 1 for clause in judged.values()):
         return "cannot tell: one seed"
     words: dict[State, Verdict] = {"holds": "supported", "fails": "not supported", "cannot tell": "underpowered"}
-    return words[worst(state(clause) for clause in judged.values())]
+    return words[worst(states(list(judged.values())))]

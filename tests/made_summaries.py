@@ -9,7 +9,7 @@ import numpy as np
 from evals.display.cells import Table
 from evals.measures.density import Change, DensityFound, Exposure
 from evals.measures.drift import BlockDrift, Distance, Drifted
-from evals.measures.erosion import CLAIM, ErosionFound, Judged, Verdict
+from evals.measures.erosion import CLAIM, ErosionFound, Verdict, judged
 from evals.measures.lens import LensFound, LensRow
 from evals.measures.recoverability import RecoverabilityFound, Recovered
 from evals.measures.restoration import Part, Patched, RestorationFound
@@ -18,7 +18,7 @@ from evals.results.header import Header
 from evals.results.summary import Results
 from evals.statistics.value import UNKNOWN, Value
 from probes.internals.blocks import BLOCKS
-from probes.verdict import measured, state
+from probes.verdict import Clause, measured
 
 KINDS = {"base": "base", "expert": "expert", "proxy@1": "proxy", "full": "direct", "lora": "direct"}
 HEADER = Header("small", (0,), ("tiny",), "base", KINDS, ("full",))
@@ -111,20 +111,18 @@ RELEARNED = (
 )
 
 
-def judged(name: str, ends: tuple[float, float] | None, needs: int | None = None, note: str = "") -> Judged:
-    found = measured(name, None if ends is None else (sum(ends) / 2, *ends), 3, needs, note)
-    value = Value(found.value, found.low, found.high)
-    return Judged(name, found.claim, state(found), value, found.threshold, found.needs, found.note)
+def clause(name: str, ends: tuple[float, float] | None, needs: int | None = None, note: str = "", runs: int = 8) -> Clause:
+    return measured(name, None if ends is None else (sum(ends) / 2, *ends), runs, needs, note)
 
 
 def a_verdict(verdict: str = "not supported") -> Verdict:
     clauses = (
-        judged("density", (-0.006, -0.003)),
-        judged("density/random", (-0.006, 0.003), needs=505),
-        judged("density/shuffled", None, note="no arm is the same with shuffled: true"),
-        judged("restoration", (-0.004, 0.006)),
+        clause("density", (-0.006, -0.003)),
+        clause("density/random", (-0.006, 0.003), needs=505),
+        clause("density/shuffled", None, note="no arm is the same with shuffled: true"),
+        clause("restoration", (-0.006, 0.004)),
     )
-    return Verdict("full", CLAIM, verdict, clauses)
+    return Verdict("full", CLAIM, verdict, judged(clauses))
 
 
 def whole() -> dict[str, Any]:

@@ -8,6 +8,7 @@ from evals.display.drawing import draw as draw_chart
 from evals.display.render import draw
 from evals.results.items import FILE, write_items
 from evals.results.summary import result_charts, result_tables, summarize
+from evals.results.variance import power_table
 from evals.running.outlook import outlook_table
 from evals.running.progress import Display
 from evals.running.runner import run_study
@@ -40,8 +41,10 @@ def run_and_show(study: Study, folder: Path, out: Path, shown: Path, form: str, 
 
 
 def show_plan(study: Study, folder: Path, out: Path, form: str) -> None:
-    """Prints the study's jobs, which of them are done, and about how long the others take. Nothing is tuned, read or written."""
+    """Prints the study's jobs, which of them are done, about how long the others take, and what the study will be able to tell. Nothing is tuned,
+    read or written."""
     with Display() as display:
-        table = outlook_table(study, folder, out, display)
+        tables = {"jobs": outlook_table(study, folder, out, display), "power": power_table(study, out)}
     width = shutil.get_terminal_size((160, 24)).columns
-    print(as_json(table.frame.to_dict("records")) if form == "json" else draw([table], form, width))
+    rows = {name: table.frame.to_dict("records") for name, table in tables.items()}
+    print(as_json(rows) if form == "json" else draw(list(tables.values()), form, width))

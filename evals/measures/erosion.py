@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.stats import norm, t
 
 from evals.display.cells import Table, cell, over
 from evals.measures.density import density_change
@@ -24,13 +23,12 @@ from evals.results.header import Header
 from evals.results.recorded import Recorded
 from evals.selection import Choices, recorded
 from evals.statistics.estimates import intervals, means_by_unit
-from evals.statistics.intervals import LEVEL, interval
+from evals.statistics.power import Needs, needs
 from evals.statistics.value import Value
 from evals.study import Direct, Study
 from finetune.recipe import Tuning
 from probes.internals.blocks import thirds
-from probes.knowledge.exposure import needed, needed_seeds
-from probes.verdict import RULE, Clause, measured, state, verdict
+from probes.verdict import FAMILY, RULE, Clause, measured, p_value, p_values, states, verdict
 
 CLAIM = "direct tuning erodes what lower layers hold"
 SCALES = {  # for each clause: the factor of its numbers, their digits, and the unit after scaling
@@ -39,13 +37,16 @@ SCALES = {  # for each clause: the factor of its numbers, their digits, and the 
     "freezing": (100.0, 1, "points right"),
     "savings": (1.0, 2, "share of the steps"),
 }
+# Where a clause's p value must lie if it is the smallest of all clauses of the rule, two-sided: what `needs` is computed for.
+STRICTEST = 2 * FAMILY / len(RULE)
 JUDGED_BY = ("density", "restoration", "recoverability")
 STATES = {"fails": "Failed", "holds": "held", "cannot tell": "cannot tell"}
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One clause of an arm's verdict: its claim, its interval, its state (holds, fails, cannot tell), and the seeds that would decide it."""
+    """One clause of an arm's verdict: its claim, its interval, its state (holds, fails, cannot tell), and the seeds that would decide it. `p` is that
+    of an effect large enough to count, one-sided and corrected by Holm for all clauses."""
 
     clause: str
     claim: str
@@ -54,6 +55,8 @@ class Judged:
     threshold: float
     needs: int | None
     note: str
+    runs: int = 0
+    p: float | None = None
 
 
 @dataclass(frozen=True)
@@ -89,13 +92,7 @@ class Erosion(Measure[ErosionFound]):
         return [_verdict_table(row, header) for row in summary.verdicts]
 
     def clauses(self, summary: ErosionFound) -> Mapping[str, Sequence[Clause]]:
-        return {
-            row.arm: [
-                RULE[one.clause]._replace(value=one.value.value, low=one.value.low, high=one.value.high, needs=one.needs, note=one.note)
-                for one in row.clauses
-            ]
-            for row in summary.verdicts
-        }
+        return {row.arm: [_clause_of(one) for one in row.clauses] for row in summary.verdicts}
 
 
 # What is concluded
@@ -106,11 +103,30 @@ def _judge(records: Recorded, arm: str) -> Verdict:
     relearned: RecoverabilityFound = records.summary("recoverability")
     of_arm = next((row for row in relearned.arms if row.arm == arm), None)
     clauses = [*_density(records, arm, runs), *_restoration(records, arm, runs), _freezing(records, arm, runs), _savings(of_arm, runs)]
-    shown = tuple(
-        Judged(clause.name, clause.claim, state(clause), Value(clause.value, clause.low, clause.high), clause.threshold, clause.needs, clause.note)
-        for clause in clauses
+    return Verdict(arm, CLAIM, verdict(clauses), judged(clauses))
+
+
+def judged(clauses: Sequence[Clause]) -> tuple[Judged, ...]:
+    """All clauses of one verdict, with their states and corrected p values."""
+    return tuple(
+        Judged(
+            one.name,
+            one.claim,
+            state,
+            Value(one.value, one.low, one.high),
+            one.threshold,
+            one.needs if state == "cannot tell" else None,
+            one.note,
+            one.runs,
+            p,
+        )
+        for one, state, p in zip(clauses, states(clauses), p_values(clauses), strict=True)
     )
-    return Verdict(arm, CLAIM, verdict(clauses), shown)
+
+
+def _clause_of(one: Judged) -> Clause:
+    value = one.value
+    return RULE[one.clause]._replace(value=value.value, low=value.low, high=value.high, runs=one.runs, needs=one.needs, note=one.note)
 
 
 def tuning_runs(records: Recorded, arm: str) -> int:
@@ -176,15 +192,13 @@ def _clause(records: Recorded, name: str, seeds: Sequence[np.ndarray], one: int,
     if not np.isfinite(value.low):
         return measured(name, None, runs, note="no interval could be taken")
     clause = measured(name, value, runs, note=note)
-    if runs < 2 or state(clause) != "cannot tell":
+    if p_value(clause) is None:
         return clause
-    effect, count = abs(clause.threshold - clause.boundary), len(difference[0])
-    by_seeds, by_units = ((drawn.high - drawn.low) / 2 for drawn in (interval(value.value, draws) for draws in found.draws[0]))
-    if not records.study.same_items:  # every seed has its own units, so that seeds differ at least by the sampling of units
-        by_seeds = max(by_seeds, by_units * t.ppf((1 + LEVEL) / 2, len(seeds) - 1) / norm.ppf((1 + LEVEL) / 2))
-    elif (units := needed(by_units, count, effect)) > count:
-        return clause._replace(note=f"{note}; {units} units needed, whatever the seeds".removeprefix("; "))
-    return clause._replace(needs=needed_seeds(by_seeds, len(seeds), effect))
+    effect = abs(clause.threshold - clause.boundary)
+    wanted = needs(value.value, found.draws[0], len(seeds), len(difference[0]), records.study.same_items, effect, STRICTEST)
+    if wanted.of == "units":
+        return clause._replace(note=f"{note}; {wanted} needed, whatever the seeds".removeprefix("; "))
+    return clause._replace(needs=wanted.number)
 
 
 def _tuning(study: Study, label: str) -> tuple[Direct, Tuning | None]:
@@ -229,29 +243,29 @@ def _verdict_table(row: Verdict, header: Header) -> Table:
     places = {state: [str(place) for place, clause in enumerate(row.clauses, start=1) if clause.state == state] for state in STATES}
     found = "; ".join(f"{words}: {', '.join(places[state]) or 'none'}" for state, words in STATES.items())
     note = (
-        f"{found}. A clause fails if its whole 95 % interval ({over(header.runs)}) is in the range 'fails if all', and holds if it does not fail and "
-        "its whole interval is in the range 'else holds if all'. The claim is supported if every clause holds, not supported if any one fails, and "
-        "otherwise underpowered. One seed describes this model and this run, and judges nothing. Needed: the number of seeds that would decide "
-        "the clause four times in five, if the effect is the least that counts, or zero."
+        f"{found}. 95 % intervals, {over(header.runs)}. p: of an effect that counts or a larger one, one-sided, corrected by Holm for all clauses. "
+        f"A clause fails if p is at most {FAMILY:g}, so that a claim whose clauses are all true is refuted in at most 5 % of studies. It holds if it "
+        "does not fail and its whole interval is in the range 'holds if all'. The claim is supported if every clause holds, not supported if any "
+        "one fails, and otherwise underpowered. One seed describes this model and this run, and judges nothing. Needed: the number of seeds that "
+        "would decide the clause four times in five, if the effect is the least that counts, or zero."
     )
-    judged = f": {row.verdict}" if row.verdict.startswith("cannot tell") else f" is {row.verdict}"
-    return Table(f"Verdict, {row.arm}: '{row.claim}'{judged}", frame, note)
+    outcome = f": {row.verdict}" if row.verdict.startswith("cannot tell") else f" is {row.verdict}"
+    return Table(f"Verdict, {row.arm}: '{row.claim}'{outcome}", frame, note)
 
 
 def _clause_cells(place: int, clause: Judged) -> dict[str, str]:
     scale, digits, unit = SCALES[clause.clause.partition("/")[0]]
     rule = RULE[clause.clause]
     boundary, threshold = (f"{number * scale:.{digits}f}" for number in (rule.boundary, clause.threshold))
-    other = "above" if rule.side == "below" else "below"
-    needs = "" if clause.state != "cannot tell" else "n/a" if clause.needs is None else f"{clause.needs} seeds"
     return {
         "claimed": f"{place}. {clause.claim}",
         "value": cell(clause.value, scale, digits),
         "in": unit,
-        "fails if all": f"{other} {threshold}",
-        "else holds if all": f"{rule.side} {boundary}",
+        "counts if": f"{rule.side} {threshold}",
+        "p": "" if clause.p is None else f"{clause.p:.2g}",
+        "holds if all": f"{rule.side} {boundary}",
         "state": clause.state,
-        "needed": needs,
+        "needed": "" if clause.state != "cannot tell" else "n/a" if clause.needs is None else str(Needs(clause.needs, "seeds")),
         "note": clause.note,
     }
 

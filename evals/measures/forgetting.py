@@ -2,7 +2,10 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
+
+import numpy as np
 
 from evals.display.cells import Table, cell, table
 from evals.display.chart import Axis, Chart, Panel, Series, all_scaled, exposure_axis
@@ -25,6 +28,7 @@ READOUTS = {
     QUESTIONS.name: ("forgetting/question", "asked in the tuned format"),
     CHOICES.name: ("forgetting/choice", "choosing among candidates, in any format"),
 }
+ALIKE = 0.99  # read-outs that agree in so many answers tell the same: the tables show the first
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,19 @@ class Bucket:
 
 
 @dataclass(frozen=True)
+class Agreement:
+    """The share of `n` answers (of all arms, seeds and items) that two read-outs both count as right, or both as wrong."""
+
+    first: str
+    second: str
+    share: float
+    n: int
+
+
+@dataclass(frozen=True)
 class Forgotten:
     buckets: tuple[Bucket, ...]
+    agreements: tuple[Agreement, ...] = ()
 
 
 class Forgetting(Measure[Forgotten]):
@@ -52,17 +67,22 @@ class Forgetting(Measure[Forgotten]):
     controls = "Paired over the same items; no fact is in the tuning data; facts that were never stated are the floor."
     needs = frozenset({"knowledge.statement", "knowledge.popularity"})
     summary = Forgotten
+    of_answers = True
 
     def readings(self, inputs: Inputs, settings: Settings) -> list[Reading]:
         choices = [CHOICES] if all(item.choices for item in inputs.data.knowledge) else []
         return [STATEMENTS, QUESTIONS, *choices]
 
     def summarize(self, records: Recorded, settings: Settings) -> Forgotten:
-        return Forgotten(tuple(bucket for readout in READOUTS for bucket in _buckets(records, readout)))
+        buckets = tuple(bucket for readout in READOUTS for bucket in _buckets(records, readout))
+        return Forgotten(buckets, tuple(_agreement(records, *pair) for pair in combinations(filter(records.arms, READOUTS), 2)))
 
     def tables(self, summary: Forgotten, header: Header) -> list[Table]:
         tables = []
+        left_out = _left_out(summary)
         for readout, (_, how) in READOUTS.items():
+            if readout in left_out:
+                continue
             rows = [bucket for bucket in summary.buckets if bucket.readout == readout and bucket.forgotten is not None]
             columns: dict[str, dict[str, str]] = {}
             for one in rows:
@@ -74,7 +94,8 @@ class Forgetting(Measure[Forgotten]):
             if ties:
                 columns["tied"] = {arm: str(count) for arm, count in ties.items()}
             title = f"Forgotten of what the base knew, {how} (percentage points)"
-            tables += table(title, [one.arm for one in rows], columns, "Base minus arm, by exposure; above zero is forgotten.")
+            same = [_in_words(agreement) for agreement in left_out.values() if agreement.first == readout]
+            tables += table(title, [one.arm for one in rows], columns, " ".join(["Base minus arm, by exposure; above zero is forgotten.", *same]))
         return tables
 
     def charts(self, summary: Forgotten, header: Header) -> Iterable[Chart]:
@@ -111,6 +132,32 @@ def _buckets(records: Recorded, readout: str) -> list[Bucket]:
             less = None if position == base else value_of(interval(value[base] - value[position], draws[base] - draws[position], DIFFERENCE))
             found.append(Bucket(readout, label, arm, share, less, **counts(records(readout, arm), in_bucket(label))))
     return found
+
+
+def _agreement(records: Recorded, first: str, second: str) -> Agreement:
+    arms = [arm for arm in records.arms(first) if records.has(second, arm)]
+    right = [
+        np.concatenate([(frame["right"] == 1).to_numpy() for arm in arms for tunings in records.tunings(name, arm) for frame in tunings])
+        for name in (first, second)
+    ]
+    return Agreement(first, second, float((right[0] == right[1]).mean()), len(right[0]))
+
+
+# What is shown
+
+
+def _left_out(summary: Forgotten) -> dict[str, Agreement]:
+    """The read-outs that tell the same as an earlier one that is shown, with that agreement."""
+    found: dict[str, Agreement] = {}
+    for agreement in summary.agreements:
+        if agreement.share >= ALIKE and agreement.first not in found:
+            found.setdefault(agreement.second, agreement)
+    return found
+
+
+def _in_words(agreement: Agreement) -> str:
+    how = READOUTS[agreement.second][1].partition(",")[0].capitalize()
+    return f"{how} agrees in {100 * agreement.share:.1f} % of {agreement.n} answers and is not shown."
 
 
 register(Forgetting())

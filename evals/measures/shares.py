@@ -75,6 +75,7 @@ class ShareMeasure(Measure[Shares]):
     """A measure that is the arms' share of right answers in one reading, which has the measure's name."""
 
     summary = Shares
+    of_answers = True
 
     def summarize(self, records: Recorded, settings: Settings) -> Shares:
         estimate = estimate_shares(records, self.name)

@@ -18,7 +18,8 @@ from evals.released.generations import SCORERS, Scores, Source, Test, otherwise_
 from evals.running.progress import Display
 from evals.sandbox import SETUP_FAILED, Program, run_programs
 from evals.statistics.intervals import Estimate, bootstrap_means, gap_closed, interval
-from evals.statistics.significance import holm, mcnemar
+from evals.statistics.significance import mcnemar
+from probes.significance import holm
 from proxytune.errors import UserError
 
 CodeRunner = Callable[[Sequence[Program]], list[bool]]

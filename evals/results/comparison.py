@@ -17,16 +17,18 @@ from evals.measures.registry import measures
 from evals.measures.shares import DIFFERENCE, can_be_known
 from evals.results.header import Header
 from evals.results.recorded import Recorded
+from evals.results.variance import variance, variance_table
 from evals.selection import Choice, Choices
 from evals.statistics.frontier import on_frontier
 from evals.statistics.intervals import Estimate, gap_closed, interval
-from evals.statistics.power import minimum_detectable_effect
-from evals.statistics.significance import holm, mcnemar
+from evals.statistics.power import Needs, minimum_detectable_effect, needs
+from evals.statistics.significance import mcnemar
 from evals.statistics.value import Value, finite, value_of
 from evals.study import Run, Study
+from probes.significance import holm
 
 Row = dict[str, Any]
-PARTS = ("gap_closed", "against_direct", "contrasts", "frontier", "selections")
+PARTS = ("gap_closed", "against_direct", "contrasts", "frontier", "variance", "selections")
 SHOWN = 6  # validation scores in a cell
 
 
@@ -37,8 +39,13 @@ def compare(records: Recorded, choices: Mapping[Run, Choices] | None = None) -> 
     direct. Each of these rows names its reference in `direct`; those with the study's main reference come first. `contrasts`: the study's pairs,
     with McNemar's p, uncorrected and corrected for all contrasts of the measure, and the least difference that this number of items detects four
     times in five. `frontier`: each arm's gain and knowledge kept (arm minus base), whether no other arm is at least as good at both and better at
-    one, and in what share of the intervals' draws this is so; the row `direct` is another arm's, and not among them. `selections`: what was
-    selected for each arm, in which runs, with the candidates' validation scores.
+    one, and in what share of the intervals' draws this is so; the row `direct` is another arm's, and not among them. `variance`: where the variance
+    of the headline differences comes from (`results/variance.py`). `selections`: what was selected for each arm, in which runs, with the
+    candidates' validation scores.
+
+    `needs` of a difference whose interval includes zero: the `number` of seeds or units (`of`) that would find a difference as large as the observed
+    one four times in five (`statistics.power.needs`); None where it is decided. Gap closed has no such question of its own: an arm closes 100 %
+    exactly where its difference from direct is zero. Its `needs` are those of the gap, direct minus base, where that is within noise.
     """
     study = records.study
     arms = list(study.arm_settings)
@@ -51,14 +58,15 @@ def compare(records: Recorded, choices: Mapping[Run, Choices] | None = None) -> 
             continue
         shares.setdefault(measure.role, (name, share.estimate))
         for direct in study.references:
-            found["against_direct"] += _against_direct(arms, direct, name, share.estimate)
+            found["against_direct"] += _against_direct(study, arms, direct, name, share)
             if measure.role == "gain":
-                found["gap_closed"] += _gaps(study, arms, direct, name, share.estimate)
+                found["gap_closed"] += _gaps(study, arms, direct, name, share)
         found["contrasts"] += _contrasts(study, arms, name, share)
     for part in ("gap_closed", "against_direct"):
         found[part].sort(key=lambda row: study.references.index(row["direct"]))
     if {"gain", "kept"} <= set(shares):
         found["frontier"] = _frontier(study, shares["gain"], shares["kept"])
+    found["variance"] = variance(records)
     return found
 
 
@@ -71,10 +79,21 @@ def _difference(estimate: Estimate, arm: int, other: int) -> Row:
     return _numbers(value_of(interval(estimate.value[arm] - estimate.value[other], estimate.draws[arm] - estimate.draws[other], DIFFERENCE)))
 
 
-def _against_direct(arms: Sequence[str], direct: str, measure: str, estimate: Estimate) -> list[Row]:
+def _needs(study: Study, share: Share, arm: int, other: int) -> Row:
+    """How many seeds or units would decide the difference of two arms; None where it is decided, or where nothing varies."""
+    value = share.estimate.value[arm] - share.estimate.value[other]
+    draws = share.estimate.draws[arm] - share.estimate.draws[other]
+    found = interval(value, draws, DIFFERENCE)
+    if found.excludes_zero() or found.low == found.high:
+        return {"needs": None}
+    units = share.frames[0][arm].loc[can_be_known, "unit"].nunique()
+    return {"needs": needs(value, draws, len(share.frames), units, study.same_items, value)._asdict()}
+
+
+def _against_direct(study: Study, arms: Sequence[str], direct: str, measure: str, share: Share) -> list[Row]:
     place = arms.index(direct)
     return [
-        {"arm": arm, "direct": direct, "measure": measure} | _difference(estimate, position, place)
+        {"arm": arm, "direct": direct, "measure": measure} | _difference(share.estimate, position, place) | _needs(study, share, position, place)
         for position, arm in enumerate(arms)
         if position != place
     ]
@@ -95,20 +114,20 @@ def _contrasts(study: Study, arms: Sequence[str], measure: str, share: Share) ->
             for one, corrected, least in zip(p, holm(p), detectable, strict=True)
         ]
     return [
-        {"arm": arm, "minus": other, "measure": measure} | _difference(share.estimate, *places) | test
+        {"arm": arm, "minus": other, "measure": measure} | _difference(share.estimate, *places) | _needs(study, share, *places) | test
         for (arm, other), places, test in zip(study.contrasts, pairs, tests, strict=True)
     ]
 
 
-def _gaps(study: Study, arms: Sequence[str], direct: str, measure: str, estimate: Estimate) -> list[Row]:
+def _gaps(study: Study, arms: Sequence[str], direct: str, measure: str, share: Share) -> list[Row]:
     base, place = arms.index(study.base_arm), arms.index(direct)
-    rows = []
+    rows, of_gap = [], _needs(study, share, place, base)
     for position, arm in enumerate(arms):
         if position not in (base, place):
-            gap = gap_closed(estimate, position, base, place)
+            gap = gap_closed(share.estimate, position, base, place)
             closed = Value(None) if gap is None else value_of(gap)
             capped = None if closed.value is None else min(closed.value, 1.0)
-            rows.append({"arm": arm, "direct": direct, "measure": measure} | _numbers(closed) | {"capped": capped})
+            rows.append({"arm": arm, "direct": direct, "measure": measure} | _numbers(closed) | {"capped": capped} | of_gap)
     return rows
 
 
@@ -149,6 +168,13 @@ def _share_of_draws(draws: np.ndarray, now: bool) -> float:
 
 # What is shown
 
+TO_DECIDE = "how many seeds or units would find a difference as large as this one four times in five"
+
+
+def _in_words(row: Row, form: str = "{}") -> str:
+    """What would decide an open row; empty if it is decided."""
+    return "" if row["needs"] is None else form.format(Needs(**row["needs"]))
+
 
 def with_comparison(shown: Table, measure: str, compared: dict[str, list[Row]]) -> Table:
     """A measure's table by arm, with columns for the gap closed and the difference from the direct arm."""
@@ -158,19 +184,25 @@ def with_comparison(shown: Table, measure: str, compared: dict[str, list[Row]]) 
     for direct in references:
         gaps = [row for row in compared["gap_closed"] if (row["measure"], row["direct"]) == (measure, direct)]
         if gaps:
-            columns["gap closed" if len(references) == 1 else f"gap closed (vs {direct})"] = {row["arm"]: cell(_value(row), 100) for row in gaps}
+            name = "gap closed" if len(references) == 1 else f"gap closed (vs {direct})"
+            columns[name] = {row["arm"]: cell(_value(row), 100) + _in_words(row, " ({})") for row in gaps}
         if gaps and len(references) == 1:
             columns["capped"] = {row["arm"]: "" if row["capped"] is None else f"{row['capped'] * 100:.1f}" for row in gaps}
-        columns[f"Δ vs {direct}"] = {row["arm"]: cell(_value(row), 100) for row in against if row["direct"] == direct}
+        differences = [row for row in against if row["direct"] == direct]
+        columns[f"Δ vs {direct}"] = {row["arm"]: cell(_value(row), 100) for row in differences}
+        if direct == references[0] and any(row["needs"] for row in differences):
+            columns["to decide Δ"] = {row["arm"]: _in_words(row) for row in differences}
     arms = shown.frame.iloc[:, 0]
     frame = shown.frame.assign(**{name: [cells.get(arm, "") for arm in arms] for name, cells in columns.items()})
     closed = any(row["measure"] == measure for row in compared["gap_closed"])
     note = " Gap closed = (arm - base) / (direct - base); n/a where direct - base is within noise." if closed else ""
+    note += f" To decide Δ: {TO_DECIDE}." if "to decide Δ" in columns else ""
     return Table(shown.title, frame, f"{shown.note}{note}")
 
 
 def comparison_tables(compared: dict[str, list[Row]]) -> list[Table]:
-    return [*_frontier_table(compared["frontier"]), *_contrast_table(compared["contrasts"]), *_selection_table(compared["selections"])]
+    tables = [*_frontier_table(compared["frontier"]), *_contrast_table(compared["contrasts"]), *_selection_table(compared["selections"])]
+    return [*tables, *variance_table(compared["variance"])]
 
 
 def comparison_charts(compared: dict[str, list[Row]], header: Header) -> Iterator[Chart]:
@@ -230,12 +262,15 @@ def _contrast_table(rows: Sequence[Row]) -> list[Table]:
     for measure in dict.fromkeys(row["measure"] for row in rows):
         of_measure = {name: row for name, row in zip(names, rows, strict=True) if row["measure"] == measure}
         frame[measure] = [cell(_value(of_measure[name]), 100) for name in frame["arms"]]
+        if any(row["needs"] for row in of_measure.values()):
+            frame[f"to decide, {measure}"] = [_in_words(of_measure[name]) for name in frame["arms"]]
         tests = [row for row in of_measure.values() if row["p"] is not None]
         if tests:
             frame[f"p, {measure}"] = [f"{row['p']:.2g} ({row['p_holm']:.2g})" for row in tests]
             frame[f"detectable, {measure}"] = ["" if row["detectable"] is None else f"{row['detectable'] * 100:.1f}" for row in tests]
     note = "Paired differences in percentage points, 95 % intervals; p by McNemar's exact test (in parentheses: Holm's correction for all contrasts)"
-    return [Table("Contrasts", frame, f"{note}; detectable: the least difference that this number of items detects four times in five.")]
+    note += "; detectable: the least difference that this number of items detects four times in five"
+    return [Table("Contrasts", frame, f"{note}; to decide: {TO_DECIDE}.")]
 
 
 def _selection_table(rows: Sequence[Row]) -> list[Table]:

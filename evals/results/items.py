@@ -12,21 +12,31 @@ from proxytune.errors import UserError
 from proxytune.files import check_readable, check_writable
 
 FILE = "items.parquet"
+ADDED = {"tuning": 0, "popularity": float("nan")}  # columns that files of older versions lack
 NEEDED = {"reading": str, "world": str, "seed": int, "arm": str, "question": str, "answer": str, "text": str, "right": float, "unparsed": bool}
 STATES = ("right", "wrong", "unparsed")
 
 
 def all_items(records: Sequence[Record]) -> pd.DataFrame:
-    """One row per answer: reading, world, seed, arm, unit, question, answer, text, right (a share: 1/k in a tie of k), unparsed, tied."""
-    columns = ["unit", "question", "answer", "text", "right", "unparsed", "tied"]
+    """One row per answer: reading, world, seed, tuning, arm, unit, question, answer, popularity (in a world: the fact's exposure; NaN if it is not
+    known), text, right (a share: 1/k in a tie of k), unparsed, tied."""
+    columns = ["reading", "world", "seed", "tuning", "arm", "unit", "question", "answer", "popularity", "text", "right", "unparsed", "tied"]
     frames = [
-        record.items.assign(reading=record.frame, world=record.world or "", seed=record.seed, arm=record.arm, tied=record.items.get("tied", False))
+        record.items.assign(
+            reading=record.frame,
+            world=record.world or "",
+            seed=record.seed,
+            tuning=record.tuning,
+            arm=record.arm,
+            popularity=record.items.get("popularity", float("nan")),
+            tied=record.items.get("tied", False),
+        )
         for record in records
         if "text" in record.items
     ]
     if not frames:
         return pd.DataFrame()
-    return pd.concat(frames, ignore_index=True)[["reading", "world", "seed", "arm", *columns]].astype({"right": float, "tied": bool})
+    return pd.concat(frames, ignore_index=True)[columns].astype({"popularity": float, "right": float, "tied": bool})
 
 
 def write_items(records: Sequence[Record], folder: Path) -> Path:
@@ -52,15 +62,17 @@ def read_items_of(folder: Path) -> pd.DataFrame:
         raise UserError(
             f"folder: '{folder / FILE}' lacks the columns {', '.join(missing)}; give the folder that proxytune compare wrote its results to"
         )
+    items = items.assign(**{name: value for name, value in ADDED.items() if name not in items})
+    kinds = NEEDED | {"tuning": int, "popularity": float}
     try:
-        return items.astype({name: kind for name, kind in NEEDED.items() if items[name].dtype != kind})
+        return items.astype({name: kind for name, kind in kinds.items() if items[name].dtype != kind})
     except (ValueError, TypeError) as error:
         raise UserError(f"folder: '{folder / FILE}' holds other values than proxytune compare writes ({error}); run it again") from error
 
 
 def side_by_side(items: pd.DataFrame, measure: str | None, where: str, limit: int) -> Table:
     """The items of a reading (None: the first) for which every condition of `where` holds, with the answers of the named arms (of all arms if none is
-    named).
+    named), and with the items' popularity (in a world: exposure) if it is known.
 
     A condition is an arm and right, wrong (ties are wrong) or unparsed: `full right, proxy@1 wrong`. Raises `UserError` for a reading, an
     arm or a state that is none.
@@ -71,7 +83,7 @@ def side_by_side(items: pd.DataFrame, measure: str | None, where: str, limit: in
         raise UserError(f"--measure: there is none called '{measure}'; there are {', '.join(readings)}")
     chosen = items[items["reading"] == measure]
     # Two items may ask the same of the same unit: their order tells them apart.
-    run = ["world", "seed"] if chosen["world"].nunique() > 1 else ["seed"]
+    run = [name for name in ("world", "seed", "tuning") if name == "seed" or chosen[name].nunique() > 1]
     chosen = chosen.assign(number=chosen.groupby([*run, "arm"], sort=False).cumcount())
     arms = list(chosen["arm"].unique())
     conditions = [_condition(part, arms) for part in where.split(",") if part.strip()]
@@ -84,7 +96,10 @@ def side_by_side(items: pd.DataFrame, measure: str | None, where: str, limit: in
     shown = list(dict.fromkeys(arm for arm, _ in conditions)) or arms
     marks = wide["right"][kept].map(lambda right: "✓ " if right == 1 else "✗ ")
     found = marks[shown].astype(str) + wide["text"].loc[kept, shown].astype(str)
-    frame = found.reset_index().drop(columns="number").astype(str)
+    frame = found.reset_index().join(chosen.groupby([*run, "number"])["popularity"].first(), on=[*run, "number"])
+    known = ["popularity"] if frame["popularity"].notna().any() else []
+    frame["popularity"] = frame["popularity"].map("{:.12g}".format)
+    frame = frame[[*run, "question", "answer", *known, *shown]].astype(str)
     note = f"{len(frame)} of {len(kept)} items{f', the first {limit} shown' if len(frame) > limit else ''}; ✓ right, ✗ wrong."
     return Table(f"{measure}: {where or 'all'}", frame.head(limit), note)
 

@@ -4,33 +4,42 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from pandas.api.types import is_bool_dtype, is_float_dtype
 
 from evals.measures.registry import measures
 from evals.records import Record
 from evals.statistics.estimates import estimate
-from evals.study import Study
+from evals.study import Run, Study
 from proxytune.errors import UserError
 
 
 class Recorded:
-    """A study's frames by name and arm: `recorded(frame, arm)` is a list with one frame per run."""
+    """A study's frames by name and arm: `recorded(frame, arm)` is a list with one frame per seed and world, the mean over its tunings
+    (`tunings(frame, arm)` are these)."""
 
     def __init__(self, study: Study, records: Sequence[Record]):
         """Raises `UserError` if arms of one table were asked differently."""
         self.study = study
         self.estimate = partial(estimate, same_units=study.same_items)
-        self._frames: dict[tuple[str, str], list[pd.DataFrame]] = {}
+        self._tunings: dict[tuple[str, str], dict[Run, list[pd.DataFrame]]] = {}
         self._summaries: dict[str, Any] = {}
         asked: dict[tuple[object, ...], Record] = {}
         for record in records:
-            first = asked.setdefault((record.frame, record.world, record.seed), record)
+            run = Run(record.world, record.seed)
+            first = asked.setdefault((record.frame, run), record)
             if first.protocol != record.protocol:
                 raise UserError(f"{record.frame}: arms {first.arm} and {record.arm} were asked differently; rows of one table need one protocol")
-            self._frames.setdefault((record.frame, record.arm), []).append(record.items)
+            self._tunings.setdefault((record.frame, record.arm), {}).setdefault(run, []).append(record.items)
+        self._frames = {key: [_mean(tunings) for tunings in runs.values()] for key, runs in self._tunings.items()}
 
     def __call__(self, frame: str, arm: str) -> list[pd.DataFrame]:
         return self._frames.get((frame, arm), [])
+
+    def tunings(self, frame: str, arm: str) -> list[list[pd.DataFrame]]:
+        """For every seed and world, the frames of its tunings."""
+        return list(self._tunings.get((frame, arm), {}).values())
 
     def has(self, frame: str, arm: str) -> bool:
         return (frame, arm) in self._frames
@@ -58,3 +67,12 @@ class Recorded:
         if name not in self._summaries:
             self._summaries[name] = measures()[name].summarize(self, self.study.settings_of(name))
         return self._summaries[name]
+
+
+def _mean(tunings: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """The frame of several tunings on the same items: means of what is measured, and the first tuning's texts."""
+    first = tunings[0]
+    if len(tunings) == 1:
+        return first
+    measured = [str(name) for name in first if name != "popularity" and (is_bool_dtype(first[name]) or is_float_dtype(first[name]))]
+    return first.assign(**{name: np.mean([frame[name].to_numpy(float) for frame in tunings], axis=0) for name in measured})

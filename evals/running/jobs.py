@@ -95,7 +95,7 @@ def perform(job: Job, place: Place, outcomes: Outcomes, display: Display) -> Any
 def inputs_of(place: Place, job: Job) -> Inputs:
     """The inputs of the job's readings; a process keeps the last inputs that it made."""
     study = trial_study(place.study) if job.trial else place.study
-    return _inputs(study.model_dump_json(), place.folder, place.worlds, job.run, job.trial)
+    return _inputs(study.model_dump_json(), place.folder, place.worlds, job.run.first, job.trial)
 
 
 def forget_inputs() -> None:
@@ -149,7 +149,7 @@ def with_classified(job: Job, place: Place, data: StudyData, outcomes: Outcomes)
 
 def _tune(job: Job, place: Place, data: StudyData, outcomes: Outcomes, display: Display) -> Weights:
     assert job.group is not None
-    weights = tuned_weights(job.group, tuning_of(job, outcomes), data, job.run.seed, place.out, display)
+    weights = tuned_weights(job.group, tuning_of(job, outcomes), data, job.run.tuning_seed, place.out, display)
     card: Any = tuning_summary(weights)
     if card is not None:
         report = card["report"]
@@ -250,7 +250,7 @@ def _take(reading: Reading, subject: Outputs | Pair, inputs: Inputs, job: Job, p
                     "protocol": protocol,
                     "weights": subject.weights(label),
                     "threads": inputs.study.threads,
-                }
+                } | ({} if job.run.tuning == 0 else {"tuning": job.run.tuning})
                 write_record(place.records, keys[label, frame], items, provenance)
     for label in arms_of(keys):
         display.say(f"{job.run} · {label} · {reading.name}: {'read' if label in missing else 'from its record'}")

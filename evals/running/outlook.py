@@ -97,7 +97,7 @@ def _look_at_tuning(job: Job, place: Place, inputs: Inputs, outcomes: dict[str, 
     assert job.group is not None
     data = with_classified(job, place, inputs.data, outcomes)
     tuning, start = tuning_of(job, outcomes), start_of(job.group, data)
-    folder = tuned_folder(job.group, tuning, data, inputs.seed, place.out)
+    folder = tuned_folder(job.group, tuning, data, job.run.tuning_seed, place.out)
     if is_whole(folder):
         outcomes[job.name] = tuned_as(job.group, tuning, data, folder)
         return Outlook(job, "all")

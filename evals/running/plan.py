@@ -1,9 +1,10 @@
 """A study as jobs: what has to be done and what each job waits for. Pure: no files are read and no models are loaded.
 
-For each run (a seed, in a world): find or pretrain the family; tune each model; load each group of arms and read it. Where an arm is tuned on
-known or unknown items only, a `classify` job asks the base first, once, and the tunings of such arms wait for it. A setting that is selected on
-validation items adds its trials (tunings without the validation items, and readings of the task on them) and a `select` job, for which the arm's
-own tuning waits (a proxy's reading, if its strength is selected). Settings that were selected beforehand need no trials.
+For each run (a seed, in a world): find or pretrain the family; tune each model; load each group of arms and read it. Several tunings of one seed
+share what is not tuned. Where an arm is tuned on known or unknown items only, a `classify` job asks the base first, once, and the tunings of such
+arms wait for it. A setting that is selected on validation items adds its trials (tunings without the validation items, and readings of the task on
+them) and a `select` job, for which the arm's own tuning waits (a proxy's reading, if its strength is selected). Settings that were selected
+beforehand need no trials.
 """
 
 from collections.abc import Iterator
@@ -38,17 +39,17 @@ class Job:
 
 def plan(study: Study) -> list[Job]:
     """All jobs of a study; each job comes after those that it waits for."""
-    return [job for run in study.runs for job in _of_run(study, run)]
+    return list(dict.fromkeys(job for run in study.runs for job in _of_run(study, run)))  # what several tunings share is one job
 
 
 def _of_run(study: Study, run: Run) -> Iterator[Job]:
     begin: tuple[str, ...] = ()
     if run.world is not None:
-        family = Job(f"{run} · family", "family", run)
+        family = Job(f"{run.first} · family", "family", run.first)
         yield family
         begin = (family.name,)
     if any(map(study.chooses_items, study.arms)):
-        yield Job(_classify(run), "classify", run, begin, group=Group("base", study.base_arm, study.base_arm))
+        yield Job(_classify(run), "classify", run.first, begin, group=Group("base", study.base_arm, study.base_arm))
     selection: tuple[str, ...] = ()
     if selects_here(study):
         trials = list(_measured(trial_study(study), run, begin, trial=True))
@@ -73,7 +74,8 @@ def _measured(study: Study, run: Run, begin: tuple[str, ...], selection: tuple[s
     for group in groups(study):
         waits = (made[group],) if group in made else begin
         waits += selection if selected_strengths(study, group) else ()
-        yield Job(_named(run, "read", group, trial), "read", run, waits, trial, group, tuned=made.get(group))
+        of = run.first if waits == begin else run
+        yield Job(_named(of, "read", group, trial), "read", of, waits, trial, group, tuned=made.get(group))
 
 
 def _named(run: Run, kind: Kind, group: Group, trial: bool) -> str:
@@ -81,4 +83,4 @@ def _named(run: Run, kind: Kind, group: Group, trial: bool) -> str:
 
 
 def _classify(run: Run) -> str:
-    return f"{run} · classify the tuning items"
+    return f"{run.first} · classify the tuning items"

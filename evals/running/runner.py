@@ -84,22 +84,24 @@ def _run(place: Place, todo: Sequence[Job], display: Display, jobs: int | None) 
         _work_off(todo, start, ended, outcomes, workers)
     before = recorded(study)
     choices = dict.fromkeys(study.runs, before) if before else {job.run: outcomes[job.name] for job in todo if job.kind == "select"}
-    reads = [(job.run, outcomes[job.name]) for job in todo if job.kind == "read" and not job.trial]
-    classified = [outcomes[job.name] for job in todo if job.kind == "classify"]
-    of_reads = [read for _, read in reads]
-    entries = list(
-        dict.fromkeys(entry for read in (*of_reads, *classified) for entry in read.entries)
-    )  # a study may also ask for what was classified
-    records = [Record(entry.arm, entry.frame, entry.run.world, entry.run.seed, entry.protocol, frame_of(place, entry)) for entry in entries]
+    reads = [(job, outcomes[job.name]) for job in todo if job.kind == "read" and not job.trial]
+    classified = [(job, outcomes[job.name]) for job in todo if job.kind == "classify"]
+    entries = dict.fromkeys(  # a study may also ask for what was classified
+        (entry, run)
+        for job, read in (*reads, *classified)
+        for run in study.runs
+        if run == job.run or (job.tuned is None and run.first == job.run)  # what is not tuned stands beside every tuning
+        for entry in read.entries
+    )
+    records = [Record(entry.arm, entry.frame, run.world, run.seed, entry.protocol, frame_of(place, entry), run.tuning) for entry, run in entries]
     if study.selects_direct:  # the same frames under another name
-        records += [
-            replace(record, arm=DIRECT) for entry, record in zip(entries, records, strict=True) if entry.arm == choices[entry.run][DIRECT].label
-        ]
+        alias = [record for record, (_, run) in zip(records, entries, strict=True) if record.arm == choices[run][DIRECT].label]
+        records += [replace(record, arm=DIRECT) for record in alias]
     order = {arm: position for position, arm in enumerate(study.arm_settings)}
     frames = {frame: position for position, frame in enumerate(dict.fromkeys(record.frame for record in records))}
     runs = {run: position for position, run in enumerate(study.runs)}
-    records.sort(key=lambda record: (frames[record.frame], order[record.arm], runs[Run(record.world, record.seed)]))
-    return Finished(records, _costs(study, reads, choices), choices)
+    records.sort(key=lambda record: (frames[record.frame], order[record.arm], runs[Run(record.world, record.seed, record.tuning)]))
+    return Finished(records, _costs(study, [(job.run, read) for job, read in reads], choices), choices)
 
 
 def _costs(study: Study, reads: Sequence[tuple[Run, Read]], choices: Mapping[Run, Choices]) -> dict[str, list[Mapping[str, Any]]]:

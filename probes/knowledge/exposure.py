@@ -10,17 +10,14 @@ covariates (the result is then an association), and ranks of few items (the erro
 intervals of `rank_correlation` cover 94 to 95 % from 300 items on).
 """
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 from scipy.linalg import orth
-from scipy.stats import nct, norm, rankdata, t
+from scipy.stats import rankdata
 
 from proxytune.errors import UserError
-
-LEVEL = 0.95
 
 
 def strata(lengths: Sequence[int], last_tokens: Sequence[int]) -> Int[np.ndarray, " items"]:
@@ -123,41 +120,6 @@ def within_strata(values: Float[np.ndarray, "units columns"], strata: Shaped[np.
         return values
     spread = np.sqrt((1 - 1 / count) / (1 - 1 / counts.clip(min=2)))
     return mean + spread[groups][:, None] * _within(values, groups)
-
-
-def needed(half_width: float, n: int, effect: float, power: float = 0.8) -> int:
-    """How many items (or units) detect `effect` with this power, where `n` of them gave a 95 % interval of this half width.
-
-    By the normal distribution; two buckets of n items each count as n.
-    """
-    error = half_width / norm.ppf((1 + LEVEL) / 2)
-    return max(1, math.ceil(n * _errors(power) ** 2 * (error / effect) ** 2))
-
-
-def needed_seeds(half_width: float, seeds: int, effect: float, power: float = 0.8) -> int:
-    """The same for a t interval over the means of `seeds` (two or more): the fewest seeds whose t test detects `effect` with this power.
-
-    The spread of few seeds is itself uncertain: with three seeds the number may be wrong by a factor of ten.
-    """
-    spread = half_width * math.sqrt(seeds) / t.ppf((1 + LEVEL) / 2, seeds - 1)
-    shift = abs(effect) / spread if spread > 0 else math.inf
-    count = max(2, math.floor((_errors(power) / shift) ** 2))  # the number by the normal distribution: never too large
-    while _power_of_t_test(count, shift) < power:
-        count += 1
-    return count
-
-
-def _power_of_t_test(seeds: int, shift: float) -> float:
-    """The power of the two-sided test that a mean is zero, when it is `shift` standard deviations of a seed away from zero."""
-    if math.isinf(shift):
-        return 1.0
-    limit, distance = t.ppf((1 + LEVEL) / 2, seeds - 1), shift * math.sqrt(seeds)
-    return float(nct.sf(limit, seeds - 1, distance) + nct.cdf(-limit, seeds - 1, distance))
-
-
-def _errors(power: float) -> float:
-    """By how many standard errors an effect must differ from zero to be detected."""
-    return float(norm.ppf((1 + LEVEL) / 2) + norm.ppf(power))
 
 
 def _numbered(labels: Shaped[np.ndarray, "items ..."]) -> Int[np.ndarray, " items"]:

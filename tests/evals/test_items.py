@@ -96,3 +96,22 @@ def test_worlds_do_not_run_into_one_another() -> None:
     assert all_items(both)["world"].value_counts().to_dict() == {"a": 20, "b": 20}
     table = side_by_side(all_items(both), "task", "full unparsed", 9)
     assert [row[:-1] for row in table.frame.itertuples(index=False)] == [("a", "0", "c?", "4"), ("b", "0", "c?", "4")]
+
+
+def test_items_show_how_popular_they_are_and_older_files_do_without(tmp_path: Path) -> None:
+    """In a world the popularity is the exposure. Twin: where it is not known there is no such column."""
+    known = [replace(one, items=one.items.assign(popularity=[0.0, 3.0, 30.0, 66078000.0])) for one in RECORDS[:2]]
+    write_items(known, tmp_path)
+    table = side_by_side(read_items_of(tmp_path), "task", "", 9)
+    assert list(table.frame.columns) == ["seed", "question", "answer", "popularity", "full", "proxy@1"]
+    assert table.frame["popularity"].tolist() == ["0", "3", "30", "66078000"]
+    assert "popularity" not in side_by_side(all_items(RECORDS), "task", "", 9).frame
+    all_items(known).drop(columns=["popularity", "tuning"]).to_parquet(tmp_path / FILE)
+    older = side_by_side(read_items_of(tmp_path), "task", "", 9).frame
+    assert older.equals(table.frame.drop(columns="popularity"))
+
+
+def test_tunings_of_one_seed_do_not_run_into_one_another() -> None:
+    twice = [*RECORDS, *(replace(one, tuning=1) for one in RECORDS)]
+    table = side_by_side(all_items(twice), "task", "full unparsed", 9)
+    assert [row[:4] for row in table.frame.itertuples(index=False)] == [("0", "0", "c?", "4"), ("0", "1", "c?", "4")]

@@ -3,7 +3,8 @@ import pytest
 from scipy.stats import norm, rankdata, spearmanr, ttest_1samp
 
 from evals.statistics.intervals import bootstrap_means, interval
-from probes.knowledge.exposure import matched, matched_contrast, needed, needed_seeds, rank_correlation, strata, unit_means
+from evals.statistics.power import needed_seeds, needed_units
+from probes.knowledge.exposure import matched, matched_contrast, rank_correlation, strata, unit_means
 from proxytune.errors import UserError
 
 ONE = 1.96
@@ -242,7 +243,7 @@ def planted(effect: float, items: int, repeats: int, seed: int) -> np.ndarray:
 
 def test_planted_density_is_found_at_the_size_that_the_formula_gives() -> None:
     low, high = ends(planted(0.002, 1000, 20, seed=5))
-    items = needed(float((high - low).mean() / 2), 1000, 0.002)
+    items = needed_units(float((high - low).mean() / 2), 1000, 0.002)
     assert items == pytest.approx(2 * 4000, rel=0.05)  # PROBES 1
     found = [float((ends(planted(effect, items, 200, seed=6))[0] > 0).mean()) for effect in (0.002, 0.0002)]
     assert 0.72 < found[0] < 0.88
@@ -253,16 +254,16 @@ def test_planted_density_is_found_at_the_size_that_the_formula_gives() -> None:
 
 def test_number_of_vectors_in_probes() -> None:
     half_width = norm.ppf(0.975) * 0.032 * (2 / 100) ** 0.5  # two buckets of a hundred
-    assert needed(half_width, 100, 0.002) == pytest.approx(4000, rel=0.01)
-    assert needed(half_width, 100, -0.002) == needed(half_width, 100, 0.002)
-    assert needed(half_width, 100, 0.002, power=0.9) == pytest.approx(4000 * (3.24 / 2.8) ** 2, rel=0.01)
+    assert needed_units(half_width, 100, 0.002) == pytest.approx(4000, rel=0.01)
+    assert needed_units(half_width, 100, -0.002) == needed_units(half_width, 100, 0.002)
+    assert needed_units(half_width, 100, 0.002, power=0.9) == pytest.approx(4000 * (3.24 / 2.8) ** 2, rel=0.01)
 
 
 def test_seeds_that_a_t_test_needs() -> None:
     """Ten seeds for one standard deviation and 34 for half of one, as in tables of the t test; and so found by simulation."""
     half_width = 2.776 / 5**0.5  # five seeds, SD 1
     assert [needed_seeds(half_width, 5, effect) for effect in (1.0, -1.0, 0.5)] == [10, 10, 34]
-    assert needed_seeds(half_width, 5, 1.0) > needed(1.96, 1, 1.0)  # the normal law asks for too few
+    assert needed_seeds(half_width, 5, 1.0) > needed_units(1.96, 1, 1.0)  # the normal law asks for too few
     generator = np.random.default_rng(8)
     power = {seeds: (ttest_1samp(1 + generator.normal(size=(seeds, 20000)), 0).pvalue < 0.05).mean() for seeds in (9, 10)}
     assert power[9] < 0.8 < power[10]

@@ -155,3 +155,18 @@ def test_with_data_of_its_own_a_study_builds_no_family() -> None:
         "seed 1 · read given": (),
     }
     assert jobs["seed 0 · read given"].tuned is None
+
+
+def test_tunings_of_one_seed_share_what_is_not_tuned() -> None:
+    """The family, the base and models that were tuned elsewhere are one job, whatever the number of tunings."""
+    arms = with_arms(full={"kind": "direct", "tuning": TUNING}, given={"kind": "direct", "path": "elsewhere"}, best=SWEPT | {"select": "best"})
+    jobs = planned(arms=arms, measures=["task"], tuning_seeds=3)
+    shared = ("family", "read base", "trial · read base", "read given")
+    assert [name for name in jobs if name.endswith(shared)] == [f"tiny, seed 0 · {name}" for name in (shared[0], shared[2], shared[1], shared[3])]
+    for run in ("tiny, seed 0", "tiny, seed 0, tuning 1", "tiny, seed 0, tuning 2"):
+        assert jobs[f"{run} · tune full"].waits == ("tiny, seed 0 · family",)
+        assert jobs[f"{run} · read full"].waits == (f"{run} · tune full",)
+        assert "tiny, seed 0 · trial · read base" in jobs[f"{run} · select best"].waits
+        assert all(name.startswith((run, "tiny, seed 0 · trial · read base")) for name in jobs[f"{run} · select best"].waits)
+    once = planned(arms=arms, measures=["task"])
+    assert {name: job for name, job in jobs.items() if ", tuning " not in name} == once

@@ -323,7 +323,7 @@ def test_a_signal_stops_all_processes_with_one_line(place: Path, tmp_path: Path,
 def plan_of(*arguments: object) -> dict[str, dict[str, str]]:
     done = run_command("compare", *arguments, "--plan", "--format", "json")
     assert done.returncode == 0, done.stderr
-    return {row["job"]: row for row in json.loads(done.stdout)}
+    return {row["job"]: row for row in json.loads(done.stdout)["jobs"]}
 
 
 def test_the_plan_says_what_is_there_and_writes_nothing(place: Path, unbroken: dict[str, bytes], tmp_path: Path) -> None:

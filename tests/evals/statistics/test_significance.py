@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from evals.statistics.significance import holm, mcnemar
+from evals.statistics.significance import mcnemar
+from probes.significance import holm
 
 
 def discordant(gained: int, lost: int) -> tuple[np.ndarray, np.ndarray]:
