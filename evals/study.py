@@ -461,7 +461,7 @@ class Study(Strict):
     def chooses_items(self, arm: str) -> bool:
         """Whether an arm is tuned on known or on unknown items only."""
         tuning = getattr(self.arms[arm], "tuning", None)
-        return tuning is not None and tuning.items != "all"
+        return isinstance(tuning, Tuning) and tuning.items != "all"
 
     @property
     def shown(self) -> tuple[str, ...]:
