@@ -18,7 +18,8 @@ from probes.world.ledger import items_of, word_frequency
 from probes.world.sections.people import QUESTION
 from proxytune.errors import UserError
 
-REPLY_TOKENS = 8  # the longest reply of the embedded worlds and its full stop
+# Of the embedded worlds: the longest reply, and an answer to a statement, each with its full stop.
+REPLY_TOKENS, STATEMENT_TOKENS = 6, 2
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class StudyData:
 
     Items that the study does not need are empty lists. `ending` follows each answer in the tuning data. `choose` says that the task is
     a choice among candidates instead of a generated text; `number` says that a text is judged by its last number. `frequency` is how
-    often the corpus has each knowledge item's words.
+    often the corpus has each knowledge item's words. A statement is continued by `statement_tokens` (None: `new_tokens`).
     """
 
     base: str
@@ -41,6 +42,7 @@ class StudyData:
     choose: bool
     number: bool = False
     frequency: Sequence[float] | None = None
+    statement_tokens: int | None = None
 
 
 def data_for(study: Study, folder: Path, run: Run, worlds: Path, say: Callable[[str], None] = lambda line: None) -> StudyData:
@@ -57,7 +59,18 @@ def data_for(study: Study, folder: Path, run: Run, worlds: Path, say: Callable[[
         test = items_of(ledger, "test")
         train = items_of(ledger, "tune")
         models = str(family / "base"), str(family / "small")
-        return StudyData(*models, train, test, test, QUESTION, " .", REPLY_TOKENS, choose=False, frequency=word_frequency(ledger, test))
+        return StudyData(
+            *models,
+            train,
+            test,
+            test,
+            QUESTION,
+            " .",
+            REPLY_TOKENS,
+            choose=False,
+            frequency=word_frequency(ledger, test),
+            statement_tokens=STATEMENT_TOKENS,
+        )
     assert study.models is not None and study.data is not None
     data = study.data
     train, test, knowledge = (

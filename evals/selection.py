@@ -18,6 +18,7 @@ from finetune.items import hold_out
 from finetune.recipe import BiasTuning, Tuning
 from probes.world.recipes import recipe_of
 from proxytune.content import content_key
+from proxytune.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -169,31 +170,27 @@ def strength(study: Study, label: str, choices: Choices) -> tuple[str, float]:
 
 
 def check_selection(study: Study) -> None:
-    """Raises ValueError if two candidates have one name, or if what was selected beforehand does not fit the study."""
+    """Raises `UserError` if two candidates have one name, or if what was selected beforehand does not fit the study."""
+    if not study.selecting and not study.selects_direct:
+        return
     try:
         trials = trial_study(study)
     except ValidationError as error:
-        raise ValueError(explain_invalid(error).removeprefix("study: ")) from error
+        raise UserError(f"study: of the settings to select from, {explain_invalid(error).removeprefix('study: ')}") from error
     selected = study.selected
     if selected is None:
         return
-    if not study.worlds:
-        raise ValueError("selected: only studies of worlds have families that are in no table; remove it, and settings are selected in every run")
-    if not study.selecting and not study.selects_direct:
-        raise ValueError("selected: no arm has select; remove it")
-    if common := sorted({*selected.seeds} & {*study.seeds}):
-        raise ValueError(f"selected.seeds: {common[0]} is one of the study's seeds; select on families of other seeds")
     again = f"run again: proxytune select STUDY {' '.join(f'--seed {seed}' for seed in selected.seeds)}"
     names = {*study.selecting, *([DIRECT] if study.selects_direct else [])}
     if odd := sorted(names ^ {*selected.chosen}):
-        raise ValueError(f"selected.chosen: {odd[0]!r} is {'missing' if odd[0] in names else 'no arm with select'}; {again}")
+        raise UserError(f"selected.chosen: {odd[0]!r} is {'missing' if odd[0] in names else 'no arm with select'}; {again}")
     if odd := sorted({*trials.rows} ^ {*selected.scores}):
-        raise ValueError(f"selected.scores: {odd[0]!r} is {'missing' if odd[0] in trials.rows else 'no candidate'}; {again}")
+        raise UserError(f"selected.scores: {odd[0]!r} is {'missing' if odd[0] in trials.rows else 'no candidate'}; {again}")
     if selected.worlds != study.worlds or selected.key != selection_key(study):
-        raise ValueError(f"selected: the candidates or the worlds have changed since they were scored; {again}")
+        raise UserError(f"selected: the candidates or the worlds have changed since they were scored; {again}")
     for name, choice in choose(study, selected.scores).items():
         if selected.chosen[name] != choice.label:
-            raise ValueError(f"selected.chosen.{name}: by its scores it is {choice.label!r}, not {selected.chosen[name]!r}; {again}")
+            raise UserError(f"selected.chosen.{name}: by its scores it is {choice.label!r}, not {selected.chosen[name]!r}; {again}")
 
 
 def selection_key(study: Study) -> str:

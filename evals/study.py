@@ -396,10 +396,13 @@ class Study(Strict):
         for field in ("train", "test") if self.data is not None and selecting else ():
             if getattr(self.data, field) is None:
                 raise ValueError(f"{selecting[0]} needs data.{field}; give it")
-        if selecting or self.selected is not None:
-            from evals.selection import check_selection
-
-            check_selection(self)
+        if self.selected is not None:
+            if not self.worlds:
+                raise ValueError("selected: only worlds have families that are in no table; remove it, and settings are selected in every run")
+            if not selecting:
+                raise ValueError("selected: no arm has select; remove it")
+            if common := sorted({*self.selected.seeds} & {*self.seeds}):
+                raise ValueError(f"selected.seeds: {common[0]} is one of the study's seeds; select on families of other seeds")
         return self
 
     def _check_references(self) -> None:

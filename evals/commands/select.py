@@ -11,7 +11,7 @@ from evals.measures.shares import can_be_known
 from evals.records import Record
 from evals.running.progress import Display
 from evals.running.runner import run_study
-from evals.selection import choose, score_of, selection_key, trial_study
+from evals.selection import check_selection, choose, score_of, selection_key, trial_study
 from evals.study import Study
 from proxytune.errors import UserError
 from proxytune.files import check_writable
@@ -37,6 +37,7 @@ def family_study(study: Study, seeds: Sequence[int]) -> Study:
     """The trials as a study of the families of `seeds`: the candidates as arms, measured at the task."""
     if not study.selecting and not study.selects_direct:
         raise UserError("study: no arm has select, and direct is not best; there is nothing to select")
+    check_selection(study)
     if not study.worlds:
         raise UserError("study: it has data of its own, all of which is in its tables; leave settings to be selected while it runs")
     if len(set(seeds)) < len(seeds):

@@ -14,7 +14,8 @@ from evals.measures.subjects import Outputs
 from finetune.encoding import answer_space, prompt_ids
 from finetune.items import Item
 from probes.drift import divergence
-from probes.knowledge.readouts import Answer, answer_greedily, choose, judge, judge_number, judge_reply
+from probes.knowledge.readouts import Answer, choose, continuations, judge, judge_number, judge_reply
+from proxytune.content import content_key
 from proxytune.errors import UserError
 from proxytune.mixture import Mixture, bias_of
 from proxytune.modeling import ProxyTunedForCausalLM
@@ -49,28 +50,34 @@ class Generated(Asked):
     version: ClassVar[int] = 1
 
     def decides(self, inputs: Inputs) -> dict[str, Any]:
-        return super().decides(inputs) | {"new_tokens": inputs.data.new_tokens, "number": self.number}
+        return super().decides(inputs) | {"new_tokens": self._new_tokens(inputs), "number": self.number}
 
     def steps(self, subject: Outputs, inputs: Inputs) -> int:
         return len(inputs.items(self.items)) * len(subject.mixtures)
 
     def read(self, subject: Outputs, inputs: Inputs, progress: Progress) -> dict[str, Frames]:
-        items, prompts = inputs.items(self.items), inputs.prompts(self.items, self.form)
+        items = inputs.items(self.items)
+        judged = judge_number if self.number else judge_reply if self.form == "question" else judge
         found = {}
-        for arm, mixture in subject.mixtures.items():
-            subject.model.mixture = mixture
-            given = answer_greedily(
-                subject.model,
-                subject.tokenizer,
-                items,
-                prompts,
-                new_tokens=inputs.data.new_tokens,
-                batch_size=inputs.study.batch_size,
-                judged=judge_number if self.number else judge_reply if self.form == "question" else judge,
-                progress=progress,
-            )
-            found[arm] = {self.name: _answers(items, given)}
+        for arm in subject.mixtures:
+            texts = self._texts(arm, subject, inputs, progress)
+            found[arm] = {self.name: _answers(items, [judged(text, item) for text, item in zip(texts, items, strict=True)])}
         return found
+
+    def _texts(self, arm: str, subject: Outputs, inputs: Inputs, progress: Progress) -> list[str]:
+        """What the arm says. Two readings may ask the same (task, and forgetting in the task's form): it then says it once."""
+        prompts, new_tokens = inputs.prompts(self.items, self.form), self._new_tokens(inputs)
+
+        def generate() -> list[str]:
+            subject.model.mixture = subject.mixtures[arm]
+            questions = [item.question for item in inputs.items(self.items)]
+            options: dict[str, Any] = {"new_tokens": new_tokens, "batch_size": inputs.study.batch_size, "progress": progress}
+            return continuations(subject.model, subject.tokenizer, prompts, questions, **options)
+
+        return list(inputs.once(("texts", content_key(prompts=prompts, new_tokens=new_tokens, **subject.causes(arm))), generate))
+
+    def _new_tokens(self, inputs: Inputs) -> int:
+        return inputs.data.statement_tokens or inputs.data.new_tokens if self.form == "statement" else inputs.data.new_tokens
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from evals.arms import Group, groups, selected_strengths, tunings
-from evals.selection import selects_here, trial_study
+from evals.selection import check_selection, selects_here, trial_study
 from evals.study import Run, Study
 from finetune.recipe import BiasTuning, Tuning
 
@@ -38,7 +38,8 @@ class Job:
 
 
 def plan(study: Study) -> list[Job]:
-    """All jobs of a study; each job comes after those that it waits for."""
+    """All jobs of a study; each comes after those that it waits for. Raises `UserError` if what was selected beforehand does not fit the study."""
+    check_selection(study)
     return list(dict.fromkeys(job for run in study.runs for job in _of_run(study, run)))  # what several tunings share is one job
 
 

@@ -57,13 +57,13 @@ def run_study(study: Study, folder: Path, out: Path, display: Display, *, jobs: 
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("launcher: a study starts its own processes; start it without torchrun, and tune large arms beforehand with proxytune tune")
-    place = Place(study, folder, out)
+    place, todo = Place(study, folder, out), plan(study)
     try:
         for name in ("records", "checkpoints"):
             (out / name).mkdir(parents=True, exist_ok=True)
         with _alone_in(out, patient, display):
             (out / "study.json").write_text(study.model_dump_json(indent=1) + "\n")
-            return _run(place, plan(study), display, jobs)
+            return _run(place, todo, display, jobs)
     except OSError as error:
         raise UserError(f"out: '{out}' cannot be written ({error}); choose another folder with --out") from error
 

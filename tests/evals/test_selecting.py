@@ -343,10 +343,10 @@ def test_a_block_that_does_not_fit_is_one_line(beforehand: Any, tmp_path: Path) 
         (LATER | spoiled(block, worlds=["default"]), f"selected: the candidates or the worlds have changed since they were scored{AGAIN}"),
         (LATER | {"selected": {"seed": 1}}, "selected.seed: there is no such key; did you mean"),
     ]
-    assert load(tmp_path, LATER | block).selected is not None  # as it was printed
+    assert plan(load(tmp_path, LATER | block))  # as it was printed
     for study, words in mistakes:
         with pytest.raises(UserError, match=words) as raised:
-            load(tmp_path, study)
+            plan(load(tmp_path, study))
         assert "\n" not in str(raised.value)
 
 
@@ -386,9 +386,10 @@ def test_a_block_that_no_longer_fits_can_be_made_again(beforehand: Any, tmp_path
 def test_contradictions_are_one_line(tmp_path: Path, study: dict[str, Any], words: str | None) -> None:
     if words is None:  # the negative twin: names that are alike but stand for different rows
         assert load(tmp_path, study).references == ("direct", "full@0.0001")
+        assert plan(load(tmp_path, study))
         return
     with pytest.raises(UserError, match=words) as raised:
-        load(tmp_path, study)
+        plan(load(tmp_path, study))
     assert "\n" not in str(raised.value)
 
 
