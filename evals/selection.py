@@ -78,7 +78,8 @@ def score_of(items: pd.DataFrame) -> float:
 def choose(study: Study, scores: Mapping[str, float], costs: Mapping[str, Mapping[str, Any]] | None = None) -> Choices:
     """Selects by the scores of the trial study's rows: for each arm with `select` the best candidate, or the one nearest to the row to match.
 
-    A proxy over an expert with `select` has that expert's selected setting. The row `direct` is the direct arm with the best score, those with
+    An expert is selected by what it is for: the best score of a proxy over it whose own setting is selected as the best; without such a proxy by its
+    own score. A proxy over an expert with `select` has that expert's selected setting. The row `direct` is the direct arm with the best score, those with
     `select` at their selected setting. In a tie the first candidate wins. `costs` are those of the trial study's rows; a choice counts each tuning
     of its candidates once.
     """
@@ -102,13 +103,20 @@ def choose(study: Study, scores: Mapping[str, float], costs: Mapping[str, Mappin
         only = chosen(expert).label if expert in study.selecting else None
         return {label: one for label, one in rows.items() if only in (None, one.expert) and alpha in (None, one.value)}
 
+    def score(candidate: str) -> float:
+        best = [name for name in study.selecting if isinstance(arm := study.arms[name], Proxy) and arm.select == "best"]
+        return max(
+            (scores[label] for name in best for label, row in trials.rows_of(name).items() if row.expert == candidate), default=scores[candidate]
+        )
+
     def chosen(name: str) -> Choice:
         if name not in found:
             arm, candidates = study.arms[name], _candidates(name)
             matched = arm.matched if isinstance(arm, Selecting) else None
+            used = {candidate: scores[candidate] if matched else score(candidate) for candidate in candidates}
             aim = 1.0 if matched is None else scores[row_of(matched)]
-            label = min(candidates, key=lambda candidate: abs(scores[candidate] - aim))
-            shown = {candidate: scores[candidate] for candidate in candidates} | ({} if matched is None else {matched: aim})
+            label = min(candidates, key=lambda candidate: abs(used[candidate] - aim))
+            shown = used | ({} if matched is None else {matched: aim})
             tuned = study.expert_of(name) if isinstance(arm, Proxy) else name
             found[name] = Choice(name, label, candidates[label], _tuning(study, name, label), shown, _costs(trials, [tuned], costs))
         return found[name]

@@ -162,7 +162,10 @@ class Tuned(Swept):
 
 
 class Expert(Tuned):
-    """The small model tuned: the proxy's expert, and an arm by itself. `path` is a checkpoint folder, or a LoRA adapter on the small model."""
+    """The small model tuned: the proxy's expert, and an arm by itself. `path` is a checkpoint folder, or a LoRA adapter on the small model.
+
+    With `select: best` it is selected by what it is for: the best score of a proxy over it with `select: best`; without one by its own score.
+    """
 
     kind: Literal["expert"]
 

@@ -242,7 +242,6 @@ def _take(reading: Reading, subject: Outputs | Pair, inputs: Inputs, job: Job, p
             for frame, items in frames.items():
                 provenance = {
                     "study": inputs.study.study,
-                    "arm": label,
                     "world": job.run.world,
                     "seed": job.run.seed,
                     "reading": reading.name,
