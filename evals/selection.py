@@ -79,9 +79,9 @@ def choose(study: Study, scores: Mapping[str, float], costs: Mapping[str, Mappin
     """Selects by the scores of the trial study's rows: for each arm with `select` the best candidate, or the one nearest to the row to match.
 
     An expert is selected by what it is for: the best score of a proxy over it whose own setting is selected as the best; without such a proxy by its
-    own score. A proxy over an expert with `select` has that expert's selected setting. The row `direct` is the direct arm with the best score, those with
-    `select` at their selected setting. In a tie the first candidate wins. `costs` are those of the trial study's rows; a choice counts each tuning
-    of its candidates once.
+    own score. A proxy over an expert with `select` has that expert's selected setting. The row `direct` is the direct arm with the best score, those
+    with `select` at their selected setting. In a tie the first candidate wins. `costs` are those of the trial study's rows; a choice counts each
+    tuning of its candidates once.
     """
     trials = trial_study(study)
     found = Choices()
