@@ -31,6 +31,12 @@ READOUTS = {
 ALIKE = 0.99  # read-outs that agree in so many answers tell the same: the tables show the first
 
 
+class ForgettingSettings(Settings):
+    """Which read-outs are made. Choosing needs one scored text for every candidate; it costs as much as the other two together."""
+
+    choices: bool = Field(default=True, description="also choose among the candidates, where the items have some")
+
+
 @dataclass(frozen=True)
 class Bucket:
     """One arm, read-out and bucket of exposure: the arm's `share` right, and the base's share minus it (`forgotten`; None for the base itself)."""
@@ -66,11 +72,12 @@ class Forgetting(Measure[Forgotten]):
     question = "What does an arm no longer know of what the base knew, by how often pretraining stated it?"
     controls = "Paired over the same items; no fact is in the tuning data; facts that were never stated are the floor."
     needs = frozenset({"knowledge.statement", "knowledge.popularity"})
+    settings = ForgettingSettings
     summary = Forgotten
     of_answers = True
 
-    def readings(self, inputs: Inputs, settings: Settings) -> list[Reading]:
-        choices = [CHOICES] if all(item.choices for item in inputs.data.knowledge) else []
+    def readings(self, inputs: Inputs, settings: ForgettingSettings) -> list[Reading]:
+        choices = [CHOICES] if settings.choices and all(item.choices for item in inputs.data.knowledge) else []
         return [STATEMENTS, QUESTIONS, *choices]
 
     def summarize(self, records: Recorded, settings: Settings) -> Forgotten:
