@@ -74,4 +74,4 @@ def test_what_layers_add_begins_smaller_the_more_of_them_there_are() -> None:
     model = untrained(Pretraining(layers=8, hidden=64, heads=4, learning_rate=1e-2, epochs=1), make_tokenizer(), 0)
     for layer in model.model.layers:
         added, other = layer.mlp.down_proj.weight.std(), layer.mlp.up_proj.weight.std()
-        assert float(added / other) == pytest.approx(1 / 4, rel=0.05)  # sixteen additions
+        assert (added / other).item() == pytest.approx(1 / 4, rel=0.05)  # sixteen additions
