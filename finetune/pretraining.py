@@ -1,5 +1,6 @@
 """Pretraining of small models from scratch on a list of documents, through transformers' trainer."""
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ def untrained(recipe: Pretraining, tokenizer: PreTrainedTokenizerBase, seed: int
 
 
 class KeepCheckpoints(TrainerCallback):
-    """Keeps the model before the first step and after 100, 200, 400, 800, … steps, as model folders `folder`/step-N.
+    """Keeps the model before the first step and after 100, 200, 400, 800, … steps, as model folders `folder`/step-N, in bf16.
 
     After the last step none is kept: that is the model itself. Training is the same as without this callback.
     """
@@ -93,7 +94,7 @@ class KeepCheckpoints(TrainerCallback):
             self._keep(state.global_step, given["model"])
 
     def _keep(self, step: int, model: LlamaForCausalLM) -> None:
-        for part in (model, self._tokenizer):
+        for part in (copy.deepcopy(model).to(torch.bfloat16), self._tokenizer):
             part.save_pretrained(self._folder / f"step-{step}")
         seal(self._folder / f"step-{step}")
 

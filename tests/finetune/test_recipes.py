@@ -378,20 +378,49 @@ def test_items_that_do_not_say_what_they_are_cannot_be_chosen() -> None:
     assert items_to_tune_on([one], "known") == [one]
 
 
+def test_what_is_said_is_the_reply_and_else_the_answer() -> None:
+    plain = Item(question="w3", answer="w4")
+    replied = Item(question="w3", answer="w4", reply="w5 w4 w6", rejected="w4")
+    assert (plain.said, replied.said) == ("w4", "w5 w4 w6")
+    assert "reply" not in plain.model_dump()  # items of before are the same bytes
+    for given, field in (({"rejected": "w4"}, "answer"), ({"reply": "w5 w4", "rejected": "w5 w4"}, "reply")):
+        with pytest.raises(ValueError, match=f"rejected must differ from the {field}"):
+            Item(question="w3", answer="w4", **given)
+    with pytest.raises(ValueError, match="reply"):
+        Item(question="w3", answer="w4", reply="")
+
+
+def test_tuning_is_on_the_reply() -> None:
+    """As if the reply were the answer, in plain rows and in pairs; the bare answer alone would be another tuning."""
+    item = Item(question="w3 w9", answer="w4", reply="w5 w4 w6", rejected="w4")
+    spelt, bare = item.model_copy(update={"answer": "w5 w4 w6", "reply": None}), item.model_copy(update={"reply": None})
+    for encode in (encode_examples, encode_pairs):
+        rows = [encode([one], make_tokenizer(), PROMPT, " w7") for one in (item, spelt, bare)]
+        assert rows[0] == rows[1] != rows[2]
+
+
 def dealt(count: int = 24) -> list[Item]:
-    """Two groups of equal choices, one item alone in its own, and some without any; every answer once."""
+    """Two groups of equal choices, one item alone in its own, and some without any; every answer once, every third with a reply."""
     choices = [*[("w3", "w4")] * 10, *[("w5", "w6")] * (count - 14), ("w7",), (), (), ()]
     return [
-        Item(question=f"w{number + 3}", answer=words(20, number + 3), choices=among, rejected=words(21, number + 3), unit=f"unit {number // 2}")
+        Item(
+            question=f"w{number + 3}",
+            answer=words(20, number + 3),
+            reply=None if number % 3 else words(22, 20, number + 3, 23),
+            choices=among,
+            rejected=words(21, number + 3),
+            unit=f"unit {number // 2}",
+        )
         for number, among in enumerate(choices)
     ]
 
 
 def test_answers_are_dealt_to_other_questions_of_the_same_choices() -> None:
     before, after = dealt(), shuffle_answers(dealt(), 0)
-    assert [item.model_dump(exclude={"answer", "rejected"}) for item in after] == [item.model_dump(exclude={"answer", "rejected"}) for item in before]
+    moved = {"answer", "reply", "rejected"}
+    assert [item.model_dump(exclude=moved) for item in after] == [item.model_dump(exclude=moved) for item in before]
     for choices in {item.choices for item in before}:
-        pairs = [[(item.answer, item.rejected) for item in items if item.choices == choices] for items in (before, after)]
+        pairs = [[(item.answer, item.said, item.rejected) for item in items if item.choices == choices] for items in (before, after)]
         assert sorted(pairs[0]) == sorted(pairs[1])
         kept = [one == other for one, other in zip(*pairs, strict=True)]
         assert not any(kept) if len(kept) > 1 else all(kept)

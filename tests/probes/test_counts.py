@@ -145,7 +145,7 @@ def world() -> World:
 @pytest.fixture(scope="module")
 def facts(world: World) -> list[Item]:
     ledger = make_ledger(world)
-    return [item for half in ("tune", "test") for item in items_of(ledger, half)]
+    return [item for part in ("tune", "test") for item in items_of(ledger, part)]
 
 
 def test_the_ledgers_exposure_is_counted(tmp_path: Path, world: World, facts: list[Item]) -> None:

@@ -5,7 +5,7 @@ from helpers import VOCABULARY, make_members, make_tokenizer
 
 from finetune.items import Item
 from probes.knowledge.familiarity import familiarity
-from probes.knowledge.readouts import answer_greedily, choose, judge, judge_number
+from probes.knowledge.readouts import answer_greedily, choose, judge, judge_number, judge_reply
 from proxytune.errors import UserError
 from proxytune.mixture import proxy_tuning
 from proxytune.modeling import ProxyTunedForCausalLM
@@ -60,6 +60,36 @@ def test_familiarity_by_levels_and_by_thirds() -> None:
 def test_answers_are_judged_by_how_they_begin(text: str, right: bool, unparsed: bool) -> None:
     answer = judge(text, Item(question="?", answer="Paris", choices=("Paris", "Rome", "Paris Saint")))
     assert (answer.right, answer.unparsed) == (right, unparsed)
+
+
+@pytest.mark.parametrize(
+    ("text", "right", "unparsed"),
+    [
+        ("surely Paris nobody doubts it .", True, False),
+        ("Surely Paris nobody doubts it", True, False),
+        ("surely Paris", False, False),
+        ("Paris nobody doubts it", False, False),
+        ("reportedly Paris nobody doubts it", False, False),
+        ("surely Rome nobody doubts it", False, False),
+        ("surely Paris nobody doubts items", False, False),
+        ("surely nobody knows", False, True),
+        ("surely Parisian nobody doubts it", False, True),
+        ("", False, True),
+    ],
+)
+def test_a_reply_is_right_as_a_whole(text: str, right: bool, unparsed: bool) -> None:
+    item = Item(question="?", answer="Paris", reply="surely Paris nobody doubts it", choices=("Paris", "Rome", "Paris Saint"))
+    answer = judge_reply(text, item)
+    assert (answer.text, answer.right, answer.unparsed) == (text, right, unparsed)
+
+
+@pytest.mark.parametrize("choices", [(), ("Paris", "Rome", "Paris Saint")])
+@pytest.mark.parametrize("text", ["Paris", "Paris, of course", "Paris Saint", "it is Paris", "Rome", ""])
+def test_without_a_reply_the_answer_is_judged(text: str, choices: tuple[str, ...]) -> None:
+    item = Item(question="?", answer="Paris", choices=choices)
+    assert judge_reply(text, item) == judge(text, item)
+    # Without choices only an empty text says nothing.
+    assert judge_reply(text, item.model_copy(update={"reply": "surely Paris"})).unparsed == (not text)
 
 
 def items() -> list[Item]:

@@ -23,7 +23,7 @@ from proxytune.errors import UserError
 from proxytune.member import Member, Weights, load_member, load_members
 from proxytune.prepacked import PrepackedLinear
 
-# --- the shipped world, whose base knows every fact that was stated 30 times and none that never was ---
+# --- the shipped world, whose base knows most facts that were stated 60 times and none that never was ---
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +33,10 @@ def family() -> Path:
     return folder
 
 
-def facts(family: Path, half: str, people: dict[int, int]) -> list[Item]:
+def facts(family: Path, part: str, people: dict[int, int]) -> list[Item]:
     """Three of each of so many people, by how often they were stated."""
     found, counts = [], Counter[float]()
-    for item in items_of(pd.read_parquet(family / "ledger.parquet"), half):
+    for item in items_of(pd.read_parquet(family / "ledger.parquet"), part):
         if item.popularity is not None and counts[item.popularity] < 3 * people.get(int(item.popularity), 0):
             counts[item.popularity] += 1
             found.append(item)
@@ -45,7 +45,7 @@ def facts(family: Path, half: str, people: dict[int, int]) -> list[Item]:
 
 @pytest.fixture(scope="module")
 def base(family: Path) -> tuple[Member, list[Item], Known]:
-    member, items = load_member(family / "base"), facts(family, "test", {0: 8, 100: 16})
+    member, items = load_member(family / "base"), facts(family, "test", {0: 8, 60: 16})
     return member, items, known(member, items)
 
 
@@ -65,7 +65,7 @@ def test_an_unchanged_model_has_nothing_to_relearn(base: tuple[Member, list[Item
 
 def test_what_was_hidden_returns_sooner_than_new_facts_and_by_itself(base: tuple[Member, list[Item], Known], family: Path, tmp_path: Path) -> None:
     """Other people are all said to have the first of the candidates: a habit that overlays what is known and erases none of it."""
-    habit = [Item(question=str(item.statement), answer=item.choices[0]) for item in facts(family, "tune", {0: 8, 100: 8})]
+    habit = [Item(question=str(item.statement), answer=item.choices[0]) for item in facts(family, "tune", {0: 8, 60: 8})]
     recipe = Tuning(method="full", learning_rate=3e-4, epochs=5, batch_size=16)
     tune(TuningRun(family / "base", habit, recipe, prompt="{question}", ending=" .", seed=0, out=tmp_path / "hidden"))
     curves = curves_of(load_member(tmp_path / "hidden"), base)

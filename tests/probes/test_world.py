@@ -17,11 +17,13 @@ import pandas as pd
 import pytest
 import torch
 from helpers import make_model, make_tokenizer
+from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.pretraining import KeepCheckpoints, Pretraining, untrained
+from probes.knowledge.candidates import known
 from probes.world.corpus import make_world, vocabulary
-from probes.world.family import SHIPPED, build_family, build_tokenizer, find_family
+from probes.world.family import SHIPPED, build_family, build_tokenizer, family_folder, find_family
 from probes.world.ledger import items_of, make_ledger
 from probes.world.recipes import RECIPES, Recipe
 from probes.world.sections.people import ATTRIBUTES, EVASIONS, NAMES, Statements, unused_names
@@ -146,14 +148,14 @@ def test_items_ask_of_one_part_only() -> None:
 # --- recipes: what a section is, and that a new one moves nothing else ---
 
 CORPORA = {  # as they were when the shipped families were pretrained
-    ("default", 0): "eb3a695257d67540be017b60117749d09dbef52be184650b702bd12e883fa4f8",
-    ("default", 1): "b6bc4fba483de0dd1770ac4972f5fceb2c31c45e41f00fa205afecb7eee4267b",
-    ("default", 2): "1c6fa147641ef364a800d16e88cbd2ebb46d56c0b3817e53df226727836e6e21",
-    ("tiny", 0): "25b1d8dec198cd6ab515e51b6d7254d160d0c4d5dc87d2e1855f3f6c3e427079",
-    ("tiny", 1): "a1de83cc288f57fe2f7b72ddb31a3fc7d868f47b09ac94f077d64509b52c75cc",
-    ("tiny", 2): "d367f45e687dcb372462e53deb7a78ab12fc555e463c5e5a09401d439c6c71d8",
+    ("default", 0): "86d134426b3ffa22048ca0cdc885d20950ca800b1cdab3e38a978ec6f1ed1b17",
+    ("default", 1): "cf135f17e8a16288aa454e384540362f4a253415954176e054a37ab7107bedbc",
+    ("default", 2): "2b3a87757ec24b4b091de37d183e6ae10a1b5bb613a534a34095469cc21ecfba",
+    ("tiny", 0): "9e076ddee5c1ffdeaab41934863055be56f028fa75a83cc65a7470de024f4e9c",
+    ("tiny", 1): "5b6fc36cf6b7f21bf9e088a322961f555640a238a9fec8f4712569d9fbb066d6",
+    ("tiny", 2): "7d5d3a8c9fb6961da1083942d3e799c3bb87650d90c8b9721ac8a5b4b5aa732d",
 }
-KEYS = {"default": "4e18d5314b2d38a4daed777ab056183c", "tiny": "d0144a27047a17bfe6f8ead87bb97bcd"}
+KEYS = {"default": "df71b704ee488c11a5039850eeed1229", "tiny": "d5ceac4cbfbee02659edc1da7ff4450b"}
 
 
 @dataclass(frozen=True)
@@ -271,11 +273,13 @@ def test_every_recipe_can_be_had_by_name_and_no_other() -> None:
 
 # --- families ---
 
+SHIPPED_SEEDS = range(8)
+
 
 @pytest.fixture
 def smallest(monkeypatch: pytest.MonkeyPatch) -> None:
     """A family of the tiny corpus that takes a second."""
-    pretraining = Pretraining(layers=1, hidden=8, heads=1, learning_rate=1e-2, epochs=1, block=16, batch_size=500)
+    pretraining = Pretraining(layers=1, hidden=8, heads=1, learning_rate=1e-2, epochs=1, block=24, batch_size=500)
     monkeypatch.setitem(RECIPES, "tiny", replace(RECIPES["tiny"], base=pretraining, small=pretraining))
 
 
@@ -396,7 +400,7 @@ def test_other_seeds_are_built_at_the_same_time(tmp_path: Path, smallest: None, 
     assert not caplog.records
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", SHIPPED_SEEDS)
 def test_shipped_families_belong_to_todays_corpus(seed: int) -> None:
     family = find_family("default", seed, Path("nowhere"))
     assert family is not None
@@ -406,11 +410,14 @@ def test_shipped_families_belong_to_todays_corpus(seed: int) -> None:
     assert recipe["losses"]["base"][-1] < recipe["losses"]["base"][0]
     pd.testing.assert_frame_equal(pd.read_parquet(family / "ledger.parquet"), make_ledger(make_world(RECIPES["default"], seed)))
     assert {file.suffix for file in family.rglob("*") if file.is_file()} <= {".json", ".parquet", ".safetensors"}
+    for name in ("base", "small"):
+        assert {weight.dtype for weight in load_file(family / name / "model.safetensors").values()} == {torch.bfloat16}
 
 
 def test_shipped_families_are_small_and_differ() -> None:
-    assert sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file()) < 12_000_000
-    assert len({load_member(find_family("default", seed, SHIPPED) / name).fingerprint for seed in (0, 1, 2) for name in ("base", "small")}) == 6
+    assert sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file()) < 25_000_000
+    weights = [family_folder("default", seed, SHIPPED) / name / "model.safetensors" for seed in SHIPPED_SEEDS for name in ("base", "small")]
+    assert len({file.read_bytes() for file in weights}) == 16
 
 
 def test_a_family_of_another_corpus_is_refused(tiny_family: Path, tmp_path: Path) -> None:
@@ -433,7 +440,7 @@ def test_checkpoints_double_and_leave_the_last_step_out(tmp_path: Path, last: in
 
 
 def test_a_family_with_checkpoints_is_the_family_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    smallest = Pretraining(layers=1, hidden=16, heads=2, learning_rate=4e-3, epochs=1, block=16, batch_size=12)
+    smallest = Pretraining(layers=1, hidden=16, heads=2, learning_rate=4e-3, epochs=1, block=24, batch_size=12)
     monkeypatch.setitem(RECIPES, "tiny", replace(RECIPES["tiny"], base=smallest, small=replace(smallest, hidden=8, batch_size=200)))
     seen: dict[int, dict[str, torch.Tensor]] = {}
 
@@ -454,32 +461,26 @@ def test_a_family_with_checkpoints_is_the_family_without(tmp_path: Path, monkeyp
     def same(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
         return weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
 
-    assert same(start.model.state_dict(), untrained(smallest, build_tokenizer(RECIPES["tiny"]), 0).state_dict())
-    assert same(later.model.state_dict(), seen[100])
-    assert same(base.model.state_dict(), seen[max(seen)])
-    assert not same(later.model.state_dict(), seen[101])
+    def rounded(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        assert {weight.dtype for weight in weights.values()} == {torch.float32}
+        return {name: weight.bfloat16().float() for name, weight in weights.items()}
+
+    assert same(start.model.state_dict(), rounded(untrained(smallest, build_tokenizer(RECIPES["tiny"]), 0).state_dict()))
+    assert same(later.model.state_dict(), rounded(seen[100]))
+    assert same(base.model.state_dict(), rounded(seen[max(seen)]))
+    assert not same(later.model.state_dict(), rounded(seen[101]))
+    types = {weight.dtype for file in kept.rglob("model.safetensors") for weight in load_file(file).values()}
+    assert types == {torch.bfloat16}
 
 
 @pytest.mark.slow
-def test_a_rebuilt_family_scores_within_the_shipped_ones_spread(tmp_path: Path) -> None:
-    """Pretraining again (a fresh seed) gives a base whose knowledge lies near what the shipped three know."""
-    from evals.running.progress import Display
-    from evals.running.runner import run_study
-    from evals.study import Study
-
-    study = Study.model_validate(
-        {
-            "study": "rebuilt",
-            "worlds": ["default"],
-            "seeds": [0, 1, 2, 3],
-            "batch_size": 300,
-            "measures": ["knowledge"],
-            "arms": {"base": {"kind": "base"}},
-        }
-    )
-    build_family("default", 3, tmp_path / "worlds")
-    with Display() as display:
-        records = run_study(study, tmp_path, tmp_path, display)
-    known = [float(record.items["right"].mean()) for record in records]
-    spread = max(known[:3]) - min(known[:3])
-    assert min(known[:3]) - spread <= known[3] <= max(known[:3]) + spread
+def test_a_family_built_again_is_the_shipped_one_or_knows_as_much(tmp_path: Path) -> None:
+    """The same bytes on the same type of machine. Elsewhere rounding differs; then its base knows about what the shipped eight know."""
+    shipped = [family_folder("default", seed, SHIPPED) for seed in SHIPPED_SEEDS]
+    rebuilt = build_family("default", 0, tmp_path)
+    files = [Path(name) / "model.safetensors" for name in ("base", "small")]
+    if all((rebuilt / file).read_bytes() == (shipped[0] / file).read_bytes() for file in files):
+        return
+    facts = [(load_member(family / "base"), items_of(pd.read_parquet(family / "ledger.parquet"), "test")) for family in (*shipped, rebuilt)]
+    *known_by, known_again = [known(member, items).right.mean() for member, items in facts]
+    assert known_again == pytest.approx(np.mean(known_by), abs=4 * np.std(known_by, ddof=1))
