@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+from pydantic import Field
+
 import numpy as np
 
 from evals.display.cells import Table, cell, table
