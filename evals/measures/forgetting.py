@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from pydantic import Field
-
 import numpy as np
+from pydantic import Field
 
 from evals.display.cells import Table, cell, table
 from evals.display.chart import Axis, Chart, Panel, Series, all_scaled, exposure_axis
