@@ -18,6 +18,7 @@ import pytest
 import torch
 from helpers import make_model, make_tokenizer
 from safetensors.torch import load_file
+from scipy.stats import chisquare
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.pretraining import KeepCheckpoints, Pretraining, untrained
@@ -81,12 +82,13 @@ def test_replies_hold_every_opening_and_closing_whatever_is_asked() -> None:
     seen = Counter[tuple[str, str, str]]()
     closings = "|".join(attribute.closing for attribute in ATTRIBUTES)
     for attribute in ATTRIBUTES:
-        asked = re.escape(attribute.question).replace(r"\{name\}", r"\w+ \w+")
-        pattern = re.compile(rf"question : {asked} \? answer : (\w+) \w+ ({closings}) \.")
+        asks = re.escape(attribute.question).replace(r"\{name\}", r"\w+ \w+")
+        pattern = re.compile(rf"question : {asks} \? answer : (\w+) \w+ ({closings}) \.")
         found = [pattern.fullmatch(document.text) for document in make_world(RECIPES["default"], 0).documents]
         seen.update((attribute.name, *match.groups()) for match in found if match)
     assert len(seen) == 27
-    assert max(seen.values()) < 1.5 * min(seen.values())
+    for attribute in ATTRIBUTES:
+        assert chisquare([count for (asked, *_), count in seen.items() if asked == attribute.name]).pvalue > 0.001
     taught = {
         (item.question.split()[0], *item.said.split(f" {item.answer} ")) for item in items_of(make_ledger(make_world(RECIPES["tiny"], 0)), "tune")
     }
