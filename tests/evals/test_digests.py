@@ -364,7 +364,7 @@ def test_damaged_states_are_computed_again(folder: Path, tmp_path: Path, count: 
 @pytest.fixture
 def smallest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A family that takes a second."""
-    pretraining = Pretraining(layers=1, hidden=8, heads=1, learning_rate=1e-2, epochs=1, block=16, batch_size=500)
+    pretraining = Pretraining(layers=1, hidden=8, heads=1, learning_rate=1e-2, epochs=1, block=24, batch_size=500)
     monkeypatch.setitem(WORLDS, "tiny", replace(WORLDS["tiny"], base=pretraining, small=pretraining))
     return build_family("tiny", 0, tmp_path)
 

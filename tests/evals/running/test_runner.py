@@ -366,7 +366,7 @@ def test_a_tuning_takes_the_selection_that_it_waits_for(place: Path) -> None:
 
 
 def test_two_worlds_are_two_runs_a_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretraining = Pretraining(layers=1, hidden=8, heads=1, learning_rate=1e-2, epochs=1, block=16, batch_size=500)
+    pretraining = Pretraining(layers=1, hidden=8, heads=1, learning_rate=1e-2, epochs=1, block=24, batch_size=500)
     for name, exposures in (("one", (0, 3)), ("other", (0, 5))):
         monkeypatch.setitem(RECIPES, name, replace(RECIPES["tiny"], exposures=exposures, base=pretraining, small=pretraining))
     content = {
