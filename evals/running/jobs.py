@@ -226,6 +226,7 @@ def _take(reading: Reading, subject: Outputs | Pair, inputs: Inputs, job: Job, p
     """The entries of one reading's records; records that are missing are made."""
     keys, protocol = keys_of(reading, subject, inputs), protocol_of(reading, inputs)
     missing = arms_of(missing_of(keys, place))
+    found: dict[str, dict[str, Any]] = {}
     if missing:
         first = reading.first_prompt(inputs) if job.group is not None and job.group.kind == "base" and job.run == place.study.runs[0] else None
         if first is not None:
@@ -252,7 +253,8 @@ def _take(reading: Reading, subject: Outputs | Pair, inputs: Inputs, job: Job, p
                 } | ({} if job.run.tuning == 0 else {"tuning": job.run.tuning})
                 write_record(place.records, keys[label, frame], items, provenance)
     for label in arms_of(keys):
-        display.say(f"{job.run} · {label} · {reading.name}: {'read' if label in missing else 'from its record'}")
+        right = "".join(f", {100 * score_of(items):.1f} % right" for items in found.get(label, {}).values() if "right" in items)
+        display.say(f"{job.run} · {label} · {reading.name}: {'read' if label in missing else 'from its record'}{right}")
     for (label, frame), key in keys.items():
         yield Entry(label, frame, job.run, protocol, key)
 

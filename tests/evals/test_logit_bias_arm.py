@@ -31,7 +31,7 @@ from proxytune.content import content_key
 from proxytune.errors import UserError
 from proxytune.mixture import Mixture, Rule
 
-BANNED = "nobody"  # the first word of the tiny world's evasion
+BANNED = "nobody"  # the first word of one of the tiny world's evasions
 STUDY: dict[str, Any] = {
     "study": "biases",
     "worlds": ["tiny"],
@@ -60,10 +60,6 @@ def finished(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> Don
     return out, {(record.arm, record.frame): record for record in done.records}, summarize(study, done.records, done.costs)
 
 
-def values(results: Results, measure: str) -> dict[str, float]:
-    return {row["arm"]: row["value"] for row in results.rows if row["measure"] == measure}
-
-
 def test_every_table_and_the_frontier_has_the_arms(finished: Done) -> None:
     *_, results = finished
     tables = {table.title: table.frame.set_index(table.frame.columns[0]) for table in result_tables(results)}
@@ -77,12 +73,12 @@ def test_every_table_and_the_frontier_has_the_arms(finished: Done) -> None:
 
 
 def test_a_ban_is_never_said_and_the_base_says_it(finished: Done) -> None:
-    _, records, results = finished
+    _, records, _ = finished
     said = {arm: records[arm, "task"].items["text"].str.split().explode().eq(BANNED).any() for arm in STUDY["arms"] if arm != "proxy"}
     assert said["base"]
     assert not said["banned"]
-    assert values(results, "task")["banned"] > values(results, "task")["base"]
-    assert values(results, "task")["bias"] > values(results, "task")["base"]
+    # The form depends on the question, so that no bias teaches the task; but a fitted one names a value more often than the base, which evades.
+    assert records["bias", "task"].items["unparsed"].mean() < records["base", "task"].items["unparsed"].mean()
 
 
 def test_an_endless_penalty_is_the_base(finished: Done) -> None:
@@ -162,7 +158,7 @@ def test_a_selection_may_match_a_bias_which_is_then_fitted_without_the_validatio
     swept = {"kind": "direct", "tuning": TUNING, "sweep": {"epochs": [1, 2]}, "select": {"match": "bias"}}
     jobs = {job.name: job for job in plan(Study.model_validate(STUDY | {"arms": STUDY["arms"] | {"matched": swept}}))}
     assert jobs["tiny, seed 0 · trial · tune bias"].trial
-    assert "tiny, seed 0 · trial · read bias" in jobs["tiny, seed 0 · select matched"].waits
+    assert "tiny, seed 0 · trial · read bias" in jobs["tiny, seed 0 · select"].waits
     assert "tiny, seed 0 · trial · read banned" not in jobs
 
 
