@@ -83,7 +83,7 @@ def _run(place: Place, todo: Sequence[Job], display: Display, jobs: int | None) 
     with work as start:
         _work_off(todo, start, ended, outcomes, workers)
     before = recorded(study)
-    choices = dict.fromkeys(study.runs, before) if before else {job.run: outcomes[job.name] for job in todo if job.kind == "select"}
+    choices = dict.fromkeys(study.runs, before) if before else {job.run: found for job in todo if isinstance(found := outcomes[job.name], Choices)}
     reads = [(job, outcomes[job.name]) for job in todo if job.kind == "read" and not job.trial]
     classified = [(job, outcomes[job.name]) for job in todo if job.kind == "classify"]
     entries = dict.fromkeys(  # a study may also ask for what was classified

@@ -34,7 +34,7 @@ def _shown(study: Study) -> Iterator[Tuning]:
 
 def _is_control(tuning: Tuning | None, other: Tuning) -> bool:
     assert tuning is not None
-    differ = {field for field, value in tuning.model_dump().items() if value != other.model_dump()[field]}
+    differ = {field for field, value in tuning.model_dump().items() if value != other.model_dump().get(field)}
     return len(differ) <= 1 and not differ & set(get_args(SweptName))
 
 

@@ -301,7 +301,7 @@ def test_an_adapter_and_its_merged_model_are_the_same(folder: Path, options: dic
     ids = torch.arange(5, 25)[None]
     before = adapted(ids).logits
     merged = adapted.merge_and_unload()
-    assert torch.allclose(merged(ids).logits, before, atol=1e-5)
+    assert torch.allclose(merged(ids).logits, before, atol=1e-4)
     assert not torch.allclose(load_member(folder / "small").model(ids).logits, before, atol=1e-3)
 
 

@@ -66,7 +66,7 @@ def test_an_unchanged_model_has_nothing_to_relearn(base: tuple[Member, list[Item
 def test_what_was_hidden_returns_sooner_than_new_facts_and_by_itself(base: tuple[Member, list[Item], Known], family: Path, tmp_path: Path) -> None:
     """Other people are all said to have the first of the candidates: a habit that overlays what is known and erases none of it."""
     habit = [Item(question=str(item.statement), answer=item.choices[0]) for item in facts(family, "tune", {0: 8, 60: 8})]
-    recipe = Tuning(method="full", learning_rate=3e-4, epochs=5, batch_size=16)
+    recipe = Tuning(method="full", learning_rate=1e-3, epochs=5, batch_size=16)
     tune(TuningRun(family / "base", habit, recipe, prompt="{question}", ending=" .", seed=0, out=tmp_path / "hidden"))
     curves = curves_of(load_member(tmp_path / "hidden"), base)
     assert curves[FORGOTTEN].right[0].mean() < 0.5

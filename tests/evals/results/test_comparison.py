@@ -37,7 +37,8 @@ def test_open_rows_say_how_many_seeds_would_decide_and_decided_rows_do_not() -> 
     assert [row["needs"] is None for row in found["contrasts"]] == [True, False]
     assert all(row["needs"] is None for row in found["gap_closed"])
     results = summarize(study, records_of(study, between=0.02, persons=0.02, effects=effects), {})
-    task, contrasts = result_tables(results)[0], result_tables(results)[-1]
+    tables = {table.title: table for table in result_tables(results)}
+    task, contrasts = tables["Task"], tables["Contrasts"]
     shown = dict(zip(task.frame["arm"], task.frame["to decide Δ"], strict=True))
     assert shown == {"base": "", "expert": "", "proxy@1": f"{row['needs']['number']} seeds", "full": ""}
     assert "To decide Δ:" in task.note

@@ -166,7 +166,7 @@ def test_tunings_of_one_seed_share_what_is_not_tuned() -> None:
     for run in ("tiny, seed 0", "tiny, seed 0, tuning 1", "tiny, seed 0, tuning 2"):
         assert jobs[f"{run} · tune full"].waits == ("tiny, seed 0 · family",)
         assert jobs[f"{run} · read full"].waits == (f"{run} · tune full",)
-        assert "tiny, seed 0 · trial · read base" in jobs[f"{run} · select best"].waits
-        assert all(name.startswith((run, "tiny, seed 0 · trial · read base")) for name in jobs[f"{run} · select best"].waits)
+        assert "tiny, seed 0 · trial · read base" in jobs[f"{run} · select"].waits
+        assert all(name.startswith((run, "tiny, seed 0 · trial · read base")) for name in jobs[f"{run} · select"].waits)
     once = planned(arms=arms, measures=["task"])
     assert {name: job for name, job in jobs.items() if ", tuning " not in name} == once

@@ -88,16 +88,12 @@ def unbroken(place: Path) -> dict[str, bytes]:
 
 
 def content(out: Path) -> dict[str, bytes]:
-    """Results and records; what a machine measured (costs.json) differs from run to run.
-
-    Two arms of the same weights share a record. Which of them it names is whichever read first; all else in it is the same.
-    """
+    """Results and records; what a machine measured (costs.json) differs from run to run."""
     found = {name: (out / name).read_bytes() for name in ("results.json", "items.parquet")}
     for file in sorted((out / "records").iterdir()):
         record = read_record(out / "records", file.stem)
         assert record is not None
         items, provenance = record
-        del provenance["arm"]
         found[f"records/{file.name}"] = items.to_csv().encode() + json.dumps(provenance, sort_keys=True).encode()
     return found
 
