@@ -416,7 +416,7 @@ def build(
         bool, typer.Option(help="Keep the base before its first step and after 100, 200, 400, … as model folders checkpoints/step-N.")
     ] = False,
 ) -> None:
-    """Draws a corpus, counts its ledger, and pretrains the base and the small model on it (about three minutes per seed on one core).
+    """Draws a corpus, counts its ledger, and pretrains the base and the small model on it (about 3.5 minutes per seed on one core).
 
     A family that is already there is kept.
     """

@@ -1,7 +1,7 @@
 """The world's model family: a tokenizer, a large model (base) and a small one, pretrained on one corpus.
 
-The default family of three seeds ships with the package, with the description, the corpus hash and the training log that made
-it; `build_family` makes it again. What a family is and knows follows from its recipe and its seed alone.
+The default world's families of ten seeds ship with the package, with the description, the corpus hash and the training log that made
+each; `build_family` makes it again. What a family is and knows follows from its recipe and its seed alone.
 """
 
 import json

@@ -286,9 +286,11 @@ def test_answer_rules_of_the_tasks() -> None:
     trivia = STORED["triviaqa"]["test"][0]
     for text, right, unparsed in (("w8", 1, 0), (" the W7.\nmore", 1, 0), ("w7 w8", 0, 0), ("\nw7", 0, 1)):
         assert name_one(trivia, [text]) == {"exact_match": right, "unparsed": unparsed}
-    item = {"question": "q", "answer": "red", "choices": ["red", "blue"]}
+    item = {"question": "q", "answer": "red", "reply": "", "choices": ["red", "blue"]}
     for text, right, unparsed in (("Red.", 1, 0), ("reddish", 0, 1), ("blue", 0, 0)):
         assert read_rightly(item, [text]) == {"exact_match": right, "unparsed": unparsed}
+    for text, right, unparsed in (("it is Red.", 1, 0), ("red", 0, 0), ("it is blue", 0, 0), ("it is", 0, 1)):
+        assert read_rightly(item | {"reply": "it is red"}, [text]) == {"exact_match": right, "unparsed": unparsed}
     found = choose({"gold": 1}, [(-3.0, False), (-1.0, True), (-2.0, False)])
     sure = float(torch.tensor([-3.0, -1.0, -2.0]).softmax(0)[1])
     assert found["acc"] == 1

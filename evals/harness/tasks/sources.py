@@ -20,7 +20,7 @@ from evals.statistics.scores import brier, expected_calibration_error
 from evals.study import STUDIES
 from finetune.formats import read_items
 from finetune.items import Item
-from probes.knowledge.readouts import best_choices, judge, judge_number
+from probes.knowledge.readouts import best_choices, judge_number, judge_reply
 from probes.world.family import SHIPPED, find_family
 from probes.world.ledger import items_of
 from probes.world.sections.people import QUESTION
@@ -34,7 +34,7 @@ def world(seed: int = 0, **_: Any) -> DatasetDict:
     """The embedded world's facts about people who are in no tuning data; `seed` is that of a shipped family."""
     family = find_family("default", seed, SHIPPED)
     if family is None:
-        raise UserError(f"metadata: the world of seed {seed} is not shipped; take 0, 1 or 2")
+        raise UserError(f"metadata: the world of seed {seed} is not shipped; take one from 0 to 9")
     items = [item for item in items_of(pd.read_parquet(family / "ledger.parquet"), "test") if item.popularity]
     return DatasetDict(test=Dataset.from_list([_row(item, QUESTION.format(question=item.question)) for item in items]))
 
@@ -72,7 +72,8 @@ def stored(task: str, hub: str, splits: dict[str, str], configuration: str | Non
 
 def read_rightly(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     """A text is right if it begins with the answer. A text that begins with no candidate is unparsed, and wrong."""
-    answer = judge(results[0], Item(question=doc["question"], answer=doc["answer"], choices=tuple(doc["choices"])))
+    item = Item(question=doc["question"], answer=doc["answer"], choices=tuple(doc["choices"]), reply=doc["reply"] or None)
+    answer = judge_reply(results[0], item)
     return {"exact_match": float(answer.right), "unparsed": float(answer.unparsed)}
 
 
@@ -175,6 +176,7 @@ def _row(item: Item, prompt: str) -> dict[str, Any]:
         "prompt": prompt,
         "statement": item.statement or "",
         "answer": item.answer,
+        "reply": item.reply or "",
         "choices": list(item.choices),
         "gold": item.choices.index(item.answer),
         "popularity": item.popularity or 0.0,
