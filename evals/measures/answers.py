@@ -67,14 +67,20 @@ class Generated(Asked):
     def _texts(self, arm: str, subject: Outputs, inputs: Inputs, progress: Progress) -> list[str]:
         """What the arm says. Two readings may ask the same (task, and forgetting in the task's form): it then says it once."""
         prompts, new_tokens = inputs.prompts(self.items, self.form), self._new_tokens(inputs)
+        fresh = False
 
         def generate() -> list[str]:
+            nonlocal fresh
+            fresh = True
             subject.model.mixture = subject.mixtures[arm]
             questions = [item.question for item in inputs.items(self.items)]
             options: dict[str, Any] = {"new_tokens": new_tokens, "batch_size": inputs.study.batch_size, "progress": progress}
             return continuations(subject.model, subject.tokenizer, prompts, questions, **options)
 
-        return list(inputs.once(("texts", content_key(prompts=prompts, new_tokens=new_tokens, **subject.causes(arm))), generate))
+        texts = inputs.once(("texts", content_key(prompts=prompts, new_tokens=new_tokens, **subject.causes(arm))), generate)
+        if not fresh:
+            progress(len(prompts))
+        return list(texts)
 
     def _new_tokens(self, inputs: Inputs) -> int:
         return inputs.data.statement_tokens or inputs.data.new_tokens if self.form == "statement" else inputs.data.new_tokens

@@ -162,6 +162,21 @@ def test_a_selection_may_match_a_bias_which_is_then_fitted_without_the_validatio
     assert "tiny, seed 0 · trial · read banned" not in jobs
 
 
+def test_a_penalty_is_swept_and_selected_as_other_settings_are() -> None:
+    def planned(**more: Any) -> dict[str, Any]:
+        arm = {"kind": "logit_bias", "tuning": {}, "sweep": {"penalty": [1e-3, 1e-2]}} | more
+        study = Study.model_validate(STUDY | {"arms": STUDY["arms"] | {"swept": arm}})
+        return {job.name: job for job in plan(study)} | {"rows": list(study.arm_settings)}
+
+    shown, selected = planned(), planned(select="best")
+    assert {"swept@0.001", "swept@0.01"} <= {*shown["rows"]}
+    assert shown["tiny, seed 0 · tune swept@0.01"].tuning == BiasTuning(penalty=1e-2)
+    assert "swept" in selected["rows"]
+    assert {f"tiny, seed 0 · trial · read swept@{value}" for value in (0.001, 0.01)} <= {*selected["tiny, seed 0 · select"].waits}
+    assert "tiny, seed 0 · select" in selected["tiny, seed 0 · tune swept"].waits
+    assert selected["tiny, seed 0 · read swept"].waits == ("tiny, seed 0 · tune swept",)
+
+
 def test_a_key_depends_on_the_bias_and_without_one_is_what_it_was() -> None:
     members = {"base": make_members()["base"]}
 

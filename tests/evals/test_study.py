@@ -8,7 +8,7 @@ from evals.arms import given_weights, groups, members_of, mixtures_of, tuning_su
 from evals.data import StudyData
 from evals.running.plan import plan
 from evals.selection import Choices
-from evals.study import STUDIES, load_study
+from evals.study import STUDIES, load_study, with_seeds
 from proxytune.errors import UserError
 from proxytune.member import Weights
 
@@ -23,6 +23,18 @@ def test_shipped_studies_are_valid(path: Path) -> None:
 
 def test_arms_are_named_by_their_alpha(tmp_path: Path) -> None:
     assert list(load(tmp_path, GOOD).arm_settings) == ["base", "expert", "proxy@0.5", "proxy@1", "full"]
+
+
+def test_a_study_on_another_number_of_seeds_takes_its_first_ones_or_the_next_that_are_free(tmp_path: Path) -> None:
+    study = load(tmp_path, changed("seeds", value=[4, 0, 2]))
+    assert with_seeds(study, 3) is study
+    assert (with_seeds(study, 2).seeds, with_seeds(study, 2).study) == ((4, 0), f"{study.study}-2-seeds")
+    assert with_seeds(study, 6).seeds == (4, 0, 2, 1, 3, 5)
+    shipped, _ = load_study(None)  # families on which its settings were selected are in no table
+    assert shipped.selected is not None
+    many = with_seeds(shipped, 110).seeds
+    assert len(set(many)) == 110
+    assert not {*many} & {*shipped.selected.seeds}
 
 
 @pytest.mark.parametrize(
