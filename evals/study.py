@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import yaml
@@ -102,9 +102,8 @@ class Selecting(Strict):
 
 
 class Swept(Selecting):
-    """An arm one of whose settings may take several values (`sweep`). Each value is one row, named arm@value; with `select`, one is."""
+    """An arm one setting of whose `tuning` may take several values (`sweep`). Each value is one row, named arm@value; with `select`, one is."""
 
-    within: ClassVar[str | None] = None  # the field whose settings are swept; None: the arm's own fields
     sweep: dict[str, tuple[FiniteFloat, ...]] | None = None
 
     @model_validator(mode="before")
@@ -112,7 +111,7 @@ class Swept(Selecting):
     def _swept_settings_need_no_value(cls, content: Any) -> Any:
         try:
             first = {name: values[0] for name, values in content["sweep"].items()}
-            return first | content if cls.within is None else content | {cls.within: first | content[cls.within]}
+            return content | {"tuning": first | content["tuning"]}
         except (KeyError, TypeError, AttributeError, IndexError):
             return content
 
@@ -133,21 +132,19 @@ class Swept(Selecting):
     def settings(self: S, name: str) -> dict[str, tuple[float | None, S]]:
         """The swept value, and the arm at this value alone, of every setting by label; including those from which one is selected."""
         own = self.model_dump(exclude={"sweep", "select"})
-        inner = own if self.within is None else own[self.within]
-        if self.sweep is None or inner is None:
+        if self.sweep is None or own["tuning"] is None:
             return {name: (None, self)}
         ((setting, values),) = self.sweep.items()
         found: dict[str, tuple[float | None, S]] = {}
         for value in values:
-            changed = inner | {setting: value}
-            found[label_of(name, value)] = (value, type(self).model_validate(changed if self.within is None else own | {self.within: changed}))
+            changed = own | {"tuning": own["tuning"] | {setting: value}}
+            found[label_of(name, value)] = (value, type(self).model_validate(changed))
         return found
 
 
 class Tuned(Swept):
     """A model that is tuned, by us (`tuning`) or elsewhere (`path`). A setting that is selected is tuned again with all items."""
 
-    within: ClassVar[str | None] = "tuning"
     tuning: Tuning | None = None
     path: str | None = None
     sweep: dict[SweptName, tuple[FiniteFloat, ...]] | None = None  # type: ignore[assignment]
@@ -198,7 +195,6 @@ class LogitBias(Swept):
     """The base with a vector over the vocabulary added to its logits at every step: fitted on data.train (`tuning`, which may be empty: {}), or one
     that forbids words (`banned`), each of which must be one token of the base after a space."""
 
-    within: ClassVar[str | None] = "tuning"
     kind: Literal["logit_bias"]
     tuning: BiasTuning | None = None
     banned: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(default=None, min_length=1)
