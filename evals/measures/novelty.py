@@ -113,7 +113,9 @@ class Novel:
 class Novelty(Measure[Novel]):
     name = NAME
     question = "Which of the tuning items teach new facts, because the base does not know them?"
-    controls = "A worked example shows the form of the answer; it has another answer. Guessing is not controlled for: see what was never stated."
+    controls = (
+        "A statement to continue, or a worked example with another answer, shows the form. Guessing is not controlled for: see what was never stated."
+    )
     needs = frozenset({"train"})
     summary = Novel
 
@@ -134,8 +136,10 @@ class Novelty(Measure[Novel]):
         }
         if header.runs > 1:
             columns["known, each run"] = {one.exposure: ", ".join(map(str, one.known)) for one in summary.levels}
-        note = f"Tuning items whose answer the base gives in at least one of {SAMPLES} samples at temperature {TEMPERATURE:g}, after a worked example"
-        note += "; or that say so themselves. The others teach new facts."
+        note = (
+            f"Tuning items whose answer the base gives in at least one of {SAMPLES} samples at temperature {TEMPERATURE:g}, as it continues their "
+            "statement (where there is none, after a worked example); or that say so themselves. The others teach new facts."
+        )
         return table("Novelty", columns["known"], columns, note, first="tuning items")
 
 

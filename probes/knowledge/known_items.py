@@ -1,10 +1,13 @@
 """Which items a model knows already: tuning on these teaches how to answer, tuning on the others teaches new facts.
 
-An item is known if the model gives its answer in at least one of four samples at temperature 0.5, after a worked example: another
-item's question with its answer, which shows the form that is wanted. This follows Gekhman et al. 2024 (arXiv 2405.05904), who call an
-item unknown if no sample under several prompts of worked examples is right; they draw more samples, under more prompts. Controlled
-for: the form of the answer, and copying, since the example's answer is another one. Not controlled for: guessing. Where few answers
-are possible, a model that knows nothing gives the right one now and then; items that were never stated show how often.
+An item is known if the model gives its answer in at least one of four samples at temperature 0.5: as it continues the item's
+statement, or, where there is none, as it answers the question after a worked example (another item's question with its answer, which
+shows the form that is wanted). The second follows Gekhman et al. 2024 (arXiv 2405.05904), who call an item unknown if no sample under
+several prompts of worked examples is right; they draw more samples, under more prompts. A statement asks in the words of ordinary
+text, so that a model that knows an answer but evades questions is not taken for ignorant; worked examples alone do not change that in
+small models. Controlled for: the form of the answer, and copying, since the example's answer is another one. Not controlled for:
+guessing. Where few answers are possible, a model that knows nothing gives the right one now and then; items that were never stated
+show how often.
 
 A sample's noise comes from the seed and its own prompt, so that it depends neither on the batch nor on the other items.
 """
@@ -77,12 +80,13 @@ def recall(
 
 
 def recall_prompts(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, prompt: str, ending: str) -> list[str | None]:
-    """Each item's question after its worked example, in the template `prompt`; None for an item that says itself whether it is familiar.
+    """Each item's statement, or its question after a worked example, in the template `prompt`; None for an item that says itself whether
+    it is familiar.
 
     `ending` follows an answer in plain text. In a chat the example is an earlier turn. Raises `UserError` where there is no example.
     """
     return [
-        None if example is None else _after_example(item, example, tokenizer, prompt, ending)
+        (None if item.familiar is not None else item.statement) if example is None else _after_example(item, example, tokenizer, prompt, ending)
         for item, example in zip(items, worked_examples(items), strict=True)
     ]
 
@@ -90,7 +94,7 @@ def recall_prompts(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, pr
 def worked_examples(items: Sequence[Item]) -> list[Item | None]:
     """For each item the next one, going round, of another unit and with another answer: of the same choices where there is one.
 
-    None for an item that says itself whether it is familiar. Raises `UserError` where there is no such item.
+    None for an item with a statement, and for one that says itself whether it is familiar. Raises `UserError` where there is no such item.
     """
     alike: dict[tuple[str, ...], list[Item]] = {}
     places = []
@@ -100,7 +104,7 @@ def worked_examples(items: Sequence[Item]) -> list[Item | None]:
         group.append(item)
     found: list[Item | None] = []
     for place, item in enumerate(items):
-        if item.familiar is not None:
+        if item.familiar is not None or item.statement is not None:
             found.append(None)
             continue
         others = chain(_around(alike[item.choices], places[place]), _around(items, place))

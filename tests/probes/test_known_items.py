@@ -117,7 +117,20 @@ def test_the_worked_example_is_the_next_one_of_the_same_choices_another_unit_and
     assert found == ["c1", "b1", "c1", "c1", "a1", "a1"]
     with pytest.raises(UserError, match="items: no training item can be the worked example of 'a1'"):
         worked_examples(items[:2])
-    assert worked_examples([items[0].model_copy(update={"familiar": True})]) == [None]
+    assert worked_examples([items[0].model_copy(update={"familiar": True}), items[0].model_copy(update={"statement": "s"})]) == [None, None]
+
+
+def test_a_model_that_evades_questions_is_asked_by_statement() -> None:
+    evading = "{question} w9"  # the model looks at the last token only, and has nothing to say after w9
+    stated = [item.model_copy(update={"statement": item.question}) for item in ITEMS]
+    found = {}
+    for name, items in (("questions", ITEMS), ("statements", stated)):
+        prompts = recall_prompts(items, make_tokenizer(), evading, "")
+        found[name] = flags(recall(knowing([0, 2]), make_tokenizer(), items, prompts, batch_size=16, seed=0, new_tokens=1, judged=judge_words))
+    assert not any(found["questions"])
+    assert found["statements"] == [number in (0, 2) for number in range(len(ITEMS))]
+    says_itself = [stated[0].model_copy(update={"familiar": False})]
+    assert recall_prompts(says_itself, make_tokenizer(), evading, "") == [None]
 
 
 def test_the_example_stands_before_the_question_as_it_is_tuned_on() -> None:
