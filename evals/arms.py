@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import CONFIG_NAME, cached_file
 
 from evals.data import StudyData
+from evals.kinds import LogitBias, Swept, Tuned
 from evals.selection import Choices, recorded, strength
-from evals.study import LogitBias, Study, Tuned, expanded
+from evals.study import Study, expanded
 from finetune.encoding import continuation_ids
 from finetune.logit_bias import fit_logit_bias, read_bias
 from finetune.recipe import BiasTuning, Tuning, TuningRun
@@ -132,7 +133,7 @@ def tunings(study: Study) -> Iterator[tuple[Group, Tuning | BiasTuning | None]]:
     choices = recorded(study) or Choices()
     for group in groups(study):
         arm = study.arms[group.arm]
-        if isinstance(arm, Tuned | LogitBias) and arm.tuning is not None:
+        if isinstance(arm, Swept) and arm.tuning is not None:
             if group.arm in choices:
                 yield group, choices[group.arm].tuning
             else:

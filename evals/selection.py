@@ -12,8 +12,9 @@ import pandas as pd
 from pydantic import ValidationError
 
 from evals.data import StudyData
+from evals.kinds import ArmSetting, ArmSpec, Direct, Proxy, Selecting, Swept
 from evals.measures.registry import measures
-from evals.study import DIRECT, ArmSetting, ArmSpec, Direct, LogitBias, Proxy, Selecting, Study, Tuned, explain_invalid
+from evals.study import DIRECT, Study, explain_invalid
 from finetune.items import hold_out
 from finetune.recipe import BiasTuning, Tuning
 from probes.world.recipes import recipe_of
@@ -134,7 +135,7 @@ def choose(study: Study, scores: Mapping[str, float], costs: Mapping[str, Mappin
 
 def _tuning(study: Study, name: str, label: str) -> Tuning | BiasTuning | None:
     arm = study.arms[name]
-    return arm.settings(name)[label][1].tuning if isinstance(arm, Tuned | LogitBias) else None
+    return arm.settings(name)[label][1].tuning if isinstance(arm, Swept) else None
 
 
 def _costs(trials: Study, names: Sequence[str], costs: Mapping[str, Mapping[str, Any]] | None) -> list[Mapping[str, Any]]:
@@ -144,7 +145,7 @@ def _costs(trials: Study, names: Sequence[str], costs: Mapping[str, Mapping[str,
     tunings: dict[object, str] = {}
     for name in names:
         arm = trials.arms[name]
-        for label, (_, setting) in arm.settings(name).items() if isinstance(arm, Tuned | LogitBias) else ():
+        for label, (_, setting) in arm.settings(name).items() if isinstance(arm, Swept) else ():
             tunings.setdefault(setting.tuning or label, label)
     return [costs[label] for label in tunings.values()]
 

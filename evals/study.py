@@ -1,228 +1,32 @@
 """A study (arms x measures x seeds): one YAML file, validated before anything runs. `run` is the entry point from Python."""
 
-import difflib
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
-from yaml.constructor import ConstructorError
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError, field_validator, model_validator
 
+from evals.invalid import did_you_mean, explain
+from evals.kinds import ArmSetting, ArmSpec, Base, Direct, Expert, LogitBias, Match, Proxy, Selecting, Strict, Swept, Tuned, label_of
 from evals.measures.registry import measures
 from evals.older import modernized
+from evals.yaml_file import read_yaml
 from finetune.encoding import check_prompt
 from finetune.recipe import LARGEST_SEED, BiasTuning, EarlyStopping, Tuning
 from probes.world.recipes import RECIPES
-from proxytune.errors import UserError, brief, shortened
-from proxytune.files import check_readable
+from proxytune.errors import UserError
 from proxytune.printable import printable
 
 if TYPE_CHECKING:
     from evals.results.summary import Results
 
 STUDIES = Path(__file__).parent / "studies"
-MOST_NODES = 100_000  # of a study file with every alias written out
-SweptName = Literal["learning_rate", "epochs", "rank", "kl", "preference"]
 BEST = "best"  # `direct: best`
 DIRECT = "direct"  # its row
-S = TypeVar("S", bound="Swept")
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain YAML. Refuses keys that occur twice, and files that are too large with their aliases expanded."""
-
-    def get_single_data(self) -> Any:
-        node = self.get_single_node()
-        if node is None:
-            return None
-        self._check(node, {})
-        return self.construct_document(node)
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        try:
-            return super().construct_object(node, deep)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:  # such as a number of 5,000 digits, or a 13th month
-            raise ConstructorError(problem=" ".join(str(error).split()), problem_mark=node.start_mark) from error
-
-    def _check(self, node: yaml.Node, sizes: dict[int, int]) -> int:
-        """The number of nodes with aliases expanded. Raises `ConstructorError` for too many nodes, and for a key that occurs twice."""
-        if isinstance(node, yaml.ScalarNode):
-            return 1
-        if id(node) not in sizes:
-            sizes[id(node)] = MOST_NODES  # an alias of a node that contains it would never end
-            inside = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
-            sizes[id(node)] = 1 + sum(self._check(part, sizes) for part in inside)
-        if sizes[id(node)] > MOST_NODES:
-            raise ConstructorError(problem=f"with its aliases written out it has more than {MOST_NODES:,} values", problem_mark=node.start_mark)
-        if isinstance(node, yaml.MappingNode):
-            first: dict[Any, yaml.Node] = {}
-            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):  # lists as keys are refused when constructed
-                name = key.value if key.tag.endswith(":merge") else self.construct_object(key)  # a merge key has no value of its own
-                if name in first:
-                    raise ConstructorError(
-                        problem=f"the key {brief(name)} stands twice, first on line {first[name].start_mark.line + 1}; rename or remove one",
-                        problem_mark=key.start_mark,
-                    )
-                first[name] = key
-        return sizes[id(node)]
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Base(Strict):
-    """The base model, untouched."""
-
-    kind: Literal["base"]
-
-
-class Match(Strict):
-    """Selects the setting whose task score is nearest to that of another row."""
-
-    match: str
-
-
-class Selecting(Strict):
-    """An arm that has several settings. With `select`, only one of them is a row, named as the arm: the `best` at the task, or the one whose task
-    score is nearest to that of another row (`select: {match: proxy@1}`). It is selected on validation items that are held out of tuning; the trials
-    count among the arm's costs."""
-
-    select: Literal["best"] | Match | None = None
-
-    @property
-    def matched(self) -> str | None:
-        """The row whose task score is to be matched, or None."""
-        return self.select.match if isinstance(self.select, Match) else None
-
-
-class Swept(Selecting):
-    """An arm one setting of whose `tuning` may take several values (`sweep`). Each value is one row, named arm@value; with `select`, one is."""
-
-    sweep: dict[str, tuple[FiniteFloat, ...]] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _swept_settings_need_no_value(cls, content: Any) -> Any:
-        try:
-            first = {name: values[0] for name, values in content["sweep"].items()}
-            return content | {"tuning": first | content["tuning"]}
-        except (KeyError, TypeError, AttributeError, IndexError):
-            return content
-
-    @model_validator(mode="after")
-    def _one_sweep(self) -> "Swept":
-        if self.sweep is not None and [len(set(values)) for values in self.sweep.values()] != [max(2, *map(len, self.sweep.values()))]:
-            raise ValueError("sweep takes one setting through two or more different values")
-        for setting, values in (self.sweep or {}).items():
-            check_labels(f"sweep.{setting}", values)
-        if self.select is not None and self.sweep is None:
-            raise ValueError("select needs a sweep to select from")
-        try:
-            self.settings("")
-        except ValidationError as error:
-            raise ValueError(f"sweep: {explain_invalid(error)}") from error
-        return self
-
-    def settings(self: S, name: str) -> dict[str, tuple[float | None, S]]:
-        """The swept value, and the arm at this value alone, of every setting by label; including those from which one is selected."""
-        own = self.model_dump(exclude={"sweep", "select"})
-        if self.sweep is None or own["tuning"] is None:
-            return {name: (None, self)}
-        ((setting, values),) = self.sweep.items()
-        found: dict[str, tuple[float | None, S]] = {}
-        for value in values:
-            changed = own | {"tuning": own["tuning"] | {setting: value}}
-            found[label_of(name, value)] = (value, type(self).model_validate(changed))
-        return found
-
-
-class Tuned(Swept):
-    """A model that is tuned, by us (`tuning`) or elsewhere (`path`). A setting that is selected is tuned again with all items."""
-
-    tuning: Tuning | None = None
-    path: str | None = None
-    sweep: dict[SweptName, tuple[FiniteFloat, ...]] | None = None  # type: ignore[assignment]
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> "Tuned":
-        if (self.tuning is None) == (self.path is None):
-            raise ValueError("give either tuning or path")
-        if self.tuning is None and self.sweep is not None:
-            raise ValueError("sweep varies a setting of tuning; what was tuned beforehand has none")
-        return self
-
-
-class Expert(Tuned):
-    """The small model tuned: the proxy's expert, and an arm by itself. `path` is a checkpoint folder, or a LoRA adapter on the small model.
-
-    With `select: best` it is selected by what it is for: the best score of a proxy over it with `select: best`; without one by its own score.
-    """
-
-    kind: Literal["expert"]
-
-
-class Direct(Tuned):
-    """The base itself tuned. `path` is a checkpoint folder, or a LoRA adapter on the base."""
-
-    kind: Literal["direct"]
-
-
-class Proxy(Selecting):
-    """base + alpha (expert - anti-expert), where the anti-expert is the model that the expert was tuned from. One row for each alpha: proxy@alpha.
-
-    Over an expert that is swept and not selected there is a row for each of its values and each alpha: proxy@value@alpha. Over an expert with
-    `select`, the selected one is used. With `select` of its own, the strength is selected by the proxy's own validation score, and the expert's value
-    with it where the expert does not select. The costs of its trials are those of the expert's trial tunings, once for each of the expert's values.
-    """
-
-    kind: Literal["proxy"]
-    alpha: tuple[FiniteFloat, ...] = Field(min_length=1)
-    expert: str | None = Field(default=None, description="an arm of kind expert, or direct: an expert as large as the base; default: the only expert")
-
-    @field_validator("alpha")
-    @classmethod
-    def _apart(cls, alpha: tuple[float, ...]) -> tuple[float, ...]:
-        return check_labels("alpha", alpha)
-
-
-class LogitBias(Swept):
-    """The base with a vector over the vocabulary added to its logits at every step: fitted on data.train (`tuning`, which may be empty: {}), or one
-    that forbids words (`banned`), each of which must be one token of the base after a space."""
-
-    kind: Literal["logit_bias"]
-    tuning: BiasTuning | None = None
-    banned: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(default=None, min_length=1)
-    sweep: dict[Literal["penalty"], tuple[FiniteFloat, ...]] | None = None  # type: ignore[assignment]
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> "LogitBias":
-        if (self.tuning is None) == (self.banned is None):
-            raise ValueError("give either tuning or banned")
-        if self.tuning is None and self.sweep is not None:
-            raise ValueError("sweep varies a setting of tuning; words that are banned have none")
-        return self
-
-
-ArmSpec = Annotated[Base | Expert | Proxy | Direct | LogitBias, Field(discriminator="kind")]
-
-
-class ArmSetting(NamedTuple):
-    """One row of the tables: an arm, at one value of its sweep (or alpha) if it has one.
-
-    `family` names the rows that differ from this one by that value only. `expert` is the row of a proxy's expert, empty if it is selected with it.
-    """
-
-    arm: str
-    kind: str
-    family: str
-    value: float | None = None
-    expert: str = ""
 
 
 class Run(NamedTuple):
@@ -328,7 +132,7 @@ class Study(Strict):
         known = measures()
         for name in names:
             if name not in known:
-                raise ValueError(f"there is no measure {name!r}; {_did_you_mean(name, list(known))}")
+                raise ValueError(f"there is no measure {name!r}; {did_you_mean(name, list(known))}")
         return tuple(dict.fromkeys(names))
 
     @field_validator("settings")
@@ -337,11 +141,11 @@ class Study(Strict):
         known = measures()
         for name, content in settings.items():
             if name not in known:
-                raise ValueError(f"there is no measure {name!r}; {_did_you_mean(name, list(known))}")
+                raise ValueError(f"there is no measure {name!r}; {did_you_mean(name, list(known))}")
             try:
                 known[name].settings.model_validate(content)
             except ValidationError as error:
-                raise ValueError(f"{name}.{explain_invalid(error, list(known[name].settings.model_fields))}") from error
+                raise ValueError(f"{name}.{explain(error, list(known[name].settings.model_fields))}") from error
         return settings
 
     @model_validator(mode="after")
@@ -350,7 +154,7 @@ class Study(Strict):
             raise ValueError("give either worlds, or models and data")
         for world in self.worlds:
             if world not in RECIPES:
-                raise ValueError(f"worlds: there is no recipe {world!r}; {_did_you_mean(world, list(RECIPES))}")
+                raise ValueError(f"worlds: there is no recipe {world!r}; {did_you_mean(world, list(RECIPES))}")
         if len(set(self.worlds)) < len(self.worlds):
             raise ValueError("worlds must differ")
         kinds = [arm.kind for arm in self.arms.values()]
@@ -388,7 +192,7 @@ class Study(Strict):
             for field in sorted(need.partition(".")[0] for need in measures()[name].needs):
                 if getattr(self.data, field) is None:
                     raise ValueError(f"measure {name} needs data.{field}; give it")
-        tuned = [name for name, arm in self.arms.items() if isinstance(arm, Tuned | LogitBias) and arm.tuning is not None]
+        tuned = [name for name, arm in self.arms.items() if isinstance(arm, Swept) and arm.tuning is not None]
         if self.data is not None and self.data.train is None and tuned:
             raise ValueError(f"arms.{tuned[0]}.tuning needs data.train; give it, or tune beforehand and give path")
         selecting = [*(f"arms.{name}.select" for name in self.selecting), *(["direct: best"] if self.selects_direct else [])]
@@ -538,22 +342,6 @@ def with_seeds(study: Study, count: int) -> Study:
     return study.model_copy(update={"seeds": seeds, "study": f"{study.study}-{count}-seeds"})
 
 
-def label_of(name: str, alpha: float) -> str:
-    """`proxy@0.5`: the name in every table of a proxy with strength alpha, or of an arm at one value of its sweep."""
-    return f"{name}@{alpha:g}"
-
-
-def check_labels(field: str, values: tuple[float, ...]) -> tuple[float, ...]:
-    """Returns the values. Raises ValueError if two of them would have the same label."""
-    seen: dict[str, float] = {}
-    for value in values:
-        label = label_of("", value)
-        if label in seen:
-            raise ValueError(f"{field}: {seen[label]!r} and {value!r} are equal to six digits, by which arms are named; leave one out")
-        seen[label] = value
-    return values
-
-
 def expanded(name: str) -> Path:
     """The path with ~ replaced by the home folder. It stays as it is if there is no such home, so that errors show the name as written."""
     return Path(os.path.expanduser(name))
@@ -566,16 +354,7 @@ def load_study(path: Path | None, *, select_again: bool = False) -> tuple[Study,
     Raises `UserError` with the field, the rule and the value for a file that is missing, is not YAML or breaks a rule.
     """
     path = path or STUDIES / "world.yaml"
-    check_readable(path, "study")
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError as error:
-        raise UserError(f"study: there is no file '{path}'; the shipped ones are in {STUDIES}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else shortened(" ".join(str(error).split()), 400)
-        raise UserError(f"study: '{path}' cannot be read as YAML ({reason}); see evals/studies for examples") from error
-    if not isinstance(content, dict):
-        raise UserError(f"study: '{path}' must hold keys and values, not {type(content).__name__}; see evals/studies for examples")
+    content = read_yaml(path, "study", f"the shipped ones are in {STUDIES}")
     if select_again:
         content.pop("selected", None)
     try:
@@ -584,34 +363,12 @@ def load_study(path: Path | None, *, select_again: bool = False) -> tuple[Study,
         raise UserError(f"{path.name}: {explain_invalid(error)}") from error
 
 
-def explain_invalid(error: ValidationError, known: Sequence[str] = ()) -> str:
-    """The first mistake on one line: the field, the rule and the value seen, each shortened if it is long. `known` are the valid keys."""
-    first = next((entry for entry in error.errors() if entry["type"] == "extra_forbidden"), error.errors()[0])
-    location = [shortened(str(part), 80) for part in first["loc"]]
-    # pydantic adds the tag of a discriminated union (the arm's kind) to the location; the file has no such level.
-    if len(location) > 2 and location[0] == "arms" and location[2] in ("base", "expert", "proxy", "direct", "logit_bias"):
-        del location[2]
-    field = ".".join(location) or "study"
-    if first["type"] == "extra_forbidden":
-        return f"{field}: there is no such key; {_did_you_mean(location[-1], list(known) or _known_keys())}"
-    message, seen = shortened(first["msg"].removeprefix("Value error, "), 800), brief(first["input"])
-    if first["type"] == "literal_error":
-        options = [option.strip("'") for option in str(first["ctx"]["expected"]).replace(" or ", ", ").split(", ")]
-        return f"{field}: {message}, not {seen}; {_did_you_mean(seen.strip(repr(chr(39))), options)}"
-    value = "" if first["type"] in ("missing", "value_error") or isinstance(first["input"], dict) else f", not {seen}"
-    return f"{field}: {message}{value}"
-
-
-def _known_keys() -> list[str]:
+def explain_invalid(error: ValidationError) -> str:
+    """The first mistake in a study file, on one line."""
     models: tuple[type[BaseModel], ...] = (
         *(Study, Models, Data, Base, Expert, Proxy, Direct, Match, LogitBias, Selected, Tuning, BiasTuning, EarlyStopping),
     )
-    return sorted({name for model in models for name in model.model_fields})
-
-
-def _did_you_mean(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean '{close[0]}'?" if close else f"known are {', '.join(known)}"
+    return explain(error, sorted({name for model in models for name in model.model_fields}))
 
 
 def run(study: "Study | Path", out: Path, *, jobs: int | None = 1) -> "Results":

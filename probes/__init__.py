@@ -14,8 +14,8 @@ from probes.knowledge.counts import count_documents as count_documents
 from probes.knowledge.exposure import matched_contrast as matched_contrast
 from probes.knowledge.exposure import rank_correlation as rank_correlation
 from probes.knowledge.familiarity import familiarity as familiarity
-from probes.knowledge.readouts import answer_greedily as answer_greedily
 from probes.knowledge.readouts import choose as choose
+from probes.knowledge.readouts import continuations as continuations
 from probes.lens import fit_translators as fit_translators
 from probes.lens import read_lens as read_lens
 from probes.linear_probe import linear_probe as linear_probe

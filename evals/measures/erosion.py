@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from evals.display.cells import Table, cell, over
+from evals.kinds import Direct
 from evals.measures.density import density_change
 from evals.measures.inputs import Inputs
 from evals.measures.knowledge import STATEMENTS
@@ -25,7 +26,7 @@ from evals.selection import Choices, recorded
 from evals.statistics.estimates import intervals, means_by_unit
 from evals.statistics.power import Needs, needs
 from evals.statistics.value import Value
-from evals.study import Direct, Study
+from evals.study import Study
 from finetune.recipe import Tuning
 from probes.internals.blocks import thirds
 from probes.verdict import FAMILY, RULE, Clause, measured, p_value, p_values, states, verdict

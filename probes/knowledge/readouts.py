@@ -43,26 +43,6 @@ class Answer:
     tied: bool = False
 
 
-def answer_greedily(
-    model: ProxyTunedForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    items: Sequence[Item],
-    prompts: Sequence[str],
-    *,
-    new_tokens: int,
-    batch_size: int,
-    judged: Callable[[str, Item], Answer] | None = None,
-    progress: Progress = lambda items_done: None,
-) -> list[Answer]:
-    """Greedy answers of the current mixture, each judged by `judged` (default: `judge`, by how it begins).
-
-    Raises `UserError` for a prompt that leaves no room for the answer in some member's window.
-    """
-    questions = [item.question for item in items]
-    texts = continuations(model, tokenizer, prompts, questions, new_tokens=new_tokens, batch_size=batch_size, progress=progress)
-    return [(judged or judge)(text, item) for text, item in zip(texts, items, strict=True)]
-
-
 def continuations(
     model: ProxyTunedForCausalLM,
     tokenizer: PreTrainedTokenizerBase,

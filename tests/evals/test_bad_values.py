@@ -14,12 +14,14 @@ from typer.testing import CliRunner
 
 from evals.cli import app
 from evals.commands.tune import Run, tune_one
+from evals.kinds import check_labels
 from evals.released.rescore import PASS
 from evals.results.header import Header
 from evals.results.items import FILE, read_items_of
 from evals.results.summary import Results
 from evals.running.progress import Display
-from evals.study import MOST_NODES, Study, check_labels, expanded
+from evals.study import Study, expanded
+from evals.yaml_file import MOST_NODES
 from finetune.encoding import check_prompt
 from finetune.recipe import LARGEST_RANK, LARGEST_SEED, Tuning
 from finetune.trainers import _check_targets

@@ -6,8 +6,9 @@ from typing import Any, get_args
 
 import pytest
 
+from evals.kinds import SweptName, Tuned
 from evals.selection import Choices, recorded
-from evals.study import STUDIES, Study, SweptName, Tuned, load_study
+from evals.study import STUDIES, Study, load_study
 from finetune.recipe import Tuning
 
 

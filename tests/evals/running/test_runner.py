@@ -21,6 +21,7 @@ import yaml
 from filelock import FileLock
 from helpers import PATHS, make_model, make_tokenizer, run_command
 
+from evals.kinds import ArmSetting
 from evals.measures.answers import Generated
 from evals.records import read_record
 from evals.running import runner
@@ -30,7 +31,7 @@ from evals.running.plan import plan
 from evals.running.progress import Display
 from evals.running.runner import LOCK, run_study, workers_for
 from evals.selection import Choice, Choices
-from evals.study import ArmSetting, Study, load_study, run
+from evals.study import Study, load_study, run
 from finetune.pretraining import Pretraining
 from finetune.recipe import Tuning
 from probes.world.recipes import RECIPES
