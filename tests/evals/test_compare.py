@@ -16,14 +16,14 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from helpers import STUDY, Unbroken, make_model, make_tokenizer, place_world, run_in_process
+from helpers import STUDY, Unbroken, make_model, make_tokenizer, place_world, run_command, run_in_process
 
 from evals.display.drawing import draw as draw_chart
 from evals.display.render import draw
 from evals.measures.density import Change
 from evals.records import Record, read_record, write_record
 from evals.results.recorded import Recorded
-from evals.results.summary import Results, result_charts, result_tables, summarize
+from evals.results.summary import Results, read_results, result_charts, result_tables, summarize
 from evals.study import Study, load_study
 from proxytune.digests import DIGESTS
 from proxytune.errors import UserError
@@ -325,3 +325,18 @@ def test_the_command_line_prints_one_line_and_no_traceback(tmp_path: Path) -> No
     assert failed.stdout == ""
     assert failed.stderr.startswith("proxytune: error: study: there is no file")
     assert failed.stderr.count("\n") == 1
+
+
+def test_fewer_seeds_have_a_folder_of_their_own_and_the_studys_records(unbroken: Unbroken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, out = tmp_path / "study.yaml", tmp_path / "out"
+    study.write_text(yaml.safe_dump(STUDY | {"seeds": [0, 5]}, sort_keys=False))
+    shutil.copytree(unbroken.out, out)
+    monkeypatch.setattr("evals.arms.tune", lambda *_, **__: pytest.fail("tuned again"))
+    done = run_command("compare", study, "--seeds", 1, "--out", out, "--jobs", 1, "--format", "json")
+    assert done.returncode == 0, done.stderr
+    assert not (out / "results.json").exists(), "the whole study's results would be these"
+    quick = read_results(out / "small-1-seeds" / "results.json")
+    assert (quick.header.study, list(quick.header.seeds)) == ("small-1-seeds", [0])
+    assert quick.rows == json.loads(unbroken.results.json())["rows"]
+    assert not (out / "small-1-seeds" / "records").exists()
+    assert run_command("compare", study, "--seeds", 0, "--out", out).returncode == 2

@@ -2,10 +2,14 @@
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import yaml
+from helpers import run_in_process
 
+from evals.commands.select import family_study, selected_block
 from evals.kinds import SweptName, Tuned
 from evals.selection import Choices, recorded
 from evals.study import STUDIES, Study, load_study
@@ -45,6 +49,23 @@ WORLDS = [path for path in sorted(STUDIES.glob("*.yaml")) if load_study(path)[0]
 @pytest.mark.parametrize("path", WORLDS, ids=lambda path: path.stem)
 def test_every_setting_of_a_shipped_study_is_selected_on_validation_items_or_shown_with_its_whole_sweep(path: Any) -> None:
     assert chosen_by_nothing(load_study(path)[0]) == []
+
+
+SELECTED = [path for path in WORLDS if load_study(path)[0].selected is not None]
+
+
+@pytest.mark.slow  # builds four families, for all studies once, and tunes every candidate on each: about half an hour
+def test_what_stands_in_the_shipped_studies_comes_out_again(tmp_path: Path) -> None:
+    assert len(SELECTED) >= 3
+    for path in SELECTED:
+        study, folder = load_study(path)
+        assert study.selected is not None
+        again, _ = load_study(path, select_again=True)
+        done = run_in_process(family_study(again, study.selected.seeds), folder, tmp_path)
+        block = yaml.safe_load(selected_block(again, study.selected.seeds, done.records))["selected"]
+        assert block["chosen"] == study.selected.chosen
+        assert block["scores"] == pytest.approx(study.selected.scores, abs=0.005), "another processor may round otherwise"
+        assert block["key"] == study.selected.key
 
 
 TUNING = {"method": "full", "learning_rate": 3e-4, "epochs": 3}
