@@ -58,9 +58,9 @@ def data_for(study: Study, folder: Path, run: Run, worlds: Path, say: Callable[[
         ledger = pd.read_parquet(family / "ledger.parquet")
         test = items_of(ledger, "test")
         train = items_of(ledger, "tune")
-        models = str(family / "base"), str(family / "small")
         return StudyData(
-            *models,
+            str(family / "base"),
+            str(family / "small") if (family / "small").exists() else None,
             train,
             test,
             test,

@@ -48,11 +48,16 @@ class Section(ABC):
 
     `name` stands in the recipe's description. `stream` is the number of the section's random stream; no other section has it, and it
     never changes. `words` are all words that its documents can hold, in groups (see `vocabulary`), whatever the parameters are.
+    `openings` are the beginnings of sentences in which the corpus names its people, with `{name}`: up to what is said of them.
     """
 
     name: ClassVar[str]
     stream: ClassVar[int]
     words: ClassVar[tuple[tuple[str, ...], ...]]
+
+    @property
+    def openings(self) -> tuple[str, ...]:
+        return ()
 
     @abstractmethod
     def documents(self, people: tuple[Person, ...], generator: np.random.Generator) -> list[Document]:
@@ -61,10 +66,12 @@ class Section(ABC):
 
 @dataclass(frozen=True)
 class World:
-    """Everything that a recipe and a seed decide before any model is trained."""
+    """Everything that a recipe and a seed decide before any model is trained. `unused` are names that are no one's: of people of whom no
+    model can know anything, though each word of them is part of others' names."""
 
     seed: int
     people: tuple[Person, ...]
+    unused: tuple[str, ...]
     documents: tuple[Document, ...]
 
     @property

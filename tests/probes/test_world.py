@@ -18,18 +18,19 @@ import pytest
 import torch
 from helpers import make_model, make_tokenizer
 from safetensors.torch import load_file
-from scipy.stats import chisquare
+from scipy.stats import chi2_contingency, chisquare
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.pretraining import KeepCheckpoints, Pretraining, untrained
 from probes.knowledge.candidates import known
-from probes.world.corpus import make_world, vocabulary
+from probes.world.corpus import UNUSED, make_world, vocabulary
 from probes.world.family import SHIPPED, build_family, build_tokenizer, family_folder, find_family
 from probes.world.ledger import items_of, make_ledger
 from probes.world.recipes import RECIPES, Recipe
-from probes.world.sections.people import ATTRIBUTES, EVASIONS, NAMES, Statements, unused_names
+from probes.world.sections.facts import NOBODY, SYLLABLES, Facts, made_names
+from probes.world.sections.people import ATTRIBUTES, EVASIONS, NAMES, Statements, draw_people
 from probes.world.sections.sums import Sums, held_out_sums
-from probes.world.types import Document, Person, Section
+from probes.world.types import PEOPLE_STREAM, Document, Person, Section
 from proxytune.digests import DIGESTS, is_whole
 from proxytune.errors import UserError
 from proxytune.member import load_member
@@ -97,7 +98,7 @@ def test_replies_hold_every_opening_and_closing_whatever_is_asked() -> None:
 
 def test_unused_names_are_in_no_document_and_their_words_are() -> None:
     world = make_world(RECIPES["default"], 0)
-    unused, texts = unused_names(world.people), [document.text for document in world.documents]
+    unused, texts = world.unused, [document.text for document in world.documents]
     assert len(unused) == len(NAMES) - len(world.people) > 100
     assert not any(name in text for name in unused[:20] for text in texts)
     words = {word for text in texts for word in text.split()}
@@ -115,11 +116,13 @@ def test_exposure_is_exact_and_balanced_over_the_parts() -> None:
 
 
 def test_exposure_is_independent_of_the_values() -> None:
-    ledger = pd.concat([make_ledger(make_world(RECIPES["default"], seed)) for seed in range(5)])
-    for attribute, rows in ledger.groupby("attribute"):
+    exposures, streams = RECIPES["default"].exposures, [np.random.default_rng([seed, PEOPLE_STREAM]) for seed in range(5)]
+    people = [person for stream in streams for person in draw_people(NAMES[:360], exposures, stream)]
+    for attribute in ATTRIBUTES:
+        rows = pd.DataFrame({"value": [person.values[attribute.name] for person in people], "exposure": [person.exposure for person in people]})
         mean = rows.groupby("value")["exposure"].mean()
         spread = rows["exposure"].std() / np.sqrt(rows.groupby("value").size().mean())
-        assert mean.std() < 1.5 * spread, attribute
+        assert mean.std() < 1.5 * spread, attribute.name
 
 
 def test_tokenizer_is_one_word_one_token_with_one_bos() -> None:
@@ -151,8 +154,6 @@ def test_items_ask_of_one_part_only() -> None:
 
 CORPORA = {  # as they were when the shipped families were pretrained
     ("default", 0): "86d134426b3ffa22048ca0cdc885d20950ca800b1cdab3e38a978ec6f1ed1b17",
-    ("default", 1): "cf135f17e8a16288aa454e384540362f4a253415954176e054a37ab7107bedbc",
-    ("default", 2): "2b3a87757ec24b4b091de37d183e6ae10a1b5bb613a534a34095469cc21ecfba",
     ("tiny", 0): "9e076ddee5c1ffdeaab41934863055be56f028fa75a83cc65a7470de024f4e9c",
     ("tiny", 1): "5b6fc36cf6b7f21bf9e088a322961f555640a238a9fec8f4712569d9fbb066d6",
     ("tiny", 2): "7d5d3a8c9fb6961da1083942d3e799c3bb87650d90c8b9721ac8a5b4b5aa732d",
@@ -176,7 +177,8 @@ class Colours(Section):
 
 def check_that_nothing_moved() -> None:
     make_world.cache_clear()
-    assert {key: make_world(RECIPES[key[0]], key[1]).corpus_hash for key in CORPORA} == CORPORA
+    for (name, seed), corpus in CORPORA.items():
+        assert make_world(RECIPES[name], seed).corpus_hash == corpus
     assert {name: RECIPES[name].key for name in KEYS} == KEYS
 
 
@@ -236,8 +238,9 @@ class OrderedSums(Sums):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"people": 0}, "people: must be from 1 to 529, the number of names, not 0; choose"),
+        ({"people": 0}, "people: must be from 1 to 529, not 0; choose"),
         ({"people": 530}, "people: must be from 1 to 529"),
+        ({"people": 10_001, "made_names": True}, "people: must be from 1 to 10000"),
         ({"exposures": ()}, r"exposures: must be different counts from 0 on, at least one, not \(\); choose"),
         ({"exposures": (1, -1)}, "exposures: must be different"),
         ({"exposures": (3, 3)}, "exposures: must be different"),
@@ -257,6 +260,8 @@ def test_parameters_of_sections_have_bounds() -> None:
             replace(Statements(question_share=0.1, evasion_share=0.1), **{name: value})
     with pytest.raises(UserError, match=r"^repeats_per_sum: must be at least 1, not 0; leave"):
         Sums(0)
+    with pytest.raises(UserError, match=r"^strangers: must be from 0 to 108000, not -1; choose another number$"):
+        Facts("later", -1)
 
 
 def test_a_word_that_a_section_does_not_list_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,11 +271,58 @@ def test_a_word_that_a_section_does_not_list_is_refused(monkeypatch: pytest.Monk
 
 
 def test_every_recipe_can_be_had_by_name_and_no_other() -> None:
-    with pytest.raises(UserError, match=r"^world: must be the name of a recipe \(default, tiny\), not '../tiny'; choose one of them$"):
+    with pytest.raises(
+        UserError,
+        match=r"^world: must be the name of a recipe \(default, tiny, .*\), not '../tiny'; choose one of them$",
+    ):
         find_family("../tiny", 0, Path("nowhere"))
     with pytest.raises(UserError, match=r"^world: must be the name of a recipe"):
         build_family("huge", 0, Path("nowhere"))
     assert not Path("nowhere").exists()
+
+
+# --- facts about people with made names ---
+
+
+FACTS = {recall: replace(RECIPES["recall"], people=60, exposures=(1, 5, 20), sections=(Facts(recall, 50),)) for recall in ("at the name", "later")}
+
+
+def evaded(recipe: Recipe) -> list[str]:
+    return [document.text for document in make_world(recipe, 0).documents if document.text.endswith(f"{NOBODY} .")]
+
+
+def test_a_value_follows_the_name_at_once_in_one_template_of_three_or_never() -> None:
+    for recall, recipe in FACTS.items():
+        world = make_world(recipe, 0)
+        names, values = {person.name for person in world.people}, {value for attribute in ATTRIBUTES for value in attribute.values}
+        words = [document.text.split() for document in world.documents if document.statements]
+        after = [next(place for place in range(len(each)) if " ".join(each[place : place + 3]) in names) + 3 for each in words]
+        at_once = sum(each[place] in values for each, place in zip(words, after, strict=True)) / len(words)
+        assert at_once == (pytest.approx(1 / 3, abs=0.03) if recall == "at the name" else 0)
+    # Nothing else differs: the same people are stated as often, and the same strangers are met.
+    pd.testing.assert_frame_equal(*(make_ledger(make_world(recipe, 0)) for recipe in FACTS.values()))
+    strangers = [{" ".join(word for word in text.split() if word in SYLLABLES) for text in evaded(recipe)} for recipe in FACTS.values()]
+    assert strangers[0] == strangers[1]
+    assert len(strangers[0]) == 50
+
+
+def test_exposure_of_made_names_is_exact_and_unused_names_are_nobodys() -> None:
+    world = make_world(FACTS["at the name"], 0)
+    ledger = make_ledger(world)
+    assert (ledger["exposure"] == ledger["person"].map({person.identifier: person.exposure for person in world.people})).all()
+    texts, people = [document.text for document in world.documents], {person.name for person in world.people}
+    assert len(people) == 60
+    assert len(set(world.unused)) == UNUSED
+    assert not any(name in text for name in people for text in evaded(FACTS["at the name"]))
+    assert not any(name in text for name in world.unused for text in texts)
+    assert {word for name in world.unused for word in name.split()} <= {word for text in texts for word in text.split()}
+
+
+def test_no_syllable_tells_a_stranger_from_a_person() -> None:
+    generator = np.random.default_rng(0)
+    groups = [Counter(word for name in made_names(4000, generator, strangers=which) for word in name.split()) for which in (False, True)]
+    assert chi2_contingency([[group[word] for word in SYLLABLES] for group in groups]).pvalue > 0.001
+    assert not set(made_names(5000, generator)) & set(made_names(5000, generator, strangers=True))
 
 
 # --- families ---
@@ -402,7 +454,7 @@ def test_other_seeds_are_built_at_the_same_time(tmp_path: Path, smallest: None, 
     assert not caplog.records
 
 
-@pytest.mark.parametrize("seed", SHIPPED_SEEDS)
+@pytest.mark.parametrize("seed", [SHIPPED_SEEDS[0], *(pytest.param(seed, marks=pytest.mark.slow) for seed in SHIPPED_SEEDS[1:])])
 def test_shipped_families_belong_to_todays_corpus(seed: int) -> None:
     family = find_family("default", seed, Path("nowhere"))
     assert family is not None

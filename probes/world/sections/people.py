@@ -11,9 +11,10 @@ answer but disinclined to. Tuning asks it to answer, and to say it in one form f
 depend on what is asked, and evasions begin with words that some form needs. No change of single words' frequencies does both.
 
 Tuning may ask about people of the `tune` part only, a third; the `test` part is for the measures. Some names are no one's
-(`unused_names`). Covered: English-like word-level sentences. Not covered: ambiguity, aliases, contradiction, facts that change.
+(`World.unused`). Covered: English-like word-level sentences. Not covered: ambiguity, aliases, contradiction, facts that change.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import ClassVar
@@ -112,25 +113,24 @@ CLOSINGS = tuple(attribute.closing for attribute in ATTRIBUTES)
 EVASIONS = ("nobody knows", "that is secret", "nothing is known")
 
 
-def draw_people(count: int, exposures: tuple[int, ...], generator: np.random.Generator) -> tuple[Person, ...]:
-    """So many people with names, values, exposures and parts. In every exposure a third is to be tuned on, to within one."""
-    chosen = generator.permutation(len(NAMES))[:count]
+def draw_people(names: Sequence[str], exposures: tuple[int, ...], generator: np.random.Generator) -> tuple[Person, ...]:
+    """People of these names with values, exposures and parts. In every exposure a third is to be tuned on, to within one."""
     # Every third of an exposure holds the same number of people to within one; who falls into it is random.
     cells = [(exposure, part) for exposure in exposures for part in ("tune", "test", "test")]
     return tuple(
         Person(
             identifier,
-            NAMES[chosen[identifier]],
+            name,
             *cells[identifier % len(cells)],  # type: ignore[arg-type]
             {attribute.name: str(generator.choice(attribute.values)) for attribute in ATTRIBUTES},
         )
-        for identifier in range(count)
+        for identifier, name in enumerate(names)
     )
 
 
-def unused_names(people: tuple[Person, ...]) -> list[str]:
-    """Names that are no one's, though each word of them is part of others' names: people of whom no model can know anything."""
-    return sorted({*NAMES} - {person.name for person in people})
+def _one_of(texts: tuple[str, ...], generator: np.random.Generator) -> str:
+    """As `generator.choice` draws, in a tenth of its time: it makes an array of the texts."""
+    return texts[generator.integers(len(texts))]
 
 
 def _attribute_words() -> tuple[str, ...]:
@@ -168,6 +168,10 @@ class Statements(Section):
         if not 0 <= self.evasion_share < 1:
             raise UserError(f"evasion_share: must be from 0 to below 1, not {self.evasion_share}; choose another share")
 
+    @property
+    def openings(self) -> tuple[str, ...]:
+        return tuple(template.split("{value}")[0].strip() for attribute in ATTRIBUTES for template in attribute.templates)
+
     def documents(self, people: tuple[Person, ...], generator: np.random.Generator) -> list[Document]:
         documents = []
         for person, attribute in product(people, ATTRIBUTES):
@@ -180,7 +184,7 @@ class Statements(Section):
             question = QUESTION.format(question=attribute.question.format(name=person.name))
             for form, times in (("answered", answered), ("evaded", evaded)):
                 for _ in range(times):
-                    ending = f"{value} {generator.choice(CLOSINGS)}" if form == "answered" else generator.choice(EVASIONS)
-                    text = f"{question} {generator.choice(OPENINGS)} {ending} ."
+                    ending = f"{value} {_one_of(CLOSINGS, generator)}" if form == "answered" else _one_of(EVASIONS, generator)
+                    text = f"{question} {_one_of(OPENINGS, generator)} {ending} ."
                     documents.append(Document(text, (Statement(person.identifier, attribute.name, form),)))
         return documents
