@@ -31,7 +31,8 @@ class Recipe:
     made_names: bool = False
 
     def __post_init__(self) -> None:
-        if not 1 <= self.people <= (most := MOST_MADE if self.made_names else len(NAMES)):
+        most = MOST_MADE if self.made_names else len(NAMES)
+        if not 1 <= self.people <= most:
             raise UserError(f"people: must be from 1 to {most}, not {brief(self.people)}; choose another number")
         if not self.exposures or min(self.exposures) < 0 or len(set(self.exposures)) < len(self.exposures):
             raise UserError(f"exposures: must be different counts from 0 on, at least one, not {brief(self.exposures)}; choose others")
