@@ -206,6 +206,7 @@ def test_empty_texts_zero_and_infinity_are_answers(tmp_path: Path) -> None:
         Responses(tmp_path / "not.db")
 
 
+@pytest.mark.slow  # imports all of the harness in a process of its own
 def test_the_harness_own_command_line_knows_the_model_and_the_tasks(tiny_family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, small = tiny_family / "base", tiny_family / "small"
     options = ["--tasks", "proxytune_world_choice", "--limit", "8", "--output_path", str(tmp_path / "out")]

@@ -227,6 +227,7 @@ torch.save(read.logits([row["input_ids"] for row in rows], torch.device("cpu")),
 """
 
 
+@pytest.mark.slow  # two more processes
 @pytest.mark.parametrize(
     "one_id",
     [pytest.param(False, marks=pytest.mark.slow, id="one machine"), pytest.param(True, id="one process id, as in two containers")],
