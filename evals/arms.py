@@ -141,11 +141,15 @@ def tunings(study: Study) -> Iterator[tuple[Group, Tuning | BiasTuning | None]]:
 
 
 def given_weights(study: Study, group: Group, data: StudyData, folder: Path) -> Weights:
-    """A model that was tuned elsewhere: a folder beside the study file or elsewhere, a hub name, or a LoRA adapter on the model it was tuned from."""
+    """A model that was tuned elsewhere: a folder beside the study file or elsewhere, a hub name, or a LoRA adapter on the model it was tuned from.
+
+    In an embedded world a folder in the family's folder comes first: `checkpoints/step-100` is the base as it was after 100 steps of pretraining.
+    """
     arm = study.arms[group.arm]
     assert isinstance(arm, Tuned)
     path, field = str(arm.path), f"arms.{group.arm}.path"
-    given = folder / path if (folder / path).exists() else expanded(path)
+    places = [*([Path(data.base).parent] if study.worlds else []), folder]
+    given = next((place / path for place in places if (place / path).exists()), expanded(path))
     if is_adapter(given):
         return replace(start_of(group, data), adapter=given, field=field)
     return Weights(str(given) if given.exists() else path, field=field)

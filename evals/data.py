@@ -52,7 +52,7 @@ def data_for(study: Study, folder: Path, run: Run, worlds: Path, say: Callable[[
     that cannot be read, that lack something a measure needs, or whose test items are also tuned on.
     """
     if run.world is not None:
-        family = find_family(run.world, run.seed, worlds)
+        family = find_family(run.world, run.seed, worlds, checkpoints=study.reads_checkpoints)
         if family is None:
             raise UserError(f"world: '{run.world}' of seed {run.seed} is not in '{worlds}'; build it with 'proxytune world build'")
         ledger = pd.read_parquet(family / "ledger.parquet")

@@ -17,6 +17,7 @@ from evals.older import modernized
 from evals.yaml_file import read_yaml
 from finetune.encoding import check_prompt
 from finetune.recipe import LARGEST_SEED, BiasTuning, EarlyStopping, Tuning
+from probes.world.family import CHECKPOINTS
 from probes.world.recipes import RECIPES
 from proxytune.errors import UserError
 from proxytune.printable import printable
@@ -278,6 +279,12 @@ class Study(Strict):
     def selects_direct(self) -> bool:
         """Whether there is a row `direct`: in every run the direct arm with the best validation score."""
         return BEST in self.direct
+
+    @property
+    def reads_checkpoints(self) -> bool:
+        """Whether arms are the base as it was during pretraining: the families of the worlds are then built with checkpoints."""
+        paths = (getattr(arm, "path", None) for arm in self.arms.values())
+        return bool(self.worlds) and any(path is not None and Path(path).parts[:1] == (CHECKPOINTS,) for path in paths)
 
     @property
     def direct_arm(self) -> str | None:

@@ -75,8 +75,9 @@ def perform(job: Job, place: Place, outcomes: Outcomes, display: Display) -> Any
     """Does one job. `outcomes` are those of the jobs it waits for, by name. Raises `UserError` for mistakes that a user can fix."""
     if job.kind == "family":
         assert job.run.world is not None
-        if find_family(job.run.world, job.run.seed, place.worlds) is None:
-            build_family(job.run.world, job.run.seed, place.worlds, display)
+        checkpoints = place.study.reads_checkpoints
+        if find_family(job.run.world, job.run.seed, place.worlds, checkpoints=checkpoints) is None:
+            build_family(job.run.world, job.run.seed, place.worlds, display, checkpoints=checkpoints)
         return None
     if job.kind == "select":
         choices = select_from(job, place, outcomes)

@@ -78,7 +78,7 @@ def _look_at(job: Job, place: Place, outcomes: dict[str, Any], speeds: dict[str,
     """Looks at one job. If it is done, its outcome goes into `outcomes`, for the jobs that wait for it."""
     if job.kind == "family":
         assert job.run.world is not None
-        if find_family(job.run.world, job.run.seed, place.worlds) is None:
+        if find_family(job.run.world, job.run.seed, place.worlds, checkpoints=place.study.reads_checkpoints) is None:
             return Outlook(job, "none")
         outcomes[job.name] = None
         return Outlook(job, "all")

@@ -27,6 +27,7 @@ from proxytune.errors import UserError
 
 logger = logging.getLogger("proxytune")
 SHIPPED = Path(__file__).parent / "families"
+CHECKPOINTS = "checkpoints"  # the folder in a family's folder
 
 
 def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
@@ -51,7 +52,7 @@ def build_family(name: str, seed: int, folder: Path, watcher: TrainerCallback | 
     recipe = recipe_of(name)
     target = family_folder(name, seed, folder)
     with _alone(target):
-        if not _is_there(target, recipe, seed) or (checkpoints and not (target / "checkpoints").exists()):
+        if not _is_there(target, recipe, seed) or (checkpoints and not (target / CHECKPOINTS).exists()):
             scratch = target.with_name(f".{target.name}.partial")
             shutil.rmtree(scratch, ignore_errors=True)  # of a build that was killed
             try:
@@ -70,7 +71,7 @@ def _pretrain_into(result: Path, name: str, recipe: Recipe, seed: int, watcher: 
     for model_name, pretraining in recipe.models.items():
         watchers = [] if watcher is None else [watcher]
         if checkpoints and model_name == "base":
-            watchers.append(KeepCheckpoints(result / "checkpoints", tokenizer))
+            watchers.append(KeepCheckpoints(result / CHECKPOINTS, tokenizer))
         model, losses[model_name] = pretrain(pretraining, documents, tokenizer, seed=seed, scratch=result.with_name("trainer"), watchers=watchers)
         model.save_pretrained(result / model_name)
         tokenizer.save_pretrained(result / model_name)
@@ -82,15 +83,18 @@ def _pretrain_into(result: Path, name: str, recipe: Recipe, seed: int, watcher: 
     (result / "recipe.json").write_text(json.dumps(_description(name, recipe, world) | {"losses": losses}, indent=1) + "\n")
 
 
-def find_family(name: str, seed: int, folder: Path) -> Path | None:
+def find_family(name: str, seed: int, folder: Path, *, checkpoints: bool = False) -> Path | None:
     """The folder of a family that is shipped or was built into `folder`; None where it has yet to be built, or is damaged there.
 
+    With `checkpoints` only a family that was built with them (`build_family`); none is shipped with them.
     A family without digests is taken as it is. Raises `UserError` for an unknown name, where a family's recipe or corpus is not
     today's one of that name and seed (its ledger would not be true of it), and where a shipped one is damaged.
     """
     recipe = recipe_of(name)
     for place in (SHIPPED, folder):
         family = family_folder(name, seed, place)
+        if checkpoints and not (family / CHECKPOINTS).exists():
+            continue
         if place == SHIPPED and family.exists() and (damage := find_damage(family)) is not None:
             raise UserError(f"world: '{family}' is damaged ({damage}); install proxytune again")
         if place != SHIPPED and (family / DIGESTS).exists() and not is_whole(family):

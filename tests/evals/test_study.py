@@ -1,16 +1,20 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import GOOD, PLAIN_TUNING, changed, load
+from helpers import GOOD, PLAIN_TUNING, changed, load, run_in_process
 
 from evals.arms import given_weights, groups, members_of, mixtures_of, tuning_summary
-from evals.data import StudyData
+from evals.data import StudyData, data_for
 from evals.running.plan import plan
 from evals.selection import Choices
-from evals.study import STUDIES, load_study, with_seeds
+from evals.study import STUDIES, Study, load_study, with_seeds
+from finetune.pretraining import Pretraining
+from probes.world.family import build_family
+from probes.world.recipes import RECIPES
 from proxytune.errors import UserError
-from proxytune.member import Weights
+from proxytune.member import Weights, load_member
 
 
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -140,3 +144,18 @@ def test_a_direct_arm_is_taken_from_its_folder_or_as_an_adapter_on_the_base(tmp_
     }
     assert found["adapter"][0].field == "arms.adapter.path"
     assert tuning_summary(found["adapter"][0]) is None
+
+
+def test_a_checkpoint_of_pretraining_can_be_an_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretraining = Pretraining(layers=1, hidden=8, heads=1, learning_rate=1e-2, epochs=1, block=24, batch_size=20)
+    monkeypatch.setitem(RECIPES, "tiny", replace(RECIPES["tiny"], people=12, base=pretraining, small=None))
+    build_family("tiny", 0, tmp_path / "worlds")  # without checkpoints: it is built again
+    arms = {"base": {"kind": "base"}, "at-0": {"kind": "direct", "path": "checkpoints/step-0"}}
+    study = Study.model_validate({"study": "steps", "worlds": ["tiny"], "measures": ["knowledge"], "arms": arms})
+    finished = run_in_process(study, tmp_path)
+    family = tmp_path / "worlds" / "tiny" / "seed-0"
+    given = given_weights(study, groups(study)[1], data_for(study, Path(), study.runs[0], tmp_path / "worlds"), Path())
+    assert Path(given.path) == family / "checkpoints" / "step-0"
+    assert load_member(given.path).fingerprint != load_member(str(family / "base")).fingerprint
+    assert {record.arm for record in finished.records} == {"base", "at-0"}
+    assert not study.model_copy(update={"arms": {"base": study.arms["base"]}}).reads_checkpoints
