@@ -20,7 +20,7 @@ def long_frame(columns: Iterable[tuple[Names, np.ndarray]]) -> pd.DataFrame:
 
 def matrix(frame: pd.DataFrame, items: int, **wanted: Any) -> tuple[np.ndarray, pd.DataFrame]:
     """Values [items, quantities] of a long frame with `items` items, and the names of each quantity; only quantities with all `wanted` names."""
-    columns = frame.drop(columns="value").iloc[::items].reset_index(drop=True)
+    columns = frame.iloc[::items].drop(columns="value").reset_index(drop=True)  # sliced first: the whole frame is large
     chosen = np.ones(len(columns), bool)
     for name, value in wanted.items():
         chosen &= columns[name].isin(list(value) if isinstance(value, list | range | tuple) else [value]).to_numpy()

@@ -9,9 +9,10 @@ Not covered: both sources at once when seeds have the same units. The seeds' mea
 is over these units or over these seeds, whichever is wider.
 """
 
+import copy
 import math
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Iterable, Sequence
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ from probes.knowledge.exposure import within_strata
 DRAWS = 4000
 LEVEL = 0.95
 BATCH = 200  # draws at a time: bounds memory, does not change results
+KEPT_UNITS = 3000  # the weights of so many units are kept, 100 MB at most
 PSEUDO_UNITS = 2.0  # in total: one right and one wrong for one arm, one half for each of the four outcomes of two arms
 
 
@@ -74,7 +76,7 @@ def bootstrap_means(
     """
     value = np.mean([units.mean(axis=1) for units in seeds], axis=0)
     labels = [np.zeros(units.shape[1]) for units in seeds] if strata is None else strata
-    of_units = _law_of_units(value, seeds, labels, shares, same_units, np.random.default_rng([stream, 1]))
+    of_units = _law_of_units(value, seeds, labels, shares, same_units, stream)
     if len(seeds) == 1:
         return Estimate(value, of_units)
     return Estimate(value, np.stack([_law_of_seeds(value, seeds, shares, np.random.default_rng([stream, len(seeds)])), of_units], axis=1))
@@ -95,7 +97,7 @@ def _law_of_units(
     strata: Sequence[Shaped[np.ndarray, " _"]],
     shares: bool,
     same_units: bool,
-    generator: np.random.Generator,
+    stream: int,
 ) -> Float[np.ndarray, "series draws"]:
     """Draws of the mean of these seeds when only their units are resampled, within strata: as if all were one seed.
 
@@ -110,12 +112,28 @@ def _law_of_units(
         pooled = value[:, None] + np.concatenate(scaled, axis=1)
         labels = np.concatenate([np.unique(of_seed, return_inverse=True)[1] + 1j * seed for seed, of_seed in enumerate(strata)])
     inside, count = within_strata(pooled.T, labels).T, len(np.unique(labels))
+    weights, generator = _unit_weights(stream, inside.shape[1])
     if not shares:
-        return _bayesian_bootstrap(inside, 0.0, generator, count)[0]
+        return _bayesian_bootstrap(inside, 0.0, weights, count)[0]
     own = _own_weight([pooled] if same_units else seeds)
-    draws, sizes = _bayesian_bootstrap(inside, own, generator, count)
+    draws, sizes = _bayesian_bootstrap(inside, own, weights, count)
     lower = [value - pooled[:, labels == label].mean(axis=1) for label in np.unique(labels)]
-    return _with_pseudo_units(draws, sizes, own, generator, np.stack(lower, axis=1))
+    return _with_pseudo_units(draws, sizes, own, copy.deepcopy(generator), np.stack(lower, axis=1))
+
+
+def _unit_weights(stream: int, units: int) -> tuple[Iterable[Float[np.ndarray, "units batch"]], np.random.Generator]:
+    """Exponential weights of so many units, a batch of draws at a time, and the generator, which goes on after the last one."""
+    if units <= KEPT_UNITS:
+        return _kept_weights(stream, units)
+    generator = np.random.default_rng([stream, 1])
+    return (generator.exponential(size=(units, min(BATCH, DRAWS - start))) for start in range(0, DRAWS, BATCH)), generator
+
+
+@lru_cache(maxsize=2)
+def _kept_weights(stream: int, units: int) -> tuple[Iterable[Float[np.ndarray, "units batch"]], np.random.Generator]:
+    """A study asks for the same weights again and again, and drawing them is most of the work."""
+    generator = np.random.default_rng([stream, 1])
+    return [generator.exponential(size=(units, min(BATCH, DRAWS - start))) for start in range(0, DRAWS, BATCH)], generator
 
 
 @cache
@@ -145,7 +163,7 @@ def _own_weight(seeds: Sequence[Float[np.ndarray, "series units"]]) -> float:
 
 
 def _bayesian_bootstrap(
-    units: Float[np.ndarray, "series units"], own: float, generator: np.random.Generator, strata: int
+    units: Float[np.ndarray, "series units"], own: float, weights: Iterable[Float[np.ndarray, "units batch"]], strata: int
 ) -> tuple[Float[np.ndarray, "series draws"], Float[np.ndarray, " draws"]]:
     """Means under exponential weights of the units (Rubin 1981, The Bayesian bootstrap), and the weights' sums.
 
@@ -155,10 +173,9 @@ def _bayesian_bootstrap(
     count = units.shape[1]
     values = units.mean(axis=1, keepdims=True)
     draws, sizes = [], []
-    for start in range(0, DRAWS, BATCH):
-        weights = generator.exponential(size=(count, min(BATCH, DRAWS - start)))
-        sizes.append(weights.sum(axis=0))
-        draws.append((units - values) @ weights / sizes[-1])
+    for batch in weights:
+        sizes.append(batch.sum(axis=0))
+        draws.append((units - values) @ batch / sizes[-1])
     widening = 1.0
     if count > strata:
         ends = t.ppf((1 + LEVEL) / 2, count - strata) / norm.ppf((1 + LEVEL) / 2)

@@ -362,3 +362,13 @@ def test_levels_all_right_or_all_wrong_still_have_an_interval() -> None:
     of = bootstrap_means([right(100, 50)], shares=True, strata=[np.repeat([0, 1], 50)])
     value = interval(of.value[0], of.draws[0])
     assert 0.47 < value.low < 0.485 < 0.515 < value.high < 0.53
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_weights_that_are_kept_change_no_interval(shares: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = [(np.random.default_rng(seed).random((3, 40)) < 0.7).astype(float) for seed in range(2)]
+    again = [bootstrap_means(seeds, shares=shares) for _ in range(2)]
+    monkeypatch.setattr("evals.statistics.intervals.KEPT_UNITS", 0)
+    fresh = [bootstrap_means(seeds, shares=shares) for _ in range(2)]
+    assert all(np.array_equal(one.draws, fresh[0].draws) for one in (*again, *fresh))
+    assert not np.array_equal(bootstrap_means(seeds, 1, shares=shares).draws, fresh[0].draws)
