@@ -15,6 +15,7 @@ from evals.display.chart import Axis, Cells, Chart, Panel, Series, all_scaled, e
 from evals.measures.inputs import Inputs
 from evals.measures.long import matrix
 from evals.measures.measure import Measure, Reading, Settings
+from evals.measures.names import Names
 from evals.measures.registry import register
 from evals.measures.states import States, layers_of
 from evals.results.header import Header
@@ -114,11 +115,11 @@ class Density(Measure[DensityFound]):
     name = "density"
     question = "How dense are hidden states, how does that vary with exposure, and how does tuning change it?"
     controls = "Matched for length and last token; an untrained model; Gaussian vectors; random deltas of the same norm."
-    needs = frozenset({"knowledge.statement", "knowledge.popularity"})
+    reads = frozenset({"knowledge.statement", "knowledge.popularity"})
     summary = DensityFound
 
     def readings(self, inputs: Inputs, settings: Settings) -> list[Reading]:
-        return [States()]
+        return [*([States()] if inputs.data.knowledge else []), *([Names()] if inputs.entities[0] else [])]
 
     def summarize(self, records: Recorded, settings: Settings) -> DensityFound:
         base = records.study.base_arm
