@@ -31,9 +31,7 @@ def read_names(
     rotation = random_rotation(model.model.config.get_text_config().hidden_size, 0).to(model.model.device)
     prompts, positions = [sentence.ids for sentence in sentences], [[sentence.last, -1] for sentence in sentences]
     found: dict[tuple[str, str, str], np.ndarray] = {}
-    for states in read_states(
-        model.model, prompts, positions, batch_size=batch_size, pad=int(model.tokenizer.pad_token_id), neurons=True
-    ):
+    for states in read_states(model.model, prompts, positions, batch_size=batch_size, pad=int(model.tokenizer.pad_token_id), neurons=True):
         assert states.neurons is not None
         with torch.inference_mode():
             vectors = (states.residual, states.attention, states.mlp, states.neurons, states.residual @ rotation)

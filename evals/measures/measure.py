@@ -85,9 +85,9 @@ class Measure(ABC, Generic[S]):
 
     `name` is the word in the study file, the module's name, the argument of `proxytune probe` and the key in the results. `question` is the
     help text. `controls` says what the measure controls for. `needs` names the data that the measure requires (`test`, `knowledge`, and attributes
-    of items such as `knowledge.choices`); `reads` names what it reads where a study has it. `role` says how gap closed, contrasts and frontier use its share: `gain` is what tuning is for, `kept` is
-    what tuning may lose. `built_on` names the measures whose conclusions it uses. `of_answers` says that its frames hold one row an item, whose
-    numbers may be averaged over several tunings of one family.
+    of items such as `knowledge.choices`); `reads` names what it uses where a study has it. `role` says how gap closed, contrasts and frontier use
+    its share: `gain` is what tuning is for, `kept` is what tuning may lose. `built_on` names the measures whose conclusions it uses. `of_answers`
+    says that its frames hold one row an item, whose numbers may be averaged over several tunings of one family.
     """
 
     name: ClassVar[str]

@@ -26,7 +26,7 @@ class Names(Reading):
     Frames: `names` has one row per entity: unit (the name), group, popularity, length in tokens, the model's log-probability of the name
     (`log_probability`, nats, summed over its tokens, a mean over sentences) and how common its tokens are (`frequency`): counted in a world, else
     minus the mean logarithm of their ranks in the vocabulary, which byte-pair training orders by frequency. `spread` is long (`long_frame`): metric,
-    cut, site, place, state. The base also has `spread_untrained`: like `spread`, for an untrained model. Memory: one model beside its twin, one batch.
+    cut, site, place, state. The base also has `spread_untrained`: like `spread`, for an untrained model. Memory: a model and its twin.
     """
 
     name: str = "names"

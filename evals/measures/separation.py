@@ -1,0 +1,368 @@
+"""What density says of names: how well it tells familiar from unfamiliar ones (AUROC with sign), and how tuning changes that.
+
+Mathematics: `probes/separation.py`. The signs are predicted, after a pilot on other models' names and before any run of this code: at the entity's
+last token familiar names are denser in the winsorised residual stream (`SIGNS`: above .5) and sparser in the MLP's neurons (below .5).
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from evals.display.cells import Columns, Table, cell, over, table
+from evals.display.chart import Axis, Chart, Panel, Series
+from evals.measures.long import matrix
+from evals.results.header import Header
+from evals.results.recorded import Recorded
+from evals.statistics.estimates import by_unit, intervals
+from evals.statistics.value import UNKNOWN, Value, finite, value_of, values_of
+from probes.internals.blocks import thirds
+from probes.knowledge.exposure import rank_correlation
+from probes.separation import Pairs, alike, auroc, extremes, halves, held_out, pairs_of, shuffled, wins
+from proxytune.errors import UserError
+
+UNTRAINED = "untrained"
+SPREADS = (("effective_rank", "winsorised"), ("effective_rank", "raw"), ("participation_ratio", "winsorised"), ("norm", "raw"))
+OF_TUNED = SPREADS[:2]  # what a tuned model's rows have
+SIGNS = {"residual": 1, "neurons": -1}  # predicted, of winsorised effective rank: denser, sparser
+SITES_SHOWN = ("residual", "attention", "mlp", "neurons", "rotated")
+CHANGE_SITES = ("residual", "attention", "mlp", "neurons")
+
+
+@dataclass(frozen=True)
+class Separated:
+    """AUROC of the first group against the second, at the layer that held-out entities choose. `low` and `high`: 95 % interval.
+
+    `null_low` and `null_high`: between these are 95 % of the AUROCs of the best layer when the groups' names are shuffled. `given_surprisal`: among
+    names of like log-probability and token frequency, with its interval. None where it could not be computed. `arm` may also be `untrained`.
+    """
+
+    arm: str
+    groups: str
+    site: str
+    winsorised: bool
+    place: str
+    metric: str
+    layer: int
+    auroc: float | None
+    low: float | None
+    high: float | None
+    null_low: float | None
+    null_high: float | None
+    given_surprisal: float | None
+    given_low: float | None
+    given_high: float | None
+
+
+@dataclass(frozen=True)
+class LayerSeparated:
+    """AUROC of winsorised effective rank at the entity's last token after one layer, not held out; the groups are the first and the last."""
+
+    arm: str
+    groups: str
+    site: str
+    state: int
+    auroc: Value
+
+
+@dataclass(frozen=True)
+class Graded:
+    """Rank correlation of winsorised effective rank at the entity's last token with popularity (in a world: exposure), over all groups: its mean over
+    the middle third of the layers, which is fixed beforehand. `partial`: controlled for the name's log-probability and token frequency."""
+
+    arm: str
+    site: str
+    correlation: Value
+    partial: Value
+
+
+@dataclass(frozen=True)
+class SeparationChange:
+    """AUROC (winsorised effective rank, entity's last token), arm minus base, paired over entities: its mean over the layers of a block."""
+
+    arm: str
+    groups: str
+    site: str
+    block: str
+    base: Value
+    change: Value
+
+
+class _Seed(NamedTuple):
+    """One seed's entities and values, with one column for each quantity."""
+
+    names: pd.DataFrame
+    values: np.ndarray
+    columns: pd.DataFrame
+
+    def of(self, **wanted: object) -> tuple[np.ndarray, np.ndarray]:
+        """Values [entities, layers] of the columns with these names, and their states."""
+        chosen = np.all([self.columns[name] == value for name, value in wanted.items()], axis=0)
+        return self.values[:, chosen], self.columns["state"].to_numpy()[chosen]
+
+    @property
+    def strata(self) -> np.ndarray:
+        return self.names["length"].to_numpy()
+
+    @property
+    def covariates(self) -> np.ndarray:
+        return self.names[["log_probability", "frequency"]].to_numpy(float)
+
+    def contrast(self, first: str, second: str) -> np.ndarray:
+        return (self.names["group"] == first).to_numpy(int) - (self.names["group"] == second).to_numpy(int)
+
+
+class _Comparison(NamedTuple):
+    """Two groups of one seed: what every site, metric and place shares."""
+
+    seed: _Seed
+    contrast: np.ndarray
+    pairs: Pairs
+    alike: Pairs
+    halves: np.ndarray
+    permutations: np.ndarray
+
+
+class _Found(NamedTuple):
+    """Of one family of columns: units' contributions to the held-out AUROC and to that given surprisal, the chosen state, and the null's draws."""
+
+    auroc: np.ndarray
+    given: np.ndarray
+    state: int
+    null: np.ndarray
+
+
+def separated(records: Recorded) -> tuple[Separated, ...]:
+    base = records.study.base_arm
+    others = [arm for arm in records.arms("spread") if arm != base]
+    sources = [(base, base, "spread", SPREADS), *((arm, arm, "spread", OF_TUNED) for arm in others), (UNTRAINED, base, "spread_untrained", SPREADS)]
+    return tuple(row for source in sources for row in _separated(records, *source))
+
+
+def _separated(records: Recorded, label: str, arm: str, frame: str, spreads: Sequence[tuple[str, str]]) -> Iterator[Separated]:
+    seeds = _seeds(records, arm, frame)
+    for groups in compared(seeds):
+        sides = [_comparison(seed, *groups) for seed in seeds]
+        families = [
+            {"metric": metric, "cut": cut, "site": site, "place": place}
+            for metric, cut in spreads
+            for site in SITES_SHOWN
+            for place in ("entity", "last")
+        ]
+        found = [[_family(side, **family) for side in sides] for family in families]
+        both = [np.hstack([np.stack([getattr(of[seed], part) for of in found], axis=1) for part in ("auroc", "given")]) for seed in range(len(seeds))]
+        values = values_of(intervals(records.estimate(both), (0.0, 1.0)))
+        for place, (family, of_seeds) in enumerate(zip(families, found, strict=True)):
+            value, given = values[place], values[place + len(families)]
+            states = [one.state for one in of_seeds]
+            null_low, null_high = np.quantile(np.mean([one.null for one in of_seeds], axis=0), [0.025, 0.975])
+            yield Separated(
+                label,
+                "/".join(groups),
+                family["site"],
+                family["cut"] == "winsorised",
+                family["place"],
+                family["metric"],
+                max(set(states), key=states.count),
+                value.value,
+                value.low,
+                value.high,
+                finite(null_low),
+                finite(null_high),
+                given.value,
+                given.low,
+                given.high,
+            )
+
+
+def _family(side: _Comparison, **family: str) -> _Found:
+    values, states = side.seed.of(**family)
+    won, like = wins(values, side.pairs), wins(values, side.alike)
+    held = held_out(won, side.pairs, side.halves)
+    given = held_out(won, side.pairs, side.halves, (like, side.alike))
+
+    def around(value: float, of_pairs: np.ndarray, pairs: Pairs) -> np.ndarray:
+        """The spread of the layer that was chosen most often, around the held-out value."""
+        if not len(of_pairs):
+            return np.full(side.seed.names["unit"].nunique(), np.nan)
+        return by_unit(side.seed.names, auroc(of_pairs[:, [held.layer]], pairs) - of_pairs[:, held.layer].mean() + value)[:, 0]
+
+    parts = around(held.value, won, side.pairs), around(given.value, like, side.alike)
+    return _Found(*parts, int(states[held.layer]), extremes(values, side.contrast, side.seed.strata, side.permutations))
+
+
+def _comparison(seed: _Seed, first: str, second: str) -> _Comparison:
+    contrast, strata = seed.contrast(first, second), seed.strata
+    others = pairs_of(contrast, alike(contrast, strata, seed.covariates))
+    return _Comparison(seed, contrast, pairs_of(contrast, strata), others, halves(contrast, strata), shuffled(contrast, strata))
+
+
+def compared(seeds: Sequence[_Seed]) -> list[tuple[str, str]]:
+    """The pairs of groups that are compared: the most familiar against the least first; all of three groups, of more each against the least."""
+    if not seeds:
+        return []
+    groups = list(dict.fromkeys(seeds[0].names["group"]))
+    pairs = list(combinations(groups, 2)) if len(groups) <= 3 else [(group, groups[-1]) for group in groups[:-1]]
+    return sorted(pairs, key=lambda pair: pair[1] != groups[-1])
+
+
+def _seeds(records: Recorded, arm: str, frame: str) -> list[_Seed]:
+    return [_Seed(names, *matrix(spread, len(names))) for names, spread in zip(records("names", arm), records(frame, arm), strict=True)]
+
+
+def by_layer(records: Recorded) -> Iterator[LayerSeparated]:
+    base = records.study.base_arm
+    for label, frame in ((base, "spread"), (UNTRAINED, "spread_untrained")):
+        seeds = _seeds(records, base, frame)
+        for first, second in compared(seeds)[:1]:
+            for site in SIGNS:
+                found = [_contributions(seed, first, second, site) for seed in seeds]
+                states = seeds[0].of(**_entity(site))[1]
+                for state, value in zip(states, values_of(intervals(records.estimate(found), (0.0, 1.0))), strict=True):
+                    yield LayerSeparated(label, f"{first}/{second}", site, int(state), value)
+
+
+def _entity(site: str) -> dict[str, str]:
+    return {"metric": "effective_rank", "cut": "winsorised", "site": site, "place": "entity"}
+
+
+def _contributions(seed: _Seed, first: str, second: str, site: str) -> np.ndarray:
+    """Units' contributions to the AUROC of every layer."""
+    pairs = pairs_of(seed.contrast(first, second), seed.strata)
+    return by_unit(seed.names, auroc(wins(seed.of(**_entity(site))[0], pairs), pairs))
+
+
+def graded(records: Recorded) -> Iterator[Graded]:
+    base = records.study.base_arm
+    for label, arm, frame in (*((arm, arm, "spread") for arm in records.arms("spread")), (UNTRAINED, base, "spread_untrained")):
+        seeds = _seeds(records, arm, frame)
+        for site in SIGNS if seeds else ():
+            yield Graded(label, site, *(_correlation(records, seeds, site, given) for given in (False, True)))
+
+
+def _correlation(records: Recorded, seeds: Sequence[_Seed], site: str, given: bool) -> Value:
+    found = []
+    for seed in seeds:
+        values, states = seed.of(**_entity(site))
+        middle = np.isin(states, thirds(int(states.max()))["middle"] or [int(states.max())])
+        try:
+            of_layers = rank_correlation(values[:, middle], seed.names["popularity"].to_numpy(float), seed.strata, seed.covariates if given else None)
+        except UserError:  # nothing of the popularity is left within strata
+            return UNKNOWN
+        found.append(by_unit(seed.names, of_layers.mean(axis=1, keepdims=True)))
+    return value_of(intervals(records.estimate(found))[0])
+
+
+def changed(records: Recorded) -> Iterator[SeparationChange]:
+    base = records.study.base_arm
+    before = _seeds(records, base, "spread")
+    for arm in records.arms("spread"):
+        after = _seeds(records, arm, "spread")
+        for first, second in compared(before) if arm != base else ():
+            for site in CHANGE_SITES:
+                states = before[0].of(**_entity(site))[1]
+                blocks = {name: np.isin(states, layers) for name, layers in thirds(int(states.max())).items() if len(layers)}
+                found = []
+                for seeds in zip(before, after, strict=True):
+                    old, new = (_contributions(seed, first, second, site) for seed in seeds)
+                    found.append(np.stack([each[:, inside].mean(axis=1) for each in (old, new - old) for inside in blocks.values()], axis=1))
+                values = values_of(intervals(records.estimate(found)))
+                for place, block in enumerate(blocks):
+                    yield SeparationChange(arm, f"{first}/{second}", site, block, values[place], values[place + len(blocks)])
+
+
+# What is shown
+
+
+def separation_table(rows: Sequence[Separated], graded: Sequence[Graded], header: Header) -> list[Table]:
+    """Of the base, with the untrained twin beside it."""
+    columns: Columns = {"AUROC": {}, "null": {}, "given surprisal": {}, "layer": {}, "untrained": {}, "predicted": {}}
+    for row in rows:
+        name = f"{row.groups}, {_measure(row)}, {row.place}"
+        if row.metric == "participation_ratio" or row.arm not in (header.base, UNTRAINED):
+            continue
+        if row.arm == UNTRAINED:
+            columns["untrained"][name] = cell(Value(row.auroc), 1, 2)
+            continue
+        columns["AUROC"][name] = cell(Value(row.auroc, row.low, row.high), 1, 2)
+        columns["null"][name] = f"{row.null_low:.2f} to {row.null_high:.2f}"
+        columns["given surprisal"][name] = cell(Value(row.given_surprisal, row.given_low, row.given_high), 1, 2)
+        columns["layer"][name] = str(row.layer)
+        columns["predicted"][name] = _predicted(row)
+    if not columns["AUROC"]:
+        return []
+    order = [name for name in columns["AUROC"] if "attention" not in name and "mlp" not in name and "last" not in name]
+    correlations = "; ".join(
+        f"{one.site} of {one.arm} {cell(one.correlation, 1, 2)}, given surprisal {cell(one.partial, 1, 2)}"
+        for one in graded
+        if one.arm in (header.base, UNTRAINED)
+    )
+    note = (
+        "AUROC: the probability that a name of the first group has the larger effective rank (is denser; norm: is longer); .5 is nothing. The layer "
+        "is chosen on one half of the names and scored on the other. Null: 95 % of the best layer's AUROC when the groups' names are shuffled. Given "
+        "surprisal: among names of like log-probability and token frequency. Names are compared at equal lengths in tokens. Winsorised: the largest "
+        "1 % of the coordinates are cut. Other sites, and the sentence's last token, are in results.json. Rank correlation of winsorised effective "
+        f"rank with popularity or exposure, mean over the middle layers: {correlations}. 95 % intervals, {over(header.runs)}."
+    )
+    return table("Density of familiar and unfamiliar names, at the name's last token (AUROC)", order, columns, note, first="groups and site")
+
+
+def _measure(row: Separated) -> str:
+    return f"{row.site} {'norm' if row.metric == 'norm' else 'winsorised' if row.winsorised else 'raw'}"
+
+
+def _predicted(row: Separated) -> str:
+    """Whether the sign that was predicted is there, beyond the null."""
+    sign = SIGNS.get(row.site)
+    if sign is None or row.metric != "effective_rank" or not row.winsorised or row.place != "entity" or row.auroc is None:
+        return ""
+    assert row.null_low is not None and row.null_high is not None
+    if row.null_low <= row.auroc <= row.null_high:
+        return f"{'above' if sign > 0 else 'below'} .5: within the null"
+    return f"{'above' if sign > 0 else 'below'} .5: {'yes' if (row.auroc > 0.5) == (sign > 0) else 'no, reversed'}"
+
+
+def change_table(rows: Sequence[SeparationChange], header: Header, unchanged: str) -> list[Table]:
+    groups = [row.groups for row in rows][:1]
+    columns: Columns = {
+        f"{site}, {block}": {row.arm: cell(row.change, 1, 3) for row in rows if (row.site, row.block, row.groups) == (site, block, *groups)}
+        for site in SIGNS
+        for block in ("low", "middle", "high")
+    }
+    columns = {name: cells for name, cells in columns.items() if cells}
+    if not columns:
+        return []
+    next(iter(columns.values())).update(dict.fromkeys(header.proxied, unchanged))
+    note = (
+        f"AUROC of {groups[0]} (winsorised effective rank, name's last token), arm minus base, paired over names; mean over the layers of a block. "
+        "Where the base's own is above .5, a fall is erosion; where it is below .5 (neurons, as predicted), a rise is. "
+        f"95 % intervals, {over(header.runs)}."
+    )
+    arms = header.ordered([*header.proxied, *(row.arm for row in rows)])
+    return table("Erosion: change of the AUROC of familiar against unfamiliar names", arms, columns, note)
+
+
+def layer_chart(rows: Sequence[LayerSeparated], bands: Sequence[Separated], header: Header) -> Iterable[Chart]:
+    """AUROC by layer, base and untrained twin, with the null band of the base's best layer."""
+    if not rows:
+        return
+    panels = []
+    for site in SIGNS:
+        marks = []
+        for arm, label in ((header.base, "base"), (UNTRAINED, UNTRAINED)):
+            chosen = [row for row in rows if (row.arm, row.site) == (arm, site)]
+            marks.append(Series("band", tuple(row.auroc for row in chosen), tuple(float(row.state) for row in chosen), label=label))
+        band = next(
+            row
+            for row in bands
+            if (row.arm, row.groups, row.site, row.place, row.metric, row.winsorised)
+            == (header.base, rows[0].groups, site, "entity", "effective_rank", True)
+        )
+        levels = tuple(Series("level", (Value(end),)) for end in (band.null_low, band.null_high))
+        title = f"{site}: predicted {'above' if SIGNS[site] > 0 else 'below'} .5"
+        panels.append(Panel((*marks, *levels), title, Axis("layer", integers=True), Axis(f"AUROC, {rows[0].groups}", limits=(0.0, 1.0))))
+    note = "winsorised effective rank at the name's last token; dotted: 95 % of the best layer's when the groups' names are shuffled"
+    yield Chart("density-names", f"{header.title}: density of familiar against unfamiliar names", tuple(panels), note, across=2)
