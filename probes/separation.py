@@ -55,12 +55,14 @@ def auroc(won: Float[np.ndarray, "pairs layers"], pairs: Pairs) -> Float[np.ndar
     The first-order term of the U statistic (Hoeffding 1948; DeLong et al. 1988), so that a bootstrap of means gives an interval and
     two models that are read by the same entities are paired. In strata of few entities the interval is too wide, not too narrow.
     """
-    left = won - won.mean(axis=0)
     influence = np.zeros((pairs.entities, won.shape[1]))
+    if not len(won):
+        return np.full_like(influence, np.nan)
+    left = won - won.mean(axis=0)
     np.add.at(influence, pairs.first, left)
     np.add.at(influence, pairs.second, left)
     paired = np.bincount(np.concatenate([pairs.first, pairs.second]), minlength=pairs.entities) > 0
-    return np.where(paired[:, None], won.mean(axis=0) + influence * paired.sum() / max(1, len(won)), np.nan)
+    return np.where(paired[:, None], won.mean(axis=0) + influence * paired.sum() / len(won), np.nan)
 
 
 def halves(contrast: Int[np.ndarray, " entities"], strata: Int[np.ndarray, " entities"], seed: int = 0) -> Bool[np.ndarray, "splits entities"]:
@@ -71,6 +73,15 @@ def halves(contrast: Int[np.ndarray, " entities"], strata: Int[np.ndarray, " ent
     return order % 2 == 0
 
 
+def in_halves(
+    won: Float[np.ndarray, "pairs layers"], pairs: Pairs, split: Bool[np.ndarray, "splits entities"]
+) -> Float[np.ndarray, "2 splits layers"]:
+    """The AUROC within each half: of pairs whose entities are both in it. NaN in a half without a pair."""
+    inside = np.stack([half[:, pairs.first] & half[:, pairs.second] for half in (split, ~split)]).astype(float)
+    count = inside.sum(axis=-1, keepdims=True)
+    return np.divide(inside @ won, count, out=np.full((*inside.shape[:2], won.shape[1]), np.nan), where=count > 0)
+
+
 class HeldOut(NamedTuple):
     """`value`: the mean AUROC of layers that were chosen on the other half. `layer`: the place of the one that was chosen most often."""
 
@@ -78,31 +89,19 @@ class HeldOut(NamedTuple):
     layer: int
 
 
-def held_out(
-    won: Float[np.ndarray, "pairs layers"],
-    pairs: Pairs,
-    split: Bool[np.ndarray, "splits entities"],
-    scored: tuple[Float[np.ndarray, "others layers"], Pairs] | None = None,
-) -> HeldOut:
+def held_out(of_halves: Float[np.ndarray, "2 splits layers"], scored: Float[np.ndarray, "2 splits layers"], sign: int = 0) -> HeldOut:
     """In each half the layer whose AUROC is farthest from .5 is chosen, and scored in the other half; both ways, averaged over splits.
 
-    `scored` are other pairs of the same entities (of like covariates, say) in which the chosen layer is scored instead. Halves without such a
-    pair count nothing; without any the value is NaN. One split alone would depend on luck.
+    Where a `sign` is predicted, 1 (above .5) or -1 (below), it is the layer that is farthest in that direction; layers of opposite signs
+    would otherwise be averaged. The value can be on the other side all the same.
+    `scored` are the AUROCs in the same halves by which the chosen layers are scored: the same ones, or those of other pairs, say of entities with
+    like covariates. Halves that are NaN there count nothing; the value is NaN if all are. One split alone would depend on luck.
     """
-    chosen = np.abs(_in_halves(won, pairs, split) - 0.5).argmax(axis=-1)
-    others = _in_halves(*(scored or (won, pairs)), split)[::-1]
-    values = np.take_along_axis(others, chosen[..., None], axis=-1)
+    distance = of_halves - 0.5
+    chosen = (sign * distance if sign else np.abs(distance)).argmax(axis=-1)
+    values = np.take_along_axis(scored[::-1], chosen[..., None], axis=-1)
     found = values[np.isfinite(values)]
     return HeldOut(float(found.mean()) if len(found) else np.nan, int(np.bincount(chosen.ravel()).argmax()))
-
-
-def _in_halves(
-    won: Float[np.ndarray, "pairs layers"], pairs: Pairs, split: Bool[np.ndarray, "splits entities"]
-) -> Float[np.ndarray, "2 splits layers"]:
-    """The AUROC within each half: of pairs whose entities are both in it."""
-    inside = np.stack([half[:, pairs.first] & half[:, pairs.second] for half in (split, ~split)]).astype(float)
-    count = inside.sum(axis=-1, keepdims=True)
-    return np.divide(inside @ won, count, out=np.full((*inside.shape[:2], won.shape[1]), np.nan), where=count > 0)
 
 
 def shuffled(
@@ -118,23 +117,27 @@ def shuffled(
     return found
 
 
-def extremes(
+def permuted(
     values: Float[np.ndarray, "entities layers"],
     contrast: Int[np.ndarray, " entities"],
     strata: Int[np.ndarray, " entities"],
     permutations: Bool[np.ndarray, "permutations entities"],
-) -> Float[np.ndarray, " permutations"]:
-    """The null: in each permutation (`shuffled`) the AUROC of the layer where it is farthest from .5, with its sign.
-
-    The choice is made anew each time, so that the more layers there are, and the less alike, the wider the null is.
-    """
+) -> Float[np.ndarray, "permutations layers"]:
+    """The AUROC of every layer in each permutation (`shuffled`)."""
     kept = contrast != 0
     groups = _numbered(strata[kept])
     first = np.bincount(groups, contrast[kept] > 0)
     pairs = (first * (np.bincount(groups) - first)).sum()
     sums = permutations[:, kept].astype(float) @ _ranks_within(values[kept], groups)
-    found = (sums - (first * (first + 1) / 2).sum()) / pairs
-    return np.take_along_axis(found, np.abs(found - 0.5).argmax(axis=1)[:, None], axis=1)[:, 0]
+    return (sums - (first * (first + 1) / 2).sum()) / pairs
+
+
+def extremes(of_layers: Float[np.ndarray, "permutations layers"]) -> Float[np.ndarray, " permutations"]:
+    """The null: in each permutation the AUROC of the layer where it is farthest from .5, with its sign.
+
+    The choice is made anew each time, so that the more layers there are, and the less alike, the wider the null is.
+    """
+    return np.take_along_axis(of_layers, np.abs(of_layers - 0.5).argmax(axis=1)[:, None], axis=1)[:, 0]
 
 
 def _numbered(strata: Int[np.ndarray, " entities"]) -> Int[np.ndarray, " entities"]:

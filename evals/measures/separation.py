@@ -21,13 +21,13 @@ from evals.statistics.estimates import by_unit, intervals
 from evals.statistics.value import UNKNOWN, Value, finite, value_of, values_of
 from probes.internals.blocks import thirds
 from probes.knowledge.exposure import rank_correlation
-from probes.separation import Pairs, alike, auroc, extremes, halves, held_out, pairs_of, shuffled, wins
+from probes.separation import Pairs, alike, auroc, extremes, halves, held_out, in_halves, pairs_of, permuted, shuffled, wins
 from proxytune.errors import UserError
 
 UNTRAINED = "untrained"
 SPREADS = (("effective_rank", "winsorised"), ("effective_rank", "raw"), ("participation_ratio", "winsorised"), ("norm", "raw"))
 OF_TUNED = SPREADS[:2]  # what a tuned model's rows have
-SIGNS = {"residual": 1, "neurons": -1}  # predicted, of winsorised effective rank: denser, sparser
+SIGNS = {"residual": 1, "neurons": -1}  # predicted for the winsorised ones: denser, sparser
 SITES_SHOWN = ("residual", "attention", "mlp", "neurons", "rotated")
 CHANGE_SITES = ("residual", "attention", "mlp", "neurons")
 
@@ -98,10 +98,14 @@ class _Seed(NamedTuple):
     values: np.ndarray
     columns: pd.DataFrame
 
-    def of(self, **wanted: object) -> tuple[np.ndarray, np.ndarray]:
-        """Values [entities, layers] of the columns with these names, and their states."""
+    def of(self, **wanted: str) -> "_Seed":
+        """The columns with these names."""
         chosen = np.all([self.columns[name] == value for name, value in wanted.items()], axis=0)
-        return self.values[:, chosen], self.columns["state"].to_numpy()[chosen]
+        return self._replace(values=self.values[:, chosen], columns=self.columns[chosen].reset_index(drop=True))
+
+    @property
+    def states(self) -> np.ndarray:
+        return self.columns["state"].to_numpy()
 
     @property
     def strata(self) -> np.ndarray:
@@ -116,9 +120,8 @@ class _Seed(NamedTuple):
 
 
 class _Comparison(NamedTuple):
-    """Two groups of one seed: what every site, metric and place shares."""
+    """Two groups of one seed: what every quantity shares."""
 
-    seed: _Seed
     contrast: np.ndarray
     pairs: Pairs
     alike: Pairs
@@ -127,12 +130,16 @@ class _Comparison(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """Of one family of columns: units' contributions to the held-out AUROC and to that given surprisal, the chosen state, and the null's draws."""
+    """Of one site and place: units' contributions to the held-out AUROC and to that given surprisal, the chosen state, and the null's draws."""
 
     auroc: np.ndarray
     given: np.ndarray
     state: int
     null: np.ndarray
+
+
+Where = tuple[str, str]  # a site and a place
+Quantity = tuple[str, str, bool, str, str]  # groups, site, winsorised, place and metric
 
 
 def separated(records: Recorded) -> tuple[Separated, ...]:
@@ -144,60 +151,58 @@ def separated(records: Recorded) -> tuple[Separated, ...]:
 
 def _separated(records: Recorded, label: str, arm: str, frame: str, spreads: Sequence[tuple[str, str]]) -> Iterator[Separated]:
     seeds = _seeds(records, arm, frame)
-    for groups in compared(seeds):
-        sides = [_comparison(seed, *groups) for seed in seeds]
-        families = [
-            {"metric": metric, "cut": cut, "site": site, "place": place}
-            for metric, cut in spreads
-            for site in SITES_SHOWN
-            for place in ("entity", "last")
+    found = [_find_all(seed, spreads) for seed in seeds]
+    both = [np.stack([part for one in of.values() for part in (one.auroc, one.given)], axis=1) for of in found]
+    values = values_of(intervals(records.estimate(both), (0.0, 1.0))) if found else []
+    for place, (names, value, given) in enumerate(zip(found[0] if found else (), values[::2], values[1::2], strict=True)):
+        of_seeds = [list(of.values())[place] for of in found]
+        states = [one.state for one in of_seeds]
+        null = [finite(end) for end in np.quantile(np.mean([one.null for one in of_seeds], axis=0), [0.025, 0.975])]
+        numbers = (value.value, value.low, value.high, *null, given.value, given.low, given.high)
+        yield Separated(label, *names, max(set(states), key=states.count), *numbers)
+
+
+def _find_all(seed: _Seed, spreads: Sequence[tuple[str, str]]) -> dict[Quantity, _Found]:
+    """Every metric at every site and place, of all groups that are compared."""
+    found: dict[Quantity, _Found] = {}
+    for groups in compared([seed]):
+        comparison = _comparison(seed, *groups)
+        for metric, cut in spreads:
+            of_places = _find(seed.of(metric=metric, cut=cut), comparison, cut == "winsorised")
+            found |= {("/".join(groups), site, cut == "winsorised", place, metric): one for (site, place), one in of_places.items()}
+    return found
+
+
+def _find(seed: _Seed, of: _Comparison, winsorised: bool) -> dict[Where, _Found]:
+    """One metric at every site and place."""
+    won, like = wins(seed.values, of.pairs), wins(seed.values, of.alike)
+    in_all, in_alike = in_halves(won, of.pairs, of.halves), in_halves(like, of.alike, of.halves)
+    null = permuted(seed.values, of.contrast, seed.strata, of.permutations)
+    found = {}
+    for (site, place), part in seed.columns.groupby(["site", "place"], observed=True, sort=False):
+        layers = part.index.to_numpy()
+        predicted = SIGNS.get(str(site), 0) if winsorised else 0
+        held = held_out(in_all[..., layers], in_all[..., layers], predicted)
+        given = held_out(in_all[..., layers], in_alike[..., layers], predicted)
+        chosen = layers[held.layer]
+        of_units = [
+            _around(by_unit(seed.names, auroc(of_pairs[:, [chosen]], pairs))[:, 0], value)
+            for of_pairs, pairs, value in ((won, of.pairs, held.value), (like, of.alike, given.value))
         ]
-        found = [[_family(side, **family) for side in sides] for family in families]
-        both = [np.hstack([np.stack([getattr(of[seed], part) for of in found], axis=1) for part in ("auroc", "given")]) for seed in range(len(seeds))]
-        values = values_of(intervals(records.estimate(both), (0.0, 1.0)))
-        for place, (family, of_seeds) in enumerate(zip(families, found, strict=True)):
-            value, given = values[place], values[place + len(families)]
-            states = [one.state for one in of_seeds]
-            null_low, null_high = np.quantile(np.mean([one.null for one in of_seeds], axis=0), [0.025, 0.975])
-            yield Separated(
-                label,
-                "/".join(groups),
-                family["site"],
-                family["cut"] == "winsorised",
-                family["place"],
-                family["metric"],
-                max(set(states), key=states.count),
-                value.value,
-                value.low,
-                value.high,
-                finite(null_low),
-                finite(null_high),
-                given.value,
-                given.low,
-                given.high,
-            )
+        null_draws = extremes(null[:, layers])
+        found[str(site), str(place)] = _Found(of_units[0], of_units[1], int(seed.states[chosen]), null_draws)
+    return found
 
 
-def _family(side: _Comparison, **family: str) -> _Found:
-    values, states = side.seed.of(**family)
-    won, like = wins(values, side.pairs), wins(values, side.alike)
-    held = held_out(won, side.pairs, side.halves)
-    given = held_out(won, side.pairs, side.halves, (like, side.alike))
-
-    def around(value: float, of_pairs: np.ndarray, pairs: Pairs) -> np.ndarray:
-        """The spread of the layer that was chosen most often, around the held-out value."""
-        if not len(of_pairs):
-            return np.full(side.seed.names["unit"].nunique(), np.nan)
-        return by_unit(side.seed.names, auroc(of_pairs[:, [held.layer]], pairs) - of_pairs[:, held.layer].mean() + value)[:, 0]
-
-    parts = around(held.value, won, side.pairs), around(given.value, like, side.alike)
-    return _Found(*parts, int(states[held.layer]), extremes(values, side.contrast, side.seed.strata, side.permutations))
+def _around(contributions: np.ndarray, value: float) -> np.ndarray:
+    """The contributions with another mean: the spread of the layer that was chosen most often, around the held-out value."""
+    return np.asarray(contributions - contributions.mean() + value)
 
 
 def _comparison(seed: _Seed, first: str, second: str) -> _Comparison:
     contrast, strata = seed.contrast(first, second), seed.strata
     others = pairs_of(contrast, alike(contrast, strata, seed.covariates))
-    return _Comparison(seed, contrast, pairs_of(contrast, strata), others, halves(contrast, strata), shuffled(contrast, strata))
+    return _Comparison(contrast, pairs_of(contrast, strata), others, halves(contrast, strata), shuffled(contrast, strata))
 
 
 def compared(seeds: Sequence[_Seed]) -> list[tuple[str, str]]:
@@ -217,12 +222,11 @@ def by_layer(records: Recorded) -> Iterator[LayerSeparated]:
     base = records.study.base_arm
     for label, frame in ((base, "spread"), (UNTRAINED, "spread_untrained")):
         seeds = _seeds(records, base, frame)
-        for first, second in compared(seeds)[:1]:
-            for site in SIGNS:
-                found = [_contributions(seed, first, second, site) for seed in seeds]
-                states = seeds[0].of(**_entity(site))[1]
-                for state, value in zip(states, values_of(intervals(records.estimate(found), (0.0, 1.0))), strict=True):
-                    yield LayerSeparated(label, f"{first}/{second}", site, int(state), value)
+        for groups in compared(seeds)[:1]:
+            found = [np.hstack([_contributions(seed, *groups, site) for site in SIGNS]) for seed in seeds]
+            names = [(site, int(state)) for site in SIGNS for state in seeds[0].of(**_entity(site)).states]
+            for (site, state), value in zip(names, values_of(intervals(records.estimate(found), (0.0, 1.0))), strict=True):
+                yield LayerSeparated(label, "/".join(groups), site, state, value)
 
 
 def _entity(site: str) -> dict[str, str]:
@@ -232,7 +236,7 @@ def _entity(site: str) -> dict[str, str]:
 def _contributions(seed: _Seed, first: str, second: str, site: str) -> np.ndarray:
     """Units' contributions to the AUROC of every layer."""
     pairs = pairs_of(seed.contrast(first, second), seed.strata)
-    return by_unit(seed.names, auroc(wins(seed.of(**_entity(site))[0], pairs), pairs))
+    return by_unit(seed.names, auroc(wins(seed.of(**_entity(site)).values, pairs), pairs))
 
 
 def graded(records: Recorded) -> Iterator[Graded]:
@@ -246,10 +250,12 @@ def graded(records: Recorded) -> Iterator[Graded]:
 def _correlation(records: Recorded, seeds: Sequence[_Seed], site: str, given: bool) -> Value:
     found = []
     for seed in seeds:
-        values, states = seed.of(**_entity(site))
-        middle = np.isin(states, thirds(int(states.max()))["middle"] or [int(states.max())])
+        part = seed.of(**_entity(site))
+        middle = np.isin(part.states, thirds(int(part.states.max()))["middle"] or part.states.max())
         try:
-            of_layers = rank_correlation(values[:, middle], seed.names["popularity"].to_numpy(float), seed.strata, seed.covariates if given else None)
+            of_layers = rank_correlation(
+                part.values[:, middle], seed.names["popularity"].to_numpy(float), seed.strata, seed.covariates if given else None
+            )
         except UserError:  # nothing of the popularity is left within strata
             return UNKNOWN
         found.append(by_unit(seed.names, of_layers.mean(axis=1, keepdims=True)))
@@ -260,18 +266,27 @@ def changed(records: Recorded) -> Iterator[SeparationChange]:
     base = records.study.base_arm
     before = _seeds(records, base, "spread")
     for arm in records.arms("spread"):
-        after = _seeds(records, arm, "spread")
-        for first, second in compared(before) if arm != base else ():
-            for site in CHANGE_SITES:
-                states = before[0].of(**_entity(site))[1]
-                blocks = {name: np.isin(states, layers) for name, layers in thirds(int(states.max())).items() if len(layers)}
-                found = []
-                for seeds in zip(before, after, strict=True):
-                    old, new = (_contributions(seed, first, second, site) for seed in seeds)
-                    found.append(np.stack([each[:, inside].mean(axis=1) for each in (old, new - old) for inside in blocks.values()], axis=1))
-                values = values_of(intervals(records.estimate(found)))
-                for place, block in enumerate(blocks):
-                    yield SeparationChange(arm, f"{first}/{second}", site, block, values[place], values[place + len(blocks)])
+        if arm == base:
+            continue
+        of_seeds = [_block_means(*pair) for pair in zip(before, _seeds(records, arm, "spread"), strict=True)]
+        found = [np.stack([part for both in of.values() for part in both], axis=1) for of in of_seeds]
+        values = values_of(intervals(records.estimate(found)))
+        for names, of_base, change in zip(of_seeds[0], values[::2], values[1::2], strict=True):
+            yield SeparationChange(arm, *names, of_base, change)
+
+
+def _block_means(before: _Seed, after: _Seed) -> dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray]]:
+    """By groups, site and block: units' contributions to the base's AUROC and to its change, averaged over the block's layers."""
+    found = {}
+    for groups in compared([before]):
+        for site in CHANGE_SITES:
+            states = before.of(**_entity(site)).states
+            old, new = (_contributions(seed, *groups, site) for seed in (before, after))
+            for block, layers in thirds(int(states.max())).items():
+                if len(layers):
+                    inside = np.isin(states, layers)
+                    found["/".join(groups), site, block] = old[:, inside].mean(axis=1), (new - old)[:, inside].mean(axis=1)
+    return found
 
 
 # What is shown
@@ -279,22 +294,16 @@ def changed(records: Recorded) -> Iterator[SeparationChange]:
 
 def separation_table(rows: Sequence[Separated], graded: Sequence[Graded], header: Header) -> list[Table]:
     """Of the base, with the untrained twin beside it."""
-    columns: Columns = {"AUROC": {}, "null": {}, "given surprisal": {}, "layer": {}, "untrained": {}, "predicted": {}}
-    for row in rows:
-        name = f"{row.groups}, {_measure(row)}, {row.place}"
-        if row.metric == "participation_ratio" or row.arm not in (header.base, UNTRAINED):
-            continue
-        if row.arm == UNTRAINED:
-            columns["untrained"][name] = cell(Value(row.auroc), 1, 2)
-            continue
-        columns["AUROC"][name] = cell(Value(row.auroc, row.low, row.high), 1, 2)
-        columns["null"][name] = f"{row.null_low:.2f} to {row.null_high:.2f}"
-        columns["given surprisal"][name] = cell(Value(row.given_surprisal, row.given_low, row.given_high), 1, 2)
-        columns["layer"][name] = str(row.layer)
-        columns["predicted"][name] = _predicted(row)
-    if not columns["AUROC"]:
-        return []
-    order = [name for name in columns["AUROC"] if "attention" not in name and "mlp" not in name and "last" not in name]
+    shown = [row for row in rows if row.place == "entity" and _is_shown(row, rows[0].groups)]
+    of_base = {_measure(row): row for row in shown if row.arm == header.base}
+    columns: Columns = {
+        "AUROC": {name: cell(Value(row.auroc, row.low, row.high), 1, 2) for name, row in of_base.items()},
+        "null": {name: f"{row.null_low:.2f} to {row.null_high:.2f}" for name, row in of_base.items()},
+        "predicted": {name: _predicted(row) for name, row in of_base.items()},
+        "given surprisal": {name: cell(Value(row.given_surprisal, row.given_low, row.given_high), 1, 2) for name, row in of_base.items()},
+        "layer": {name: str(row.layer) for name, row in of_base.items()},
+        "untrained": {_measure(row): cell(Value(row.auroc), 1, 2) for row in shown if row.arm == UNTRAINED},
+    }
     correlations = "; ".join(
         f"{one.site} of {one.arm} {cell(one.correlation, 1, 2)}, given surprisal {cell(one.partial, 1, 2)}"
         for one in graded
@@ -302,16 +311,24 @@ def separation_table(rows: Sequence[Separated], graded: Sequence[Graded], header
     )
     note = (
         "AUROC: the probability that a name of the first group has the larger effective rank (is denser; norm: is longer); .5 is nothing. The layer "
-        "is chosen on one half of the names and scored on the other. Null: 95 % of the best layer's AUROC when the groups' names are shuffled. Given "
-        "surprisal: among names of like log-probability and token frequency. Names are compared at equal lengths in tokens. Winsorised: the largest "
-        "1 % of the coordinates are cut. Other sites, and the sentence's last token, are in results.json. Rank correlation of winsorised effective "
-        f"rank with popularity or exposure, mean over the middle layers: {correlations}. 95 % intervals, {over(header.runs)}."
+        "is chosen on one half of the names (by the predicted sign, where there is one) and scored on the other. Null: 95 % of the AUROCs of the "
+        "best layer when the groups' names are shuffled. Given surprisal: among names of like log-probability and token frequency. Names are compared "
+        "at equal lengths in tokens. Winsorised: the largest 1 % of the coordinates are cut. Other sites, and the sentence's last token, are in "
+        "results.json. Rank correlation of winsorised effective rank with popularity or exposure, mean over the middle layers: "
+        f"{correlations}. 95 % intervals, {over(header.runs)}."
     )
-    return table("Density of familiar and unfamiliar names, at the name's last token (AUROC)", order, columns, note, first="groups and site")
+    return table("Density of familiar and unfamiliar names, at the name's last token (AUROC)", of_base, columns, note, first="groups and site")
+
+
+def _is_shown(row: Separated, first: str) -> bool:
+    """What was predicted, for all groups; of the first also what it is to be told from."""
+    if row.metric == "effective_rank" and row.winsorised:
+        return row.site in SIGNS or (row.groups, row.site) == (first, "rotated")
+    return row.groups == first and row.site in SIGNS and row.metric != "participation_ratio"
 
 
 def _measure(row: Separated) -> str:
-    return f"{row.site} {'norm' if row.metric == 'norm' else 'winsorised' if row.winsorised else 'raw'}"
+    return f"{row.groups}, {row.site} {'norm' if row.metric == 'norm' else 'winsorised' if row.winsorised else 'raw'}"
 
 
 def _predicted(row: Separated) -> str:

@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import mannwhitneyu
 from sklearn.metrics import roc_auc_score
 
-from probes.separation import alike, auroc, extremes, halves, held_out, pairs_of, shuffled, wins
+from probes.separation import HeldOut, Pairs, alike, auroc, extremes, halves, held_out, in_halves, pairs_of, permuted, shuffled, wins
 
 CONTRAST = np.repeat([1, -1, 0], [30, 40, 10])
 STRATA = np.arange(80) % 3
@@ -21,6 +21,11 @@ def drawn(generator: np.random.Generator, entities: int = 160, layers: int = 12,
         values[:, layer] = 0.9 * values[:, layer - 1] + np.sqrt(1 - 0.9**2) * values[:, layer]
     shape = np.exp(-(((np.arange(layers) - layers // 2) / 3) ** 2))
     return contrast, strata, values + effect * (contrast > 0)[:, None] * shape
+
+
+def held(won: np.ndarray, pairs: Pairs, contrast: np.ndarray, strata: np.ndarray, scored: tuple[np.ndarray, Pairs] | None = None) -> HeldOut:
+    split = halves(contrast, strata)
+    return held_out(in_halves(won, pairs, split), in_halves(*(scored or (won, pairs)), split))
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -69,7 +74,7 @@ def test_halves_share_every_group_of_every_stratum() -> None:
 def test_the_null_is_that_of_labels_shuffled_one_by_one() -> None:
     values = np.random.default_rng(3).normal(size=(80, 4)).round(1)
     permutations = shuffled(CONTRAST, STRATA)
-    found = extremes(values, CONTRAST, STRATA, permutations)
+    found = extremes(permuted(values, CONTRAST, STRATA, permutations))
     for permutation in (0, 17, 999):
         contrast = np.where(CONTRAST == 0, 0, np.where(permutations[permutation], 1, -1))
         for stratum in range(3):
@@ -82,7 +87,7 @@ def test_the_null_is_that_of_labels_shuffled_one_by_one() -> None:
 def test_one_layer_without_choice_has_the_textbook_null() -> None:
     contrast, strata, values = drawn(np.random.default_rng(4), layers=1)
     flat = np.zeros_like(strata)
-    null = extremes(values, contrast, flat, shuffled(contrast, flat))
+    null = extremes(permuted(values, contrast, flat, shuffled(contrast, flat)))
     test = mannwhitneyu(values[:80, 0], values[80:, 0])
     share = np.mean(np.abs(null - 0.5) >= abs(test.statistic / 6400 - 0.5))
     assert share == pytest.approx(test.pvalue, abs=0.04)
@@ -95,10 +100,10 @@ def shares(effect: float, draws: int = 40) -> tuple[float, float, float]:
         contrast, strata, values = drawn(generator, effect=effect)
         pairs = pairs_of(contrast, strata)
         won = wins(values, pairs)
-        held = held_out(won, pairs, halves(contrast, strata)).value
+        of_held = held(won, pairs, contrast, strata).value
         best = max(won.mean(axis=0), key=lambda value: abs(value - 0.5))
-        low, high = np.quantile(extremes(values, contrast, strata, shuffled(contrast, strata)), [0.025, 0.975])
-        found.append((not low <= held <= high, not low <= best <= high, held))
+        low, high = np.quantile(extremes(permuted(values, contrast, strata, shuffled(contrast, strata))), [0.025, 0.975])
+        found.append((not low <= of_held <= high, not low <= best <= high, of_held))
     return tuple(np.mean(found, axis=0))  # type: ignore[return-value]
 
 
@@ -127,12 +132,12 @@ def test_what_goes_with_surprisal_alone_is_not_left_given_surprisal_and_a_plante
             contrast, strata, values = drawn(generator, effect=effect)
             surprisal = generator.normal(size=len(contrast)) + 1.7 * (contrast > 0)
             values = values + LINKS[link](surprisal)[:, None]
-            pairs, split = pairs_of(contrast, strata), halves(contrast, strata)
+            pairs = pairs_of(contrast, strata)
             others = pairs_of(contrast, alike(contrast, strata, np.column_stack([surprisal, generator.normal(size=len(contrast))])))
             won = wins(values, pairs)
-            values_of.append(held_out(won, pairs, split, (wins(values, others), others)).value)
+            values_of.append(held(won, pairs, contrast, strata, (wins(values, others), others)).value)
             if effect == 0:
-                plain.append(held_out(won, pairs, split).value)
+                plain.append(held(won, pairs, contrast, strata).value)
     assert np.mean(plain) > 0.7  # the negative twin: without surprisal taken out it looks like an effect
     assert np.mean(found[0.0]) == pytest.approx(0.51, abs=0.03)
     assert np.mean(found[0.8]) == pytest.approx(0.70, abs=0.03)
@@ -143,4 +148,4 @@ def test_groups_that_a_covariate_wholly_separates_cannot_be_compared() -> None:
     pairs = pairs_of(contrast, alike(contrast, strata, contrast[:, None] + 0.01 * values[:, :1]))
     others = pairs_of(contrast, strata)
     assert len(pairs.first) == 0
-    assert np.isnan(held_out(wins(values, others), others, halves(contrast, strata), (wins(values, pairs), pairs)).value)
+    assert np.isnan(held(wins(values, others), others, contrast, strata, (wins(values, pairs), pairs)).value)
