@@ -37,7 +37,9 @@ class Separated:
     """AUROC of the first group against the second, at the layer that held-out entities choose. `low` and `high`: 95 % interval.
 
     `null_low` and `null_high`: between these are 95 % of the AUROCs of the best layer when the groups' names are shuffled. `given_surprisal`: among
-    names of like log-probability and token frequency, with its interval. None where it could not be computed. `arm` may also be `untrained`.
+    names of like log-probability and token frequency, with its interval. `opposite`: the same AUROC where the layer is chosen against the predicted
+    sign; a prediction that holds in one layer is worth less where another layer shows the reverse. None where it could not be computed, or where no
+    sign is predicted. `arm` may also be `untrained`.
     """
 
     arm: str
@@ -55,6 +57,7 @@ class Separated:
     given_surprisal: float | None
     given_low: float | None
     given_high: float | None
+    opposite: float | None
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,6 @@ class SeparationChange:
     groups: str
     site: str
     block: str
-    base: Value
     change: Value
 
 
@@ -136,6 +138,7 @@ class _Found(NamedTuple):
     given: np.ndarray
     state: int
     null: np.ndarray
+    opposite: float
 
 
 Where = tuple[str, str]  # a site and a place
@@ -158,7 +161,8 @@ def _separated(records: Recorded, label: str, arm: str, frame: str, spreads: Seq
         of_seeds = [list(of.values())[place] for of in found]
         states = [one.state for one in of_seeds]
         null = [finite(end) for end in np.quantile(np.mean([one.null for one in of_seeds], axis=0), [0.025, 0.975])]
-        numbers = (value.value, value.low, value.high, *null, given.value, given.low, given.high)
+        opposite = finite(float(np.mean([one.opposite for one in of_seeds])))
+        numbers = (value.value, value.low, value.high, *null, given.value, given.low, given.high, opposite)
         yield Separated(label, *names, max(set(states), key=states.count), *numbers)
 
 
@@ -189,8 +193,8 @@ def _find(seed: _Seed, of: _Comparison, winsorised: bool) -> dict[Where, _Found]
             _around(by_unit(seed.names, auroc(of_pairs[:, [chosen]], pairs))[:, 0], value)
             for of_pairs, pairs, value in ((won, of.pairs, held.value), (like, of.alike, given.value))
         ]
-        null_draws = extremes(null[:, layers])
-        found[str(site), str(place)] = _Found(of_units[0], of_units[1], int(seed.states[chosen]), null_draws)
+        against = held_out(in_all[..., layers], in_all[..., layers], -predicted).value if predicted else np.nan
+        found[str(site), str(place)] = _Found(of_units[0], of_units[1], int(seed.states[chosen]), extremes(null[:, layers]), against)
     return found
 
 
@@ -268,15 +272,14 @@ def changed(records: Recorded) -> Iterator[SeparationChange]:
     for arm in records.arms("spread"):
         if arm == base:
             continue
-        of_seeds = [_block_means(*pair) for pair in zip(before, _seeds(records, arm, "spread"), strict=True)]
-        found = [np.stack([part for both in of.values() for part in both], axis=1) for of in of_seeds]
-        values = values_of(intervals(records.estimate(found)))
-        for names, of_base, change in zip(of_seeds[0], values[::2], values[1::2], strict=True):
-            yield SeparationChange(arm, *names, of_base, change)
+        of_seeds = [_block_changes(*pair) for pair in zip(before, _seeds(records, arm, "spread"), strict=True)]
+        values = values_of(intervals(records.estimate([np.stack(list(of.values()), axis=1) for of in of_seeds])))
+        for names, change in zip(of_seeds[0], values, strict=True):
+            yield SeparationChange(arm, *names, change)
 
 
-def _block_means(before: _Seed, after: _Seed) -> dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray]]:
-    """By groups, site and block: units' contributions to the base's AUROC and to its change, averaged over the block's layers."""
+def _block_changes(before: _Seed, after: _Seed) -> dict[tuple[str, str, str], np.ndarray]:
+    """By groups, site and block: units' contributions to the change of the AUROC, averaged over the block's layers."""
     found = {}
     for groups in compared([before]):
         for site in CHANGE_SITES:
@@ -285,7 +288,7 @@ def _block_means(before: _Seed, after: _Seed) -> dict[tuple[str, str, str], tupl
             for block, layers in thirds(int(states.max())).items():
                 if len(layers):
                     inside = np.isin(states, layers)
-                    found["/".join(groups), site, block] = old[:, inside].mean(axis=1), (new - old)[:, inside].mean(axis=1)
+                    found["/".join(groups), site, block] = (new - old)[:, inside].mean(axis=1)
     return found
 
 
@@ -301,6 +304,7 @@ def separation_table(rows: Sequence[Separated], graded: Sequence[Graded], header
         "null": {name: f"{row.null_low:.2f} to {row.null_high:.2f}" for name, row in of_base.items()},
         "predicted": {name: _predicted(row) for name, row in of_base.items()},
         "given surprisal": {name: cell(Value(row.given_surprisal, row.given_low, row.given_high), 1, 2) for name, row in of_base.items()},
+        "against": {name: cell(Value(row.opposite), 1, 2) for name, row in of_base.items() if row.opposite is not None},
         "layer": {name: str(row.layer) for name, row in of_base.items()},
         "untrained": {_measure(row): cell(Value(row.auroc), 1, 2) for row in shown if row.arm == UNTRAINED},
     }
@@ -310,11 +314,12 @@ def separation_table(rows: Sequence[Separated], graded: Sequence[Graded], header
         if one.arm in (header.base, UNTRAINED)
     )
     note = (
-        "AUROC: the probability that a name of the first group has the larger effective rank (is denser; norm: is longer); .5 is nothing. The layer "
-        "is chosen on one half of the names (by the predicted sign, where there is one) and scored on the other. Null: 95 % of the AUROCs of the "
-        "best layer when the groups' names are shuffled. Given surprisal: among names of like log-probability and token frequency. Names are compared "
-        "at equal lengths in tokens. Winsorised: the largest 1 % of the coordinates are cut. Other sites, and the sentence's last token, are in "
-        "results.json. Rank correlation of winsorised effective rank with popularity or exposure, mean over the middle layers: "
+        "AUROC: the probability that a name of the first group has the larger effective rank (is denser; norm: is longer); .5 is nothing. The "
+        "layer is chosen on one half of the names (by the predicted sign, where there is one) and scored on the other. Null: 95 % of the AUROCs "
+        "of the best layer when the groups' names are shuffled. Given surprisal: among names of like log-probability and token frequency. Names "
+        "are compared at equal lengths in tokens. Winsorised: the largest 1 % of the coordinates are cut. Against: the same where the layer is "
+        "chosen against the predicted sign. Other sites, and the sentence's last token, are in results.json. Rank correlation of winsorised "
+        "effective rank with popularity or exposure, mean over the middle layers: "
         f"{correlations}. 95 % intervals, {over(header.runs)}."
     )
     return table("Density of familiar and unfamiliar names, at the name's last token (AUROC)", of_base, columns, note, first="groups and site")
@@ -339,7 +344,10 @@ def _predicted(row: Separated) -> str:
     assert row.null_low is not None and row.null_high is not None
     if row.null_low <= row.auroc <= row.null_high:
         return f"{'above' if sign > 0 else 'below'} .5: within the null"
-    return f"{'above' if sign > 0 else 'below'} .5: {'yes' if (row.auroc > 0.5) == (sign > 0) else 'no, reversed'}"
+    if (row.auroc > 0.5) != (sign > 0):
+        return f"{'above' if sign > 0 else 'below'} .5: no, reversed"
+    reverse = row.opposite is not None and not row.null_low <= row.opposite <= row.null_high and (row.opposite > 0.5) != (sign > 0)
+    return f"{'above' if sign > 0 else 'below'} .5: yes{'; reversed in other layers' if reverse else ''}"
 
 
 def change_table(rows: Sequence[SeparationChange], header: Header, unchanged: str) -> list[Table]:

@@ -115,6 +115,19 @@ def test_what_only_follows_surprisal_is_gone_given_surprisal() -> None:
     assert row.given_surprisal < row.auroc - 0.1
 
 
+def test_a_sign_that_other_layers_reverse_is_said_to_be_so() -> None:
+    records = records_of({"base": {"residual": 3.0, "neurons": -3.0}})
+    for record in records:
+        if record.frame == "spread":
+            late = (record.items["site"] == "neurons") & (record.items["state"] == 6) & (record.items["place"] == "entity")
+            record.items.loc[late, "value"] += np.tile(np.repeat([3.0, 1.5, 0.0], 40), late.sum() // 120)
+    study = study_of()
+    summary = Density().summarize(Recorded(study, records), study.settings_of("density"))
+    shown = Density().tables(summary, header_of(study))[0].frame.set_index("groups and site")["predicted"]
+    assert shown["big/fabricated, neurons winsorised"] == "below .5: yes; reversed in other layers"
+    assert shown["big/fabricated, residual winsorised"] == "above .5: yes"
+
+
 def test_the_change_by_arm_is_paired_and_exactly_zero_for_a_copy() -> None:
     summary = found({"base": PLANTED, "full": {"residual": 0.75, "neurons": -1.5}})
     changes = {(row.site, row.block): row.change for row in summary.auroc_changes if row.groups == "big/fabricated"}
@@ -139,6 +152,7 @@ def test_the_answer_comes_first_with_what_was_predicted(tmp_path: Path) -> None:
     assert list(second.frame["arm"]) == ["base", "full"]
     reversed_ = Density().tables(found({"base": {"residual": -1.5, "neurons": 1.5}}), header)[0].frame.set_index("groups and site")
     assert "yes" not in "".join(reversed_["predicted"])
+    assert "reversed" not in "".join(shown["predicted"])
     (chart,) = Density().charts(summary, header)
     (path,) = draw(chart, tmp_path)
     assert path.name == "density-names.png" and path.stat().st_size > 5_000
