@@ -130,7 +130,8 @@ def probe(
         list[str] | None, typer.Argument(help="Models tuned from the base: folders, hub names or LoRA adapters.", show_default=False)
     ] = None,
     knowledge: Annotated[
-        str | None, typer.Option(help="Knowledge items: statement, answer, choices, popularity, perhaps subject.", show_default=False)
+        str | None,
+        typer.Option(help="Knowledge items: statement, answer, choices, popularity, perhaps subject. Density needs none.", show_default=False),
     ] = None,
     corpus: Annotated[
         str | None, typer.Option(help="Text in which subjects and answers are counted; the counts are then the popularity.", show_default=False)
@@ -148,6 +149,8 @@ def probe(
 ) -> None:
     """One measure, for a study or for models given by name: what tuning did to states, weights and knowledge.
 
+    `proxytune probe density base` needs no file: it reads the names of cities, known, little known and made up (2 minutes for
+    135M parameters); `proxytune probe density base tuned` shows what tuning changed, and with `--knowledge` it reads your statements, too.
     `proxytune probe erosion base tuned --knowledge items.jsonl` looks at your own models; `proxytune probe density base
     checkpoints/step-* --knowledge items.jsonl` at a pretraining run. Stop it at any time: the same command continues.
     """

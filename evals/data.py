@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from evals.entities import Entities, entities_of, entities_of_world
 from evals.measures.registry import measures
 from evals.study import Run, Study, expanded
 from finetune.formats import read_items
@@ -28,7 +29,8 @@ class StudyData:
 
     Items that the study does not need are empty lists. `ending` follows each answer in the tuning data. `choose` says that the task is
     a choice among candidates instead of a generated text; `number` says that a text is judged by its last number. `frequency` is how
-    often the corpus has each knowledge item's words. A statement is continued by `statement_tokens` (None: `new_tokens`).
+    often the corpus has each knowledge item's words. A statement is continued by `statement_tokens` (None: `new_tokens`). `entities` are those
+    whose names are read.
     """
 
     base: str
@@ -43,6 +45,7 @@ class StudyData:
     number: bool = False
     frequency: Sequence[float] | None = None
     statement_tokens: int | None = None
+    entities: Entities | None = None
 
 
 def data_for(study: Study, folder: Path, run: Run, worlds: Path, say: Callable[[str], None] = lambda line: None) -> StudyData:
@@ -68,8 +71,9 @@ def data_for(study: Study, folder: Path, run: Run, worlds: Path, say: Callable[[
             " .",
             REPLY_TOKENS,
             choose=False,
-            frequency=word_frequency(ledger, test),
+            frequency=word_frequency(ledger, [str(item.subject) for item in test]),
             statement_tokens=STATEMENT_TOKENS,
+            entities=entities_of_world(ledger, run.seed),
         )
     assert study.models is not None and study.data is not None
     data = study.data
@@ -82,7 +86,7 @@ def data_for(study: Study, folder: Path, run: Run, worlds: Path, say: Callable[[
         say(f"data: {describe(common)}")
     if common.shared and not data.allow_overlap:
         raise UserError(f"data.test: {describe(common)}; take them out of one, or set data.allow_overlap: true")
-    wanted = {need for name in study.measures for need in measures()[name].needs}
+    wanted = {need for name in study.measures for need in measures()[name].needs | measures()[name].reads}
     wanted |= {"test.choices"} if data.answer == "choose" else set()
     parts: dict[str, Sequence[Item]] = {"test": test, "knowledge": knowledge}
     for field, _, attribute in sorted(need.partition(".") for need in wanted if need != "knowledge.popularity"):
@@ -95,7 +99,7 @@ def data_for(study: Study, folder: Path, run: Run, worlds: Path, say: Callable[[
         say(f"data.corpus: {sum(count > 0 for count in counts.together)} of {len(knowledge)} statements stand in it")
         knowledge = [item.model_copy(update={"popularity": count}) for item, count in zip(knowledge, counts.together, strict=True)]
         frequency = counts.subject
-    if "knowledge.popularity" in wanted:
+    if "knowledge.popularity" in wanted and data.knowledge is not None:
         familiarity([float("nan") if item.popularity is None else item.popularity for item in knowledge])  # raises now rather than after the study
     small = study.models.small
     return StudyData(
@@ -110,6 +114,7 @@ def data_for(study: Study, folder: Path, run: Run, worlds: Path, say: Callable[[
         data.answer == "choose",
         data.answer == "number",
         frequency,
+        entities=entities_of(data.entities, folder),
     )
 
 

@@ -74,6 +74,9 @@ class Data(Strict):
     train: str | None = None
     test: str | None = None
     knowledge: str | None = None
+    entities: str | None = Field(
+        default=None, description="names whose states are read: a file of JSON lines, or cities; default: the cities, if the model can spell them"
+    )
     corpus: str | None = Field(default=None, description="text in which statements are counted; the counts are then the items' popularity")
     prompt: str = "Question: {question}\nAnswer:"
     answer: Literal["generate", "choose", "number"] = "generate"

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 
 from probes.internals.activations import States, final_norm
 
+SPREADS = ("effective_rank", "participation_ratio", "norm")
+CUT = 0.99  # the quantile at which a vector is winsorised
 METRICS = ("e1", "e5", "e10", "effective_rank", "hoyer", "gini", "participation_ratio")
 SITES = ("residual", "normed", "rotated", "attention", "mlp")
 
@@ -36,11 +38,47 @@ def density(vectors: Float[Tensor, "*batch hidden"]) -> dict[str, Float[Tensor, 
     *top, whole = (energy @ largest).unbind(-1)
     ranked, total = (ordered @ torch.stack([ranks, torch.ones_like(ranks)], dim=1)).unbind(-1)
     found = {f"e{percent}": sum_ / whole for percent, sum_ in zip((1, 5, 10), top, strict=True)}
-    found["effective_rank"] = (torch.special.entr(energy).sum(-1) / whole + whole.log()).exp() / size
+    found["effective_rank"] = _effective_rank(energy, whole)
     found["hoyer"] = (size**0.5 - total / whole.sqrt()) / (size**0.5 - 1)
     found["gini"] = 2 * ranked / (size * total) - (size + 1) / size
-    found["participation_ratio"] = whole.square() / (size * torch.linalg.vecdot(energy, energy))
+    found["participation_ratio"] = _participation_ratio(energy, whole)
     return found
+
+
+def winsorised(vectors: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch hidden"]:
+    """The absolute values, cut at each vector's own .99 quantile (linear between two values, as numpy's).
+
+    A few massive coordinates (Sun et al. 2024, arXiv 2402.17762) hold nearly all of a residual stream's energy; without the cut, density
+    says little else than how large these are.
+    """
+    ordered = _sorted(vectors.abs())
+    place = CUT * (vectors.shape[-1] - 1)
+    below, share = int(place), place - int(place)
+    limit = torch.lerp(ordered[..., below], ordered[..., min(below + 1, vectors.shape[-1] - 1)], share)
+    return vectors.abs().minimum(limit[..., None])
+
+
+def spread(vectors: Float[Tensor, "*batch hidden"]) -> dict[tuple[str, str], Float[Tensor, "*batch"]]:
+    """`effective_rank` and `participation_ratio` as in `density`, of the vectors as they are (`raw`) and `winsorised`, and the raw `norm`.
+
+    Keyed by metric and cut. A vector of zeros gives NaN.
+    """
+    found = {}
+    for cut, sizes in (("raw", vectors), ("winsorised", winsorised(vectors))):
+        energy = sizes.square()
+        whole = energy.sum(-1)
+        found["effective_rank", cut] = _effective_rank(energy, whole)
+        found["participation_ratio", cut] = _participation_ratio(energy, whole)
+    found["norm", "raw"] = vectors.norm(dim=-1)
+    return found
+
+
+def _effective_rank(energy: Float[Tensor, "*batch hidden"], whole: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+    return (torch.special.entr(energy).sum(-1) / whole + whole.log()).exp() / energy.shape[-1]
+
+
+def _participation_ratio(energy: Float[Tensor, "*batch hidden"], whole: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+    return whole.square() / (energy.shape[-1] * torch.linalg.vecdot(energy, energy))
 
 
 def _sorted(sizes: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch hidden"]:

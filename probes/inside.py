@@ -4,7 +4,7 @@ Costs one forward pass of each model per prompt. Memory: one batch and the momen
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ def read_inside(
 ) -> Inside:
     """Reads one model, or base and tuned; a single model is compared with itself."""
     last = models[-1]
-    options = {"batch_size": batch_size, "pad": int(last.tokenizer.pad_token_id)}
+    options: dict[str, Any] = {"batch_size": batch_size, "pad": int(last.tokenizer.pad_token_id)}
     readers = [read_states(model.model, prompts.ids, prompts.positions, **options) for model in models]
     rotation = random_rotation(last.model.config.get_text_config().hidden_size, 0).to(last.model.device)
     answers, contrast = torch.tensor(prompts.answers), np.array(prompts.contrast)

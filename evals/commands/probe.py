@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from evals.entities import CITIES
 from evals.measures.registry import measures
 from evals.study import STUDIES, Study, expanded, explain_invalid, load_study
 from proxytune.errors import UserError
@@ -29,7 +30,8 @@ class Probe:
 def probe_study(probe: Probe) -> tuple[Study, Path]:
     """The study that measures this one measure, and the folder its paths are relative to. Without a target: the shipped erosion study.
 
-    Raises `UserError` for models without knowledge items, for a study file together with models, and for mistakes in a study file.
+    Raises `UserError` for models without knowledge items where the measure needs them, for a study file together with models, and for
+    mistakes in a study file.
     """
     file = STUDIES / "erosion.yaml" if probe.target is None else Path(probe.target)
     if file.suffix in (".yaml", ".yml"):
@@ -41,7 +43,7 @@ def probe_study(probe: Probe) -> tuple[Study, Path]:
         beside = [name for name in study.measures if name not in wanted and len(wanted) > 1]
         content = study.model_dump() | {"measures": (*beside, *wanted)}
         return _validated(content), folder
-    if probe.knowledge is None:
+    if probe.knowledge is None and any(need.startswith("knowledge") for name in _measures(probe.name) for need in measures()[name].needs):
         raise UserError("--knowledge: models are read by items with statement, answer, choices and popularity; give a file of them")
     if len(set(probe.tuned)) < len(probe.tuned):
         raise UserError(f"probe: {', '.join(probe.tuned)} names a model twice; give each once")
@@ -53,7 +55,8 @@ def probe_study(probe: Probe) -> tuple[Study, Path]:
         "study": f"probe-{Path(str(probe.target)).name}",
         "models": {"base": _absolute(str(probe.target))},
         "data": {
-            "knowledge": _absolute(probe.knowledge),
+            "knowledge": None if probe.knowledge is None else _absolute(probe.knowledge),
+            "entities": CITIES if probe.knowledge is None else None,
             "corpus": None if probe.corpus is None else _absolute(probe.corpus),
             "test": None if probe.test is None else _absolute(probe.test),
             "prompt": probe.prompt,

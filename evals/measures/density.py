@@ -1,7 +1,9 @@
 """Density: how many coordinates share a hidden state's energy, how that varies with exposure, and how tuning changes it.
 
-Mathematics: `probes/density.py`, `probes/nulls.py`, `probes/knowledge/exposure.py`. Differences between models are paired over units. Familiar and
-unfamiliar items are compared within strata of the same length and last token, where such strata exist (`matched` counts the items).
+Two parts: density at names, as AUROC of familiar against unfamiliar ones (`separation.py`), and density at knowledge statements, in this file,
+which a study without knowledge items lacks. Mathematics of the second: `probes/density.py`, `probes/nulls.py`, `probes/knowledge/exposure.py`.
+Differences between models are paired over units. Familiar and unfamiliar items are compared within strata of the same length and last token, where
+such strata exist (`matched` counts the items).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +17,22 @@ from evals.display.chart import Axis, Cells, Chart, Panel, Series, all_scaled, e
 from evals.measures.inputs import Inputs
 from evals.measures.long import matrix
 from evals.measures.measure import Measure, Reading, Settings
+from evals.measures.names import Names
 from evals.measures.registry import register
+from evals.measures.separation import (
+    UNTRAINED,
+    Graded,
+    LayerSeparated,
+    Separated,
+    SeparationChange,
+    by_layer,
+    change_table,
+    changed,
+    graded,
+    layer_chart,
+    separated,
+    separation_table,
+)
 from evals.measures.states import States, layers_of
 from evals.results.header import Header
 from evals.results.recorded import Recorded
@@ -31,7 +48,6 @@ from proxytune.errors import UserError
 METRIC = "effective_rank"
 WHOLLY_SHOWN = ("e5", METRIC)  # at every site and place; other metrics only in the residual stream at the last token
 SHOWN = (("e5", "E5"), (METRIC, "effective rank"))
-UNTRAINED = "untrained"
 UNCHANGED = "unchanged by construction"
 LEFT_OUT = " Some layers of many are shown; all are in results.json."
 
@@ -108,17 +124,21 @@ class DensityFound:
     ranks: tuple[Rank, ...]
     changes: tuple[Change, ...]
     buckets: tuple[BucketChange, ...]
+    auroc: tuple[Separated, ...] = ()
+    auroc_layers: tuple[LayerSeparated, ...] = ()
+    auroc_graded: tuple[Graded, ...] = ()
+    auroc_changes: tuple[SeparationChange, ...] = ()
 
 
 class Density(Measure[DensityFound]):
     name = "density"
     question = "How dense are hidden states, how does that vary with exposure, and how does tuning change it?"
     controls = "Matched for length and last token; an untrained model; Gaussian vectors; random deltas of the same norm."
-    needs = frozenset({"knowledge.statement", "knowledge.popularity"})
+    reads = frozenset({"knowledge.statement", "knowledge.popularity"})
     summary = DensityFound
 
     def readings(self, inputs: Inputs, settings: Settings) -> list[Reading]:
-        return [States()]
+        return [*([States()] if inputs.data.knowledge else []), *([Names()] if inputs.entities[0] else [])]
 
     def summarize(self, records: Recorded, settings: Settings) -> DensityFound:
         base = records.study.base_arm
@@ -130,10 +150,16 @@ class Density(Measure[DensityFound]):
             tuple(row for arm in records.arms("geometry") for row in _ranks(records, arm)),
             tuple(row for arm in tuned for row in _changes(records, arm)),
             tuple(row for arm in tuned for row in _bucket_changes(records, arm)),
+            separated(records),
+            tuple(by_layer(records)),
+            tuple(graded(records)),
+            tuple(changed(records)),
         )
 
     def tables(self, summary: DensityFound, header: Header) -> list[Table]:
         return [
+            *separation_table(summary.auroc, summary.auroc_graded, header),
+            *change_table(summary.auroc_changes, header, UNCHANGED),
             *_exposure_table(summary, header),
             *_null_table(summary),
             *_rank_table(summary, header),
@@ -141,7 +167,7 @@ class Density(Measure[DensityFound]):
         ]
 
     def charts(self, summary: DensityFound, header: Header) -> Iterable[Chart]:
-        return [*_heat_map(summary, header), *_by_layer(summary, header)]
+        return [*layer_chart(summary.auroc_layers, summary.auroc, header), *_heat_map(summary, header), *_by_layer(summary, header)]
 
 
 # What is concluded

@@ -17,6 +17,7 @@ from finetune.items import Item
 from probes.inside import Prompts
 from probes.internals.activations import last_and_subject
 from probes.knowledge.candidates import Known, known
+from probes.knowledge.entities import Carried, Entity, carry, length_in_tokens, matched_in_tokens
 from probes.knowledge.familiarity import familiarity
 from proxytune.errors import UserError
 from proxytune.member import Member, load_tokenizer
@@ -60,6 +61,23 @@ class Inputs:
             answers=[continuation_ids(self.tokenizer, item.answer)[0] for item in items],
             contrast=familiarity([float("nan") if item.popularity is None else item.popularity for item in items]).contrast,
         )
+
+    @cached_property
+    def entities(self) -> tuple[list[Entity], list[list[Carried]]]:
+        """The entities that are read, and for each the sentences that carry its name; none if the tokenizer spells too few of those that the study
+        did not ask for. Raises `UserError` if it spells too few of those that it asked for."""
+        of = self.data.entities
+        if of is None:
+            return [], []
+        chosen = list(of.all)
+        if of.drawn:
+            try:
+                chosen = matched_in_tokens(of.all, [length_in_tokens(self.tokenizer, entity.name, of.carriers[0]) for entity in of.all])
+            except UserError:
+                if of.wanted:
+                    raise
+                chosen = []
+        return chosen, [[carry(self.tokenizer, entity.name, carrier) for carrier in of.carriers] for entity in chosen]
 
     @cached_property
     def task(self) -> list[Item]:
@@ -106,6 +124,14 @@ class Inputs:
             name = member.model.name_or_path or type(member.model).__name__
             raise UserError(f"task: '{name}' gives the answer of {item.question!r} no finite probability; use a model that is not broken")
         return (totals / torch.tensor([len(request.continuation) for request in requests])).numpy()
+
+    def name_log_probability(self, member: Member) -> np.ndarray:
+        """Log-probability (nats) of each entity's name after what precedes it, a mean over the sentences that carry it."""
+        carried = self.entities[1]
+        requests = [Request(tuple(each.ids[: each.first]), tuple(each.name_ids)) for of_name in carried for each in of_name]
+        model = ProxyTunedForCausalLM({"model": member}, {"model": 1.0})
+        totals = score(model, requests, {"model": {"model": 1.0}}, batch_tokens=self.study.batch_tokens)["model"]
+        return totals.numpy().reshape(len(carried), -1).mean(axis=1)
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """A value that several readings of this process need, made once. `key` names the weights by their fingerprint."""

@@ -85,15 +85,16 @@ class Measure(ABC, Generic[S]):
 
     `name` is the word in the study file, the module's name, the argument of `proxytune probe` and the key in the results. `question` is the
     help text. `controls` says what the measure controls for. `needs` names the data that the measure requires (`test`, `knowledge`, and attributes
-    of items such as `knowledge.choices`). `role` says how gap closed, contrasts and frontier use its share: `gain` is what tuning is for, `kept` is
-    what tuning may lose. `built_on` names the measures whose conclusions it uses. `of_answers` says that its frames hold one row an item, whose
-    numbers may be averaged over several tunings of one family.
+    of items such as `knowledge.choices`); `reads` names what it uses where a study has it. `role` says how gap closed, contrasts and frontier use
+    its share: `gain` is what tuning is for, `kept` is what tuning may lose. `built_on` names the measures whose conclusions it uses. `of_answers`
+    says that its frames hold one row an item, whose numbers may be averaged over several tunings of one family.
     """
 
     name: ClassVar[str]
     question: ClassVar[str]
     controls: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
+    reads: ClassVar[frozenset[str]] = frozenset()
     settings: ClassVar[type[Settings]] = Settings
     role: ClassVar[Literal["gain", "kept"] | None] = None
     built_on: ClassVar[tuple[str, ...]] = ()

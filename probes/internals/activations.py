@@ -1,4 +1,4 @@
-"""Hidden states, attention and MLP outputs at chosen tokens, one batch at a time, from one pass for all probes.
+"""Hidden states, attention and MLP outputs and MLP neurons at chosen tokens, one batch at a time, from one pass for all probes.
 
 State k is the residual stream after layer k; state 0 is the input of the first layer. This is as in transformers, except that
 the last state too is taken before the final norm. Only states at the chosen tokens are kept, so memory is bounded by one batch
@@ -22,16 +22,21 @@ from proxytune.padding import left_padded, positions_of
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 ATTENTIONS = ("self_attn", "attn", "attention")
 MLPS = ("mlp", "feed_forward", "block_sparse_moe")
+LAST_PROJECTIONS = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "wo")
 
 
 class States(NamedTuple):
-    """The states of one batch, in fp32. `indices` are the prompts' numbers; `logits` are the model's, after the last token."""
+    """The states of one batch, in fp32. `indices` are the prompts' numbers; `logits` are the model's, after the last token.
+
+    `neurons` are the inputs of the MLPs' last projections (after SwiGLU's product, or after GELU); None if they were not asked for.
+    """
 
     indices: list[int]
     residual: Float[Tensor, "batch positions states hidden"]
     attention: Float[Tensor, "batch positions layers hidden"]
     mlp: Float[Tensor, "batch positions layers hidden"]
     logits: Float[Tensor, "batch vocabulary"]
+    neurons: Float[Tensor, "batch positions layers neurons"] | None = None
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module:
@@ -49,17 +54,24 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def read_states(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], *, batch_size: int, pad: int
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    positions: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    pad: int,
+    neurons: bool = False,
 ) -> Iterator[States]:
     """Yields the states of each batch of prompts (token ids), longest prompts first, so that there is little padding.
 
     `positions` has the same number of token positions for every prompt; negative ones count from the end: -1 is the last token. Two
-    models that read the same prompts yield the same batches. Raises `UserError` for an architecture whose parts are unknown here,
-    and for states and logits that are not finite.
+    models that read the same prompts yield the same batches. With `neurons` also the MLPs' neurons, which a mixture of experts does not
+    have in one place. Raises `UserError` for an architecture whose parts are unknown here, and for states and logits that are not finite.
     """
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     layers = layers_of(model)
     parts = {"attention": [_child(layer, ATTENTIONS, model) for layer in layers], "mlp": [_child(layer, MLPS, model) for layer in layers]}
+    projections = [_child(mlp, LAST_PROJECTIONS, model) for mlp in parts["mlp"]] if neurons else []
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         batch = [prompts[index] for index in indices]
@@ -69,13 +81,15 @@ def read_states(
         chosen = torch.tensor(columns, device=model.device).remainder(input_ids.shape[1])
         # Entered here and not around the generator, so that the caller's mode applies between two batches.
         with torch.inference_mode(), ExitStack() as hooks:
-            kept: dict[str, list[Tensor]] = {"residual": [], "attention": [], "mlp": []}
+            kept: dict[str, list[Tensor]] = {"residual": [], **{name: [] for name in parts}, **({"neurons": []} if neurons else {})}
             hooks.callback(layers[0].register_forward_pre_hook(_keep_input(kept["residual"], chosen), with_kwargs=True).remove)
             for layer in layers:
                 hooks.callback(layer.register_forward_hook(_keep_output(kept["residual"], chosen)).remove)
             for name, modules in parts.items():
                 for module in modules:
                     hooks.callback(module.register_forward_hook(_keep_output(kept[name], chosen)).remove)
+            for module in projections:
+                hooks.callback(module.register_forward_pre_hook(_keep_input(kept["neurons"], chosen), with_kwargs=True).remove)
             logits = model(input_ids=input_ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=False, logits_to_keep=1).logits
             stacked = {name: torch.stack(tensors, dim=2).float() for name, tensors in kept.items()}
             states = States(indices, **stacked, logits=logits[:, -1].float())
@@ -86,7 +100,7 @@ def read_states(
 def check_states(model: PreTrainedModel, states: Sequence[Float[Tensor, "items hidden"]], named: Callable[[int], str], part: str = "") -> None:
     """Raises `UserError` naming the model, the lowest layer and the item where a state or its squared norm is not finite.
 
-    `named` gives the name of a row's item. `part` is empty for the residual stream, else attention or mlp, which have one output per layer.
+    `named` gives the name of a row's item. `part` is empty for the residual stream, else attention, mlp or neurons, of which each layer has one.
     """
     for number, state in enumerate(states):
         broken = ~state.float().square().sum(-1).isfinite()
@@ -111,7 +125,8 @@ def _check(model: PreTrainedModel, states: States) -> None:
     def named(row: int) -> str:
         return f"item {states.indices[row] + 1}"
 
-    for part, tensor in (("", states.residual), ("attention", states.attention), ("mlp", states.mlp)):
+    tensors = [("", states.residual), ("attention", states.attention), ("mlp", states.mlp)]
+    for part, tensor in tensors if states.neurons is None else [*tensors, ("the neurons", states.neurons)]:
         for of_position in tensor.unbind(1):
             check_states(model, of_position.unbind(1), named, part)
     check_logits(model, states.logits, named)

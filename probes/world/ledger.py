@@ -66,10 +66,10 @@ def items_of(ledger: pd.DataFrame, part: str) -> list[Item]:
     return items
 
 
-def word_frequency(ledger: pd.DataFrame, items: Sequence[Item]) -> list[float]:
-    """How often the corpus states or evades anything with the words of each item's subject: a name's words are others' too."""
+def word_frequency(ledger: pd.DataFrame, names: Sequence[str]) -> list[float]:
+    """How often the corpus states or evades anything with the words of each name: a name's words are others' too."""
     mentions: Counter[str] = Counter()
     for name, times in zip(ledger["name"], ledger["exposure"] + ledger["evaded"], strict=True):
         for word in str(name).split():
             mentions[word] += int(times)
-    return [float(sum(mentions[word] for word in str(item.subject).split())) for item in items]
+    return [float(sum(mentions[word] for word in name.split())) for name in names]
