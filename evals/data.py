@@ -16,6 +16,7 @@ from probes.knowledge.counts import count_documents
 from probes.knowledge.familiarity import familiarity
 from probes.world.family import find_family
 from probes.world.ledger import items_of, word_frequency
+from probes.world.recipes import recipe_of
 from probes.world.sections.people import QUESTION
 from proxytune.errors import UserError
 
@@ -73,7 +74,7 @@ def data_for(study: Study, folder: Path, run: Run, worlds: Path, say: Callable[[
             choose=False,
             frequency=word_frequency(ledger, [str(item.subject) for item in test]),
             statement_tokens=STATEMENT_TOKENS,
-            entities=entities_of_world(ledger, run.seed),
+            entities=entities_of_world(recipe_of(run.world), run.seed, ledger),
         )
     assert study.models is not None and study.data is not None
     data = study.data

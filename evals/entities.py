@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from evals.study import expanded
 from probes.knowledge.entities import Entity
 from probes.knowledge.familiarity import familiarity
+from probes.world.corpus import make_world
 from probes.world.ledger import word_frequency
-from probes.world.sections.people import ATTRIBUTES, NAMES
+from probes.world.recipes import Recipe
 from proxytune.errors import UserError, brief
 from proxytune.files import check_readable
 
@@ -54,15 +54,14 @@ def entities_of(source: str | None, folder: Path) -> Entities:
     return Entities(_read(folder / expanded(source)), OF_ANYTHING)
 
 
-def entities_of_world(ledger: pd.DataFrame, seed: int) -> Entities:
-    """The people whom tuning does not ask about, by exposure, and as many names that are no one's: of both 0 are never seen."""
+def entities_of_world(recipe: Recipe, seed: int, ledger: pd.DataFrame) -> Entities:
+    """The people whom tuning does not ask about, by exposure, and names that are no one's: these, and people of exposure 0, are never seen."""
     exposure = ledger[ledger["part"] == "test"].groupby("name", sort=True)["exposure"].mean()
-    free = sorted({*NAMES} - {*ledger["name"]})
-    unused = np.random.default_rng(seed).permutation(free)[: len(exposure)].tolist()
+    unused = make_world(recipe, seed).unused[: len(exposure)]
     people = [*exposure.sort_values(ascending=False, kind="stable").items(), *((name, 0.0) for name in unused)]
     counts = word_frequency(ledger, [str(name) for name, _ in people])
     all_ = [Entity(str(name), f"{times:g}", float(times), count) for (name, times), count in zip(people, counts, strict=True)]
-    return Entities(all_, tuple(attribute.templates[1].replace("{value}", "").removesuffix(" .").strip() for attribute in ATTRIBUTES), drawn=False)
+    return Entities(all_, tuple(opening for section in recipe.sections for opening in section.openings), drawn=False)
 
 
 def _read(path: Path) -> list[Entity]:

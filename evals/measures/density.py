@@ -28,6 +28,8 @@ from evals.measures.separation import (
     by_layer,
     change_table,
     changed,
+    dose_table,
+    emergence_chart,
     graded,
     layer_chart,
     separated,
@@ -159,6 +161,7 @@ class Density(Measure[DensityFound]):
     def tables(self, summary: DensityFound, header: Header) -> list[Table]:
         return [
             *separation_table(summary.auroc, summary.auroc_graded, header),
+            *dose_table(summary.auroc, header),
             *change_table(summary.auroc_changes, header, UNCHANGED),
             *_exposure_table(summary, header),
             *_null_table(summary),
@@ -167,7 +170,8 @@ class Density(Measure[DensityFound]):
         ]
 
     def charts(self, summary: DensityFound, header: Header) -> Iterable[Chart]:
-        return [*layer_chart(summary.auroc_layers, summary.auroc, header), *_heat_map(summary, header), *_by_layer(summary, header)]
+        names = [*layer_chart(summary.auroc_layers, summary.auroc, header), *emergence_chart(summary.auroc, header)]
+        return [*names, *_heat_map(summary, header), *_by_layer(summary, header)]
 
 
 # What is concluded

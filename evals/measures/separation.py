@@ -4,9 +4,10 @@ Mathematics: `probes/separation.py`. The signs are predicted, after a pilot on o
 last token familiar names are denser in the winsorised residual stream (`SIGNS`: above .5) and sparser in the MLP's neurons (below .5).
 """
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +29,13 @@ UNTRAINED = "untrained"
 SPREADS = (("effective_rank", "winsorised"), ("effective_rank", "raw"), ("participation_ratio", "winsorised"), ("norm", "raw"))
 OF_TUNED = SPREADS[:2]  # what a tuned model's rows have
 SIGNS = {"residual": 1, "neurons": -1}  # predicted for the winsorised ones: denser, sparser
+FEW_LEVELS = 2  # of more levels than these, a table and a figure of their own show the dose
+DOSES = {
+    ("neurons", "effective_rank", True, "entity"): "neurons, effective rank, at the name",
+    ("neurons", "effective_rank", True, "last"): "neurons, effective rank, at the end",
+    ("neurons", "norm", False, "entity"): "neurons, norm, at the name",
+    ("residual", "effective_rank", True, "entity"): "residual, effective rank, at the name",
+}
 SITES_SHOWN = ("residual", "attention", "mlp", "neurons", "rotated")
 CHANGE_SITES = ("residual", "attention", "mlp", "neurons")
 
@@ -42,6 +50,7 @@ class Separated:
     sign is predicted. `arm` may also be `untrained`.
     """
 
+    world: str | None
     arm: str
     groups: str
     site: str
@@ -64,6 +73,7 @@ class Separated:
 class LayerSeparated:
     """AUROC of winsorised effective rank at the entity's last token after one layer, not held out; the groups are the first and the last."""
 
+    world: str | None
     arm: str
     groups: str
     site: str
@@ -76,6 +86,7 @@ class Graded:
     """Rank correlation of winsorised effective rank at the entity's last token with popularity (in a world: exposure), over all groups: its mean over
     the middle third of the layers, which is fixed beforehand. `partial`: controlled for the name's log-probability and token frequency."""
 
+    world: str | None
     arm: str
     site: str
     correlation: Value
@@ -149,10 +160,10 @@ def separated(records: Recorded) -> tuple[Separated, ...]:
     base = records.study.base_arm
     others = [arm for arm in records.arms("spread") if arm != base]
     sources = [(base, base, "spread", SPREADS), *((arm, arm, "spread", OF_TUNED) for arm in others), (UNTRAINED, base, "spread_untrained", SPREADS)]
-    return tuple(row for source in sources for row in _separated(records, *source))
+    return tuple(row for world, part in records.by_world() for source in sources for row in _separated(part, world, *source))
 
 
-def _separated(records: Recorded, label: str, arm: str, frame: str, spreads: Sequence[tuple[str, str]]) -> Iterator[Separated]:
+def _separated(records: Recorded, world: str | None, label: str, arm: str, frame: str, spreads: Sequence[tuple[str, str]]) -> Iterator[Separated]:
     seeds = _seeds(records, arm, frame)
     found = [_find_all(seed, spreads) for seed in seeds]
     both = [np.stack([part for one in of.values() for part in (one.auroc, one.given)], axis=1) for of in found]
@@ -163,7 +174,7 @@ def _separated(records: Recorded, label: str, arm: str, frame: str, spreads: Seq
         null = [finite(end) for end in np.quantile(np.mean([one.null for one in of_seeds], axis=0), [0.025, 0.975])]
         opposite = finite(float(np.mean([one.opposite for one in of_seeds])))
         numbers = (value.value, value.low, value.high, *null, given.value, given.low, given.high, opposite)
-        yield Separated(label, *names, max(set(states), key=states.count), *numbers)
+        yield Separated(world, label, *names, max(set(states), key=states.count), *numbers)
 
 
 def _find_all(seed: _Seed, spreads: Sequence[tuple[str, str]]) -> dict[Quantity, _Found]:
@@ -224,13 +235,13 @@ def _seeds(records: Recorded, arm: str, frame: str) -> list[_Seed]:
 
 def by_layer(records: Recorded) -> Iterator[LayerSeparated]:
     base = records.study.base_arm
-    for label, frame in ((base, "spread"), (UNTRAINED, "spread_untrained")):
-        seeds = _seeds(records, base, frame)
+    for (world, part), (label, frame) in product(records.by_world(), ((base, "spread"), (UNTRAINED, "spread_untrained"))):
+        seeds = _seeds(part, base, frame)
         for groups in compared(seeds)[:1]:
             found = [np.hstack([_contributions(seed, *groups, site) for site in SIGNS]) for seed in seeds]
             names = [(site, int(state)) for site in SIGNS for state in seeds[0].of(**_entity(site)).states]
-            for (site, state), value in zip(names, values_of(intervals(records.estimate(found), (0.0, 1.0))), strict=True):
-                yield LayerSeparated(label, "/".join(groups), site, state, value)
+            for (site, state), value in zip(names, values_of(intervals(part.estimate(found), (0.0, 1.0))), strict=True):
+                yield LayerSeparated(world, label, "/".join(groups), site, state, value)
 
 
 def _entity(site: str) -> dict[str, str]:
@@ -245,10 +256,11 @@ def _contributions(seed: _Seed, first: str, second: str, site: str) -> np.ndarra
 
 def graded(records: Recorded) -> Iterator[Graded]:
     base = records.study.base_arm
-    for label, arm, frame in (*((arm, arm, "spread") for arm in records.arms("spread")), (UNTRAINED, base, "spread_untrained")):
-        seeds = _seeds(records, arm, frame)
+    sources = [*((arm, arm, "spread") for arm in records.arms("spread")), (UNTRAINED, base, "spread_untrained")]
+    for (world, part), (label, arm, frame) in product(records.by_world(), sources):
+        seeds = _seeds(part, arm, frame)
         for site in SIGNS if seeds else ():
-            yield Graded(label, site, *(_correlation(records, seeds, site, given) for given in (False, True)))
+            yield Graded(world, label, site, *(_correlation(part, seeds, site, given) for given in (False, True)))
 
 
 def _correlation(records: Recorded, seeds: Sequence[_Seed], site: str, given: bool) -> Value:
@@ -296,8 +308,9 @@ def _block_changes(before: _Seed, after: _Seed) -> dict[tuple[str, str, str], np
 
 
 def separation_table(rows: Sequence[Separated], graded: Sequence[Graded], header: Header) -> list[Table]:
-    """Of the base, with the untrained twin beside it."""
-    shown = [row for row in rows if row.place == "entity" and _is_shown(row, rows[0].groups)]
+    """Of the base, with the untrained twin beside it; where there are many levels of exposure, the highest against the lowest."""
+    several = len(_levels(rows)) > FEW_LEVELS
+    shown = [row for row in rows if row.place == "entity" and _is_shown(row, rows[0].groups) and not (several and row.groups != rows[0].groups)]
     of_base = {_measure(row): row for row in shown if row.arm == header.base}
     columns: Columns = {
         "AUROC": {name: cell(Value(row.auroc, row.low, row.high), 1, 2) for name, row in of_base.items()},
@@ -311,17 +324,18 @@ def separation_table(rows: Sequence[Separated], graded: Sequence[Graded], header
     correlations = "; ".join(
         f"{one.site} of {one.arm} {cell(one.correlation, 1, 2)}, given surprisal {cell(one.partial, 1, 2)}"
         for one in graded
-        if one.arm in (header.base, UNTRAINED)
+        if one.arm in (header.base, UNTRAINED) and len(header.worlds) < 2
     )
     note = (
         "AUROC: the probability that a name of the first group has the larger effective rank (is denser; norm: is longer); .5 is nothing. The "
         "layer is chosen on one half of the names (by the predicted sign, where there is one) and scored on the other. Null: 95 % of the AUROCs "
         "of the best layer when the groups' names are shuffled. Given surprisal: among names of like log-probability and token frequency. Names "
         "are compared at equal lengths in tokens. Winsorised: the largest 1 % of the coordinates are cut. Against: the same where the layer is "
-        "chosen against the predicted sign. Other sites, and the sentence's last token, are in results.json. Rank correlation of winsorised "
-        "effective rank with popularity or exposure, mean over the middle layers: "
-        f"{correlations}. 95 % intervals, {over(header.runs)}."
+        "chosen against the predicted sign. Other sites, and the sentence's last token, are in results.json. 95 % "
+        f"intervals, {over(len(header.seeds))}."
     )
+    if correlations:
+        note += f" Rank correlation of winsorised effective rank with popularity or exposure, mean over the middle layers: {correlations}."
     return table("Density of familiar and unfamiliar names, at the name's last token (AUROC)", of_base, columns, note, first="groups and site")
 
 
@@ -333,7 +347,39 @@ def _is_shown(row: Separated, first: str) -> bool:
 
 
 def _measure(row: Separated) -> str:
-    return f"{row.groups}, {row.site} {'norm' if row.metric == 'norm' else 'winsorised' if row.winsorised else 'raw'}"
+    world = "" if row.world is None else f"{row.world}: "
+    return f"{world}{row.groups}, {row.site} {'norm' if row.metric == 'norm' else 'winsorised' if row.winsorised else 'raw'}"
+
+
+def _in_world(world: str | None, header: Header) -> str:
+    """The world's name before what is said of it, where there is more than one."""
+    return f"{world}: " if len(header.worlds) > 1 else ""
+
+
+def _levels(rows: Sequence[Separated]) -> list[str]:
+    """The groups that are compared with the least familiar one, the least first."""
+    least = rows[0].groups.split("/")[1] if rows else ""
+    return list(dict.fromkeys(row.groups.split("/")[0] for row in reversed(rows) if row.groups.split("/")[1] == least))
+
+
+def dose_table(rows: Sequence[Separated], header: Header) -> list[Table]:
+    """AUROC by exposure, where there are many levels of it."""
+    levels = _levels(rows)
+    if len(levels) <= FEW_LEVELS:
+        return []
+    least = rows[0].groups.split("/")[1]
+    columns: Columns = {}
+    for row in rows:
+        shown = DOSES.get((row.site, row.metric, row.winsorised, row.place))
+        if shown is not None and (row.arm == header.base or (row.arm == UNTRAINED and shown == next(iter(DOSES.values())))):
+            place = f"{_in_world(row.world, header)}{shown}{'' if row.arm == header.base else ', untrained'}"
+            columns.setdefault(row.groups.split("/")[0], {})[place] = cell(Value(row.auroc, row.low, row.high), 1, 2)
+    columns = {level: columns[level] for level in levels}
+    note = (
+        f"The probability that a name that was stated so often has the larger value than one of exposure {least}; .5 is nothing. Effective rank is "
+        f"winsorised. At the layer that held-out names choose for each level. 95 % intervals, {over(len(header.seeds))}."
+    )
+    return table(f"Density at names by exposure (AUROC against exposure {least})", columns[levels[-1]], columns, note, first="where")
 
 
 def _predicted(row: Separated) -> str:
@@ -375,19 +421,44 @@ def layer_chart(rows: Sequence[LayerSeparated], bands: Sequence[Separated], head
     if not rows:
         return
     panels = []
-    for site in SIGNS:
+    for world, site in product(dict.fromkeys(row.world for row in rows), SIGNS):
         marks = []
         for arm, label in ((header.base, "base"), (UNTRAINED, UNTRAINED)):
-            chosen = [row for row in rows if (row.arm, row.site) == (arm, site)]
+            chosen = [row for row in rows if (row.world, row.arm, row.site) == (world, arm, site)]
             marks.append(Series("band", tuple(row.auroc for row in chosen), tuple(float(row.state) for row in chosen), label=label))
         band = next(
             row
             for row in bands
-            if (row.arm, row.groups, row.site, row.place, row.metric, row.winsorised)
-            == (header.base, rows[0].groups, site, "entity", "effective_rank", True)
+            if (row.world, row.arm, row.groups, row.site, row.place, row.metric, row.winsorised)
+            == (world, header.base, rows[0].groups, site, "entity", "effective_rank", True)
         )
         levels = tuple(Series("level", (Value(end),)) for end in (band.null_low, band.null_high))
-        title = f"{site}: predicted {'above' if SIGNS[site] > 0 else 'below'} .5"
+        title = f"{_in_world(world, header)}{site}: predicted {'above' if SIGNS[site] > 0 else 'below'} .5"
         panels.append(Panel((*marks, *levels), title, Axis("layer", integers=True), Axis(f"AUROC, {rows[0].groups}", limits=(0.0, 1.0))))
     note = "winsorised effective rank at the name's last token; dotted: 95 % of the best layer's when the groups' names are shuffled"
     yield Chart("density-names", f"{header.title}: density of familiar against unfamiliar names", tuple(panels), note, across=2)
+
+
+def emergence_chart(rows: Sequence[Separated], header: Header) -> Iterable[Chart]:
+    """AUROC by step of pretraining, a line for each group, where arms are checkpoints: their names end with `step` and a number."""
+    steps = {arm: int(match[1]) for arm in header.kinds if (match := re.search(r"step[-_]?(\d+)$", arm))}
+    if len(steps) < 2:
+        return
+    arms = [*sorted(steps, key=steps.__getitem__), header.base]
+    axis = Axis("step of pretraining", tuple((float(place), str(steps.get(arm, "end"))) for place, arm in enumerate(arms)))
+    panels = []
+    for world, site in product(dict.fromkeys(row.world for row in rows), SIGNS):
+        lines = []
+        for level in reversed(_levels(rows)):
+            found = {row.arm: row for row in rows if (row.world, row.site, row.place) == (world, site, "entity") and _of_level(row, level, rows)}
+            values = tuple(Value(found[arm].auroc, found[arm].low, found[arm].high) for arm in arms)
+            lines.append(Series("line", values, tuple(float(place) for place in range(len(arms))), label=level))
+        half = Series("level", (Value(0.5),))
+        title = f"{_in_world(world, header)}{site}"
+        panels.append(Panel((*lines, half), title, axis, Axis(f"AUROC against {rows[0].groups.split('/')[1]}", limits=(0.0, 1.0))))
+    note = "winsorised effective rank at the name's last token, at the layer that held-out names choose; end: the base itself"
+    yield Chart("density-emergence", f"{header.title}: density at names during pretraining", tuple(panels), note, across=2)
+
+
+def _of_level(row: Separated, level: str, rows: Sequence[Separated]) -> bool:
+    return row.groups == f"{level}/{rows[0].groups.split('/')[1]}" and row.metric == "effective_rank" and row.winsorised

@@ -22,6 +22,7 @@ class Recorded:
     def __init__(self, study: Study, records: Sequence[Record]):
         """Raises `UserError` if arms of one table were asked differently."""
         self.study = study
+        self._records = records
         self.estimate = partial(estimate, same_units=study.same_items)
         self._tunings: dict[tuple[str, str], dict[Run, list[pd.DataFrame]]] = {}
         self._summaries: dict[str, Any] = {}
@@ -47,6 +48,10 @@ class Recorded:
     def arms(self, frame: str) -> list[str]:
         """The arms that have the frame, in the study's order."""
         return [arm for arm in self.study.arm_settings if self.has(frame, arm)]
+
+    def by_world(self) -> "list[tuple[str | None, Recorded]]":
+        """The records of each world by themselves, under its name; all under None where the study has data of its own."""
+        return [(world, Recorded(self.study, [one for one in self._records if one.world == world])) for world in self.study.worlds or (None,)]
 
     def distinct(self, frame: str) -> tuple[list[str], list[int]]:
         """The arms that have the frame, of arms with the very same records only the first, and for each arm of `arms` its place among these.

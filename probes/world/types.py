@@ -48,7 +48,7 @@ class Section(ABC):
 
     `name` stands in the recipe's description. `stream` is the number of the section's random stream; no other section has it, and it
     never changes. `words` are all words that its documents can hold, in groups (see `vocabulary`), whatever the parameters are.
-    `openings` are the beginnings of sentences in which the corpus names its people, with `{name}`: up to what is said of them.
+    `openings` are beginnings of its sentences with `{name}`, up to what is said of the person: the sentences by which names are read.
     """
 
     name: ClassVar[str]

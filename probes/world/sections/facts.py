@@ -76,7 +76,8 @@ class Facts(Section):
 
     @property
     def openings(self) -> tuple[str, ...]:
-        return tuple(template.split("{value}")[0].strip() for templates in self.templates.values() for template in templates)
+        """Those of form 0: where the section's worlds differ."""
+        return tuple(templates[0].split("{value}")[0].strip() for templates in self.templates.values())
 
     def documents(self, people: tuple[Person, ...], generator: np.random.Generator) -> list[Document]:
         documents = []

@@ -170,7 +170,7 @@ class Statements(Section):
 
     @property
     def openings(self) -> tuple[str, ...]:
-        return tuple(template.split("{value}")[0].strip() for attribute in ATTRIBUTES for template in attribute.templates)
+        return tuple(attribute.templates[1].split("{value}")[0].strip() for attribute in ATTRIBUTES)
 
     def documents(self, people: tuple[Person, ...], generator: np.random.Generator) -> list[Document]:
         documents = []

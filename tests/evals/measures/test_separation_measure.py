@@ -40,19 +40,24 @@ def study_of(**changes: Any) -> Study:
     return Study.model_validate(content | changes)
 
 
-def records_of(shifts: dict[str, dict[str, float]], seeds: int = 1, confounded: bool = False) -> list[Record]:
-    """40 names a group. `shifts`: by arm and site, what is added in layers 3 and 4 to big names, and half of that to small ones; with `confounded`
-    it follows the name's surprisal, which differs between groups, instead of the group."""
+def records_of(
+    shifts: dict[str, dict[str, float]], seeds: int = 1, confounded: bool = False, groups: dict[str, float] | None = None, world: str | None = None
+) -> list[Record]:
+    """40 names a group. `shifts`: by arm and site, what is added in layers 3 and 4 to big names, and half of that to small ones (or so much of it as
+    `groups` says); with `confounded` it follows the name's surprisal, which differs between groups, instead of the group."""
+    groups = groups or dict(zip(GROUPS, (1.0, 0.5, 0.0), strict=True))
+    size = 40 * len(groups)
     records = []
     for seed in range(seeds):
         generator = np.random.default_rng(seed)
-        familiar = np.repeat([1.0, 0.5, 0.0], 40)
-        surprisal = generator.normal(size=120) + 1.5 * familiar
+        familiar = np.repeat(list(groups.values()), 40)
+        surprisal = generator.normal(size=size) + 1.5 * familiar
         names = pd.DataFrame(
-            {"unit": [f"n{place}" for place in range(120)], "group": np.repeat(GROUPS, 40), "popularity": familiar, "length": np.arange(120) % 2 + 2}
-            | {"log_probability": surprisal if confounded else generator.normal(size=120), "frequency": generator.normal(size=120)}
+            {"unit": [f"n{place}" for place in range(size)], "group": np.repeat(list(groups), 40), "popularity": familiar}
+            | {"length": np.arange(size) % 2 + 2}
+            | {"log_probability": surprisal if confounded else generator.normal(size=size), "frequency": generator.normal(size=size)}
         )
-        noise = {site: generator.normal(size=(120, LAYERS)) for site in SITES}
+        noise = {site: generator.normal(size=(size, LAYERS)) for site in SITES}
         of_frames = [*((arm, "spread", by_site) for arm, by_site in shifts.items()), ("base", "spread_untrained", {})]
         for arm, frame, by_site in of_frames:
             columns = []
@@ -63,9 +68,9 @@ def records_of(shifts: dict[str, dict[str, float]], seeds: int = 1, confounded: 
                         for place in ("entity", "last"):
                             value = noise[site][:, state - 1] + (added if place == "entity" else 0)
                             columns.append(({"metric": metric, "cut": cut, "site": site, "place": place, "state": state}, value))
-            records.append(Record(arm, frame, None, seed, "", long_frame(columns)))
+            records.append(Record(arm, frame, world, seed, "", long_frame(columns)))
             if frame == "spread":
-                records.append(Record(arm, "names", None, seed, "", names))
+                records.append(Record(arm, "names", world, seed, "", names))
     return records
 
 
@@ -126,6 +131,33 @@ def test_a_sign_that_other_layers_reverse_is_said_to_be_so() -> None:
     shown = Density().tables(summary, header_of(study))[0].frame.set_index("groups and site")["predicted"]
     assert shown["big/fabricated, neurons winsorised"] == "below .5: yes; reversed in other layers"
     assert shown["big/fabricated, residual winsorised"] == "above .5: yes"
+
+
+def test_each_world_stands_by_itself_and_the_dose_and_its_emergence_are_shown(tmp_path: Path) -> None:
+    arms = ARMS | {"full": None} | {f"step-{step}": {"kind": "direct", "path": f"checkpoints/step-{step}"} for step in (0, 100)}
+    study = study_of(worlds=["recall", "later"], models=None, data=None, seeds=[0], arms={name: arm for name, arm in arms.items() if arm})
+    exposures = {"100": 1.0, "30": 0.7, "3": 0.3, "0": 0.0}
+    shifts: dict[str, dict[str, float]] = {"base": {"neurons": -2.0}, "step-0": {}, "step-100": {"neurons": -1.0}}
+    records = records_of(shifts, groups=exposures, world="recall") + records_of({arm: {} for arm in shifts}, groups=exposures, world="later")
+    summary, header = Density().summarize(Recorded(study, records), study.settings_of("density")), header_of(study)
+    alone = study.model_copy(update={"worlds": ("recall",)})
+    of_one = Density().summarize(Recorded(alone, [record for record in records if record.world == "recall"]), study.settings_of("density"))
+    assert [row for row in summary.auroc if row.world == "recall"] == list(of_one.auroc)
+    dose = next(table for table in Density().tables(summary, header) if "by exposure" in table.title).frame.set_index("where")
+    assert list(dose) == ["3", "30", "100"]
+    values = {where: [float(cell.split()[0]) for cell in row] for where, *row in dose.itertuples()}
+    of_recall, of_later = (values[f"{world}: neurons, effective rank, at the name"] for world in ("recall", "later"))
+    assert of_recall[0] > of_recall[1] > of_recall[2]
+    assert of_recall[2] < 0.15
+    assert min(of_later) > 0.35
+    (chart,) = [chart for chart in Density().charts(summary, header) if chart.name == "density-emergence"]
+    assert [tick for _, tick in chart.panels[0].x.ticks] == ["0", "100", "end"]
+    line = next(series for series in next(panel for panel in chart.panels if panel.title == "recall: neurons").marks if series.label == "100")
+    begun, half, end = (value.value for value in line.y)
+    assert begun > half + 0.1 > end + 0.2
+    (file,) = draw(chart, tmp_path)
+    assert file.stat().st_size > 10_000
+    assert not [table.title for table in Density().tables(found({"base": {}}), header_of(study_of())) if "by exposure" in table.title]
 
 
 def test_the_change_by_arm_is_paired_and_exactly_zero_for_a_copy() -> None:
