@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from pydantic import Field
 
 from evals.display.cells import FEW_COLUMNS, Columns, Table, cell, over, table
 from evals.display.chart import Axis, Cells, Chart, Panel, Series, all_scaled, exposure_axis, scaled
@@ -132,15 +133,20 @@ class DensityFound:
     auroc_changes: tuple[SeparationChange, ...] = ()
 
 
+class DensitySettings(Settings):
+    names: bool = Field(default=True, description="also read the entities' names")
+
+
 class Density(Measure[DensityFound]):
     name = "density"
     question = "How dense are hidden states, how does that vary with exposure, and how does tuning change it?"
     controls = "Matched for length and last token; an untrained model; Gaussian vectors; random deltas of the same norm."
     reads = frozenset({"knowledge.statement", "knowledge.popularity"})
+    settings = DensitySettings
     summary = DensityFound
 
-    def readings(self, inputs: Inputs, settings: Settings) -> list[Reading]:
-        return [*([States()] if inputs.data.knowledge else []), *([Names()] if inputs.entities[0] else [])]
+    def readings(self, inputs: Inputs, settings: DensitySettings) -> list[Reading]:
+        return [*([States()] if inputs.data.knowledge else []), *([Names()] if settings.names and inputs.entities[0] else [])]
 
     def summarize(self, records: Recorded, settings: Settings) -> DensityFound:
         base = records.study.base_arm
