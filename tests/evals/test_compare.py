@@ -133,7 +133,7 @@ def test_every_format_renders_and_figures_are_drawn(unbroken: Unbroken, tmp_path
         text = draw(result_tables(results), form, 160)
         assert all(arm in text.replace("\\", "") for arm in ("proxy@1", "lora", "unchanged by construction"))
     figures = [path for chart in result_charts(results) for path in draw_chart(chart, tmp_path)]
-    assert {path.stem for path in figures} == {"frontier", "knowledge-by-exposure", "density-change", "density-by-layer"}
+    assert {path.stem for path in figures} == {"frontier", "knowledge-by-exposure", "density-names", "density-change", "density-by-layer"}
     assert all(path.stat().st_size > 10_000 for path in figures)
 
 

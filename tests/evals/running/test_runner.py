@@ -282,7 +282,6 @@ def at_work(process: subprocess.Popen[str], out: Path) -> bool:
     return any(out.glob("records/*.parquet"))
 
 
-@pytest.mark.slow  # the command is run twice more
 def test_a_killed_parent_leaves_no_worker_and_no_lock_and_the_command_goes_on(place: Path, unbroken: dict[str, bytes]) -> None:
     study, out = place / "study.yaml", place / "killed"
     process = start("compare", study, "--jobs", 2, "--out", out)
