@@ -31,7 +31,7 @@ class StudyData:
     Items that the study does not need are empty lists. `ending` follows each answer in the tuning data. `choose` says that the task is
     a choice among candidates instead of a generated text; `number` says that a text is judged by its last number. `frequency` is how
     often the corpus has each knowledge item's words. A statement is continued by `statement_tokens` (None: `new_tokens`). `entities` are those
-    whose names are read.
+    whose names are read, if a measure reads them.
     """
 
     base: str
@@ -55,6 +55,7 @@ def data_for(study: Study, folder: Path, run: Run, worlds: Path, say: Callable[[
     `say` is called with remarks on the data (duplicates, ignored columns). `folder` is that of the study file. Raises `UserError` for data
     that cannot be read, that lack something a measure needs, or whose test items are also tuned on.
     """
+    wanted = {need for name in study.measures for need in measures()[name].needs | measures()[name].reads}
     if run.world is not None:
         family = find_family(run.world, run.seed, worlds, checkpoints=study.reads_checkpoints)
         if family is None:
@@ -74,7 +75,7 @@ def data_for(study: Study, folder: Path, run: Run, worlds: Path, say: Callable[[
             choose=False,
             frequency=word_frequency(ledger, [str(item.subject) for item in test]),
             statement_tokens=STATEMENT_TOKENS,
-            entities=entities_of_world(recipe_of(run.world), run.seed, ledger),
+            entities=entities_of_world(recipe_of(run.world), run.seed, ledger) if "entities" in wanted else None,
         )
     assert study.models is not None and study.data is not None
     data = study.data
@@ -87,7 +88,6 @@ def data_for(study: Study, folder: Path, run: Run, worlds: Path, say: Callable[[
         say(f"data: {describe(common)}")
     if common.shared and not data.allow_overlap:
         raise UserError(f"data.test: {describe(common)}; take them out of one, or set data.allow_overlap: true")
-    wanted = {need for name in study.measures for need in measures()[name].needs | measures()[name].reads}
     wanted |= {"test.choices"} if data.answer == "choose" else set()
     parts: dict[str, Sequence[Item]] = {"test": test, "knowledge": knowledge}
     for field, _, attribute in sorted(need.partition(".") for need in wanted if need != "knowledge.popularity"):
@@ -115,7 +115,7 @@ def data_for(study: Study, folder: Path, run: Run, worlds: Path, say: Callable[[
         data.answer == "choose",
         data.answer == "number",
         frequency,
-        entities=entities_of(data.entities, folder),
+        entities=entities_of(data.entities, folder) if "entities" in wanted else None,
     )
 
 

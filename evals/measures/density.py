@@ -141,7 +141,7 @@ class Density(Measure[DensityFound]):
     name = "density"
     question = "How dense are hidden states, how does that vary with exposure, and how does tuning change it?"
     controls = "Matched for length and last token; an untrained model; Gaussian vectors; random deltas of the same norm."
-    reads = frozenset({"knowledge.statement", "knowledge.popularity"})
+    reads = frozenset({"knowledge.statement", "knowledge.popularity", "entities"})
     settings = DensitySettings
     summary = DensityFound
 
