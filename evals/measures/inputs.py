@@ -117,8 +117,7 @@ class Inputs:
         for item in self.task:
             answer = continuation_ids(tokenizer, item.said, answer_space(prompt))
             requests.append(Request(tuple(prompt_ids(tokenizer, prompt_text(item, tokenizer, prompt))), tuple(answer)))
-        model = ProxyTunedForCausalLM({"model": member}, {"model": 1.0})
-        totals = score(model, requests, {"model": {"model": 1.0}}, batch_tokens=self.study.batch_tokens)["model"]
+        totals = self._scored(member, requests)
         if not totals.isfinite().all():
             item = self.task[int((~totals.isfinite()).nonzero()[0])]
             name = member.model.name_or_path or type(member.model).__name__
@@ -129,9 +128,12 @@ class Inputs:
         """Log-probability (nats) of each entity's name after what precedes it, a mean over the sentences that carry it."""
         carried = self.entities[1]
         requests = [Request(tuple(each.ids[: each.first]), tuple(each.name_ids)) for of_name in carried for each in of_name]
+        return self._scored(member, requests).numpy().reshape(len(carried), -1).mean(axis=1)
+
+    def _scored(self, member: Member, requests: Sequence[Request]) -> torch.Tensor:
+        """The log-probability (nats) of every request's continuation."""
         model = ProxyTunedForCausalLM({"model": member}, {"model": 1.0})
-        totals = score(model, requests, {"model": {"model": 1.0}}, batch_tokens=self.study.batch_tokens)["model"]
-        return totals.numpy().reshape(len(carried), -1).mean(axis=1)
+        return score(model, requests, {"model": {"model": 1.0}}, batch_tokens=self.study.batch_tokens)["model"]
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """A value that several readings of this process need, made once. `key` names the weights by their fingerprint."""

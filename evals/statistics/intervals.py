@@ -11,7 +11,7 @@ is over these units or over these seeds, whichever is wider.
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -126,14 +126,18 @@ def _unit_weights(stream: int, units: int) -> tuple[Iterable[Float[np.ndarray, "
     if units <= KEPT_UNITS:
         return _kept_weights(stream, units)
     generator = np.random.default_rng([stream, 1])
-    return (generator.exponential(size=(units, min(BATCH, DRAWS - start))) for start in range(0, DRAWS, BATCH)), generator
+    return _batches(units, generator), generator
 
 
 @lru_cache(maxsize=2)
 def _kept_weights(stream: int, units: int) -> tuple[Iterable[Float[np.ndarray, "units batch"]], np.random.Generator]:
     """A study asks for the same weights again and again, and drawing them is most of the work."""
     generator = np.random.default_rng([stream, 1])
-    return [generator.exponential(size=(units, min(BATCH, DRAWS - start))) for start in range(0, DRAWS, BATCH)], generator
+    return list(_batches(units, generator)), generator
+
+
+def _batches(units: int, generator: np.random.Generator) -> Iterator[Float[np.ndarray, "units batch"]]:
+    return (generator.exponential(size=(units, min(BATCH, DRAWS - start))) for start in range(0, DRAWS, BATCH))
 
 
 @cache
