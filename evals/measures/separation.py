@@ -36,7 +36,6 @@ DOSES = {
     ("neurons", "norm", False, "entity"): "neurons, norm, at the name",
     ("residual", "effective_rank", True, "entity"): "residual, effective rank, at the name",
 }
-SITES_SHOWN = ("residual", "attention", "mlp", "neurons", "rotated")
 CHANGE_SITES = ("residual", "attention", "mlp", "neurons")
 
 
@@ -67,6 +66,19 @@ class Separated:
     given_low: float | None
     given_high: float | None
     opposite: float | None
+
+    @property
+    def first(self) -> str:
+        return self.groups.split("/")[0]
+
+    @property
+    def least(self) -> str:
+        """The less familiar one of the groups."""
+        return self.groups.split("/")[1]
+
+    @property
+    def of_winsorised_rank(self) -> bool:
+        return self.metric == "effective_rank" and self.winsorised
 
 
 @dataclass(frozen=True)
@@ -341,7 +353,7 @@ def separation_table(rows: Sequence[Separated], graded: Sequence[Graded], header
 
 def _is_shown(row: Separated, first: str) -> bool:
     """What was predicted, for all groups; of the first also what it is to be told from."""
-    if row.metric == "effective_rank" and row.winsorised:
+    if row.of_winsorised_rank:
         return row.site in SIGNS or (row.groups, row.site) == (first, "rotated")
     return row.groups == first and row.site in SIGNS and row.metric != "participation_ratio"
 
@@ -358,8 +370,7 @@ def _in_world(world: str | None, header: Header) -> str:
 
 def _levels(rows: Sequence[Separated]) -> list[str]:
     """The groups that are compared with the least familiar one, the least first."""
-    least = rows[0].groups.split("/")[1] if rows else ""
-    return list(dict.fromkeys(row.groups.split("/")[0] for row in reversed(rows) if row.groups.split("/")[1] == least))
+    return list(dict.fromkeys(row.first for row in reversed(rows) if row.least == rows[0].least))
 
 
 def dose_table(rows: Sequence[Separated], header: Header) -> list[Table]:
@@ -367,13 +378,13 @@ def dose_table(rows: Sequence[Separated], header: Header) -> list[Table]:
     levels = _levels(rows)
     if len(levels) <= FEW_LEVELS:
         return []
-    least = rows[0].groups.split("/")[1]
+    least = rows[0].least
     columns: Columns = {}
     for row in rows:
         shown = DOSES.get((row.site, row.metric, row.winsorised, row.place))
         if shown is not None and (row.arm == header.base or (row.arm == UNTRAINED and shown == next(iter(DOSES.values())))):
             place = f"{_in_world(row.world, header)}{shown}{'' if row.arm == header.base else ', untrained'}"
-            columns.setdefault(row.groups.split("/")[0], {})[place] = cell(Value(row.auroc, row.low, row.high), 1, 2)
+            columns.setdefault(row.first, {})[place] = cell(Value(row.auroc, row.low, row.high), 1, 2)
     columns = {level: columns[level] for level in levels}
     note = (
         f"The probability that a name that was stated so often has the larger value than one of exposure {least}; .5 is nothing. Effective rank is "
@@ -385,7 +396,7 @@ def dose_table(rows: Sequence[Separated], header: Header) -> list[Table]:
 def _predicted(row: Separated) -> str:
     """Whether the sign that was predicted is there, beyond the null."""
     sign = SIGNS.get(row.site)
-    if sign is None or row.metric != "effective_rank" or not row.winsorised or row.place != "entity" or row.auroc is None:
+    if sign is None or not row.of_winsorised_rank or row.place != "entity" or row.auroc is None:
         return ""
     assert row.null_low is not None and row.null_high is not None
     if row.null_low <= row.auroc <= row.null_high:
@@ -429,8 +440,8 @@ def layer_chart(rows: Sequence[LayerSeparated], bands: Sequence[Separated], head
         band = next(
             row
             for row in bands
-            if (row.world, row.arm, row.groups, row.site, row.place, row.metric, row.winsorised)
-            == (world, header.base, rows[0].groups, site, "entity", "effective_rank", True)
+            if row.of_winsorised_rank
+            and (row.world, row.arm, row.groups, row.site, row.place) == (world, header.base, rows[0].groups, site, "entity")
         )
         levels = tuple(Series("level", (Value(end),)) for end in (band.null_low, band.null_high))
         title = f"{_in_world(world, header)}{site}: predicted {'above' if SIGNS[site] > 0 else 'below'} .5"
@@ -442,23 +453,20 @@ def layer_chart(rows: Sequence[LayerSeparated], bands: Sequence[Separated], head
 def emergence_chart(rows: Sequence[Separated], header: Header) -> Iterable[Chart]:
     """AUROC by step of pretraining, a line for each group, where arms are checkpoints: their names end with `step` and a number."""
     steps = {arm: int(match[1]) for arm in header.kinds if (match := re.search(r"step[-_]?(\d+)$", arm))}
-    if len(steps) < 2:
+    if len(steps) < 2 or not rows:
         return
     arms = [*sorted(steps, key=steps.__getitem__), header.base]
     axis = Axis("step of pretraining", tuple((float(place), str(steps.get(arm, "end"))) for place, arm in enumerate(arms)))
-    panels = []
+    panels, least = [], rows[0].least
+    predicted = [row for row in rows if row.of_winsorised_rank and row.place == "entity" and row.least == least]
     for world, site in product(dict.fromkeys(row.world for row in rows), SIGNS):
         lines = []
         for level in reversed(_levels(rows)):
-            found = {row.arm: row for row in rows if (row.world, row.site, row.place) == (world, site, "entity") and _of_level(row, level, rows)}
+            found = {row.arm: row for row in predicted if (row.world, row.site, row.first) == (world, site, level)}
             values = tuple(Value(found[arm].auroc, found[arm].low, found[arm].high) for arm in arms)
             lines.append(Series("line", values, tuple(float(place) for place in range(len(arms))), label=level))
         half = Series("level", (Value(0.5),))
         title = f"{_in_world(world, header)}{site}"
-        panels.append(Panel((*lines, half), title, axis, Axis(f"AUROC against {rows[0].groups.split('/')[1]}", limits=(0.0, 1.0))))
+        panels.append(Panel((*lines, half), title, axis, Axis(f"AUROC against {least}", limits=(0.0, 1.0))))
     note = "winsorised effective rank at the name's last token, at the layer that held-out names choose; end: the base itself"
     yield Chart("density-emergence", f"{header.title}: density at names during pretraining", tuple(panels), note, across=2)
-
-
-def _of_level(row: Separated, level: str, rows: Sequence[Separated]) -> bool:
-    return row.groups == f"{level}/{rows[0].groups.split('/')[1]}" and row.metric == "effective_rank" and row.winsorised
