@@ -14,6 +14,7 @@ import sys
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 SMALLEST = 2**16  # weights; for smaller layers the call costs more than the product
 ROWS = 8  # of the product that the blocks are chosen for
@@ -60,7 +61,7 @@ def prepack_linear_layers(*models: nn.Module) -> int:
 
 
 def unpack_linear_layers(*models: nn.Module) -> None:
-    """Puts plain layers back, bit for bit; layers that shared a prepacked one share the plain one."""
+    """Puts plain layers back, bit for bit; layers that shared a prepacked one share the plain one, and a tied head is the embeddings again."""
     found = [
         (parent, name) for model in models for parent in model.modules() for name, child in parent.named_children() if type(child) is PrepackedLinear
     ]
@@ -74,6 +75,9 @@ def unpack_linear_layers(*models: nn.Module) -> None:
         setattr(parent, name, plain[id(prepacked)])
         del prepacked
         return_memory()
+    for model in models:
+        if isinstance(model, PreTrainedModel):
+            model.tie_weights()
 
 
 def return_memory() -> None:

@@ -54,3 +54,14 @@ def test_layers_that_share_a_weight_share_it_packed_and_again_when_unpacked() ->
     assert one[0] is other[0]
     assert torch.equal(one[0].weight, before)
     assert [type(layer) for layer in other] == [nn.Linear, nn.Linear]
+
+
+def test_a_tied_head_is_tied_again_when_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepacked, "SMALLEST", 0)
+    model = make_model("gemma")
+    before = [name for name, _ in model.named_parameters()]
+    prepack_linear_layers(model)
+    assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight  # what the test is about
+    unpack_linear_layers(model)
+    assert [name for name, _ in model.named_parameters()] == before
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
