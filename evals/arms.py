@@ -15,6 +15,7 @@ from evals.data import StudyData
 from evals.kinds import LogitBias, Swept, Tuned
 from evals.selection import Choices, recorded, strength
 from evals.study import Study, expanded
+from finetune.checkpoints import STEPS
 from finetune.encoding import continuation_ids
 from finetune.logit_bias import fit_logit_bias, read_bias
 from finetune.recipe import BiasTuning, Tuning, TuningRun
@@ -197,6 +198,15 @@ def tuned_as(group: Group, tuning: Tuning | BiasTuning, data: StudyData, folder:
 def start_of(group: Group, data: StudyData) -> Weights:
     """The model that the group's model is tuned from."""
     return Weights(str(data.small), field="models.small") if group.kind == "expert" else Weights(data.base, field="models.base")
+
+
+def at_step(study: Study, group: Group, tuned: Weights | None) -> Weights | None:
+    """The group's model as its arm wants it: tuned to the end, or as it was after a step that the tuning kept."""
+    step = getattr(study.arms[group.arm], "step", None)
+    if tuned is None or step is None:
+        return tuned
+    folder = (tuned.adapter or Path(tuned.path)) / STEPS / f"step-{step}"
+    return replace(tuned, adapter=folder) if tuned.adapter is not None else replace(tuned, path=str(folder))
 
 
 def _fingerprint(path: str, field: str) -> str:

@@ -138,6 +138,9 @@ def probe(
     ] = None,
     test: Annotated[str | None, typer.Option(help="Task items, to measure what restoring a block costs at the task.", show_default=False)] = None,
     prompt: Annotated[str, typer.Option(help="Template of a task's question, or chat: the model's chat template.")] = PROMPT,
+    teach: Annotated[
+        bool, typer.Option("--teach", help="With density and a model: teach it made-up names as often as chance decides, and read them.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder of records; results go to NAME in it. Default: proxytune-runs/STUDY.", show_default=False)
     ] = None,
@@ -158,7 +161,7 @@ def probe(
     from evals.commands.probe import Probe, probe_study
     from evals.study import with_seeds
 
-    whole, folder = probe_study(Probe(name, target, tuned or [], knowledge, corpus, test, prompt, threads))
+    whole, folder = probe_study(Probe(name, target, tuned or [], knowledge, corpus, test, prompt, threads, teach))
     loaded = with_seeds(whole, seeds or len(whole.seeds))
     place = out or Path("proxytune-runs") / whole.study
     shown = place / name if loaded is whole else place / name / loaded.study

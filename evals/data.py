@@ -1,12 +1,12 @@
 """The data of one run of a study: where its models are, and its items. From the embedded world or from the user."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
 
-from evals.entities import Entities, entities_of, entities_of_world
+from evals.entities import Entities, entities_of, entities_of_world, lesson_of_cities
 from evals.measures.registry import measures
 from evals.study import Run, Study, expanded
 from finetune.formats import read_items
@@ -14,11 +14,13 @@ from finetune.items import Item
 from finetune.overlap import describe, overlap
 from probes.knowledge.counts import count_documents
 from probes.knowledge.familiarity import familiarity
+from probes.knowledge.lesson import Facts, Lesson, as_tuning_items
 from probes.world.family import find_family
 from probes.world.ledger import items_of, word_frequency
 from probes.world.recipes import recipe_of
 from probes.world.sections.people import QUESTION
 from proxytune.errors import UserError
+from proxytune.member import load_tokenizer
 
 # Of the embedded worlds: the longest reply, and an answer to a statement, each with its full stop.
 REPLY_TOKENS, STATEMENT_TOKENS = 6, 2
@@ -31,7 +33,8 @@ class StudyData:
     Items that the study does not need are empty lists. `ending` follows each answer in the tuning data. `choose` says that the task is
     a choice among candidates instead of a generated text; `number` says that a text is judged by its last number. `frequency` is how
     often the corpus has each knowledge item's words. A statement is continued by `statement_tokens` (None: `new_tokens`). `entities` are those
-    whose names are read, if a measure reads them.
+    whose names are read, if a measure reads them. `lesson` is what arms with `teach` are
+    tuned on, and `knowledge` then its facts.
     """
 
     base: str
@@ -47,6 +50,12 @@ class StudyData:
     frequency: Sequence[float] | None = None
     statement_tokens: int | None = None
     entities: Entities | None = None
+    lesson: Lesson | None = None
+
+    def taught(self, facts: Facts) -> "StudyData":
+        """The data of an arm that a lesson is taught to: its sentences are tuned on."""
+        assert self.lesson is not None
+        return replace(self, train=as_tuning_items(self.lesson.sentences[facts]))
 
 
 def data_for(study: Study, folder: Path, run: Run, worlds: Path, say: Callable[[str], None] = lambda line: None) -> StudyData:
@@ -102,9 +111,16 @@ def data_for(study: Study, folder: Path, run: Run, worlds: Path, say: Callable[[
         frequency = counts.subject
     if "knowledge.popularity" in wanted and data.knowledge is not None:
         familiarity([float("nan") if item.popularity is None else item.popularity for item in knowledge])  # raises now rather than after the study
-    small = study.models.small
+    small, base = study.models.small, _place(study.models.base, folder)
+    lesson: Lesson | None = None
+    entities: Entities | None = None
+    if study.teaches:
+        lesson, entities = lesson_of_cities(load_tokenizer(base, "models.base"), run.seed)
+        knowledge = list(lesson.items)
+    elif "entities" in wanted:
+        entities = entities_of(data.entities, folder)
     return StudyData(
-        _place(study.models.base, folder),
+        base,
         None if small is None else _place(small, folder),
         train,
         test,
@@ -115,7 +131,8 @@ def data_for(study: Study, folder: Path, run: Run, worlds: Path, say: Callable[[
         data.answer == "choose",
         data.answer == "number",
         frequency,
-        entities=entities_of(data.entities, folder) if "entities" in wanted else None,
+        entities=entities,
+        lesson=lesson,
     )
 
 

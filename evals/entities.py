@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from transformers import PreTrainedTokenizerBase
 
 from evals.study import expanded
-from probes.knowledge.entities import Entity
+from probes.knowledge.entities import Entity, length_in_tokens
 from probes.knowledge.familiarity import familiarity
+from probes.knowledge.lesson import Lesson, make_lesson
 from probes.world.corpus import make_world
 from probes.world.ledger import word_frequency
 from probes.world.recipes import Recipe
@@ -18,7 +20,10 @@ from proxytune.errors import UserError, brief
 from proxytune.files import check_readable
 
 CITIES = "cities"
-FILE = Path(__file__).parent / "studies" / "cities" / "cities.jsonl"
+STUDIES = Path(__file__).parent / "studies"
+FILE = STUDIES / "cities" / "cities.jsonl"
+ORDINARY = STUDIES / "taught" / "ordinary.txt"  # what a lesson is mixed with
+MADE_UP = "fabricated"  # the group of the shipped names that are no city's
 # Words follow the name in each, so that the sentence's last token is another one than the name's.
 OF_CITIES = ("The city of {name} is", "The mayor of {name} said", "The streets of {name} are")
 OF_ANYTHING = ("They all spoke of {name} and", "Here is what is known about {name} :", "The story of {name} is")
@@ -52,6 +57,14 @@ def entities_of(source: str | None, folder: Path) -> Entities:
     if source is None or source == CITIES:
         return Entities(_read(FILE), OF_CITIES, wanted=source is not None)
     return Entities(_read(folder / expanded(source)), OF_ANYTHING)
+
+
+def lesson_of_cities(tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[Lesson, Entities]:
+    """A lesson about the shipped made-up cities, and these as entities by exposure. Raises `UserError` if the tokenizer spells too few."""
+    names = [entity.name for entity in _read(FILE) if entity.group == MADE_UP]
+    lengths = [length_in_tokens(tokenizer, name, OF_CITIES[0]) for name in names]
+    lesson = make_lesson(names, lengths, ORDINARY.read_text(encoding="utf-8").splitlines(), seed)
+    return lesson, Entities([Entity(name, str(exposure), float(exposure)) for name, exposure in lesson.names], OF_CITIES, drawn=False)
 
 
 def entities_of_world(recipe: Recipe, seed: int, ledger: pd.DataFrame) -> Entities:

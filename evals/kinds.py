@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 
 from evals.invalid import explain
 from finetune.recipe import BiasTuning, Tuning
+from probes.knowledge.lesson import Facts
 
 SweptName = Literal["learning_rate", "epochs", "rank", "kl", "preference"]
 S = TypeVar("S", bound="Swept")
@@ -113,9 +114,23 @@ class Expert(Tuned):
 
 
 class Direct(Tuned):
-    """The base itself tuned. `path` is a checkpoint folder, or a LoRA adapter on the base."""
+    """The base itself tuned. `path` is a checkpoint folder, or a LoRA adapter on the base.
+
+    With `teach` it is tuned on a lesson about made-up cities instead of data.train (`probes/knowledge/lesson.py`). With `step` it is the model as it
+    was after so many steps of its tuning, which must be among those that the tuning keeps.
+    """
 
     kind: Literal["direct"]
+    teach: Facts | None = Field(default=None, description="the lesson: facts kept, facts drawn anew in every sentence, or others: other names")
+    step: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _of_a_tuning(self) -> "Direct":
+        if self.teach is not None and self.tuning is None:
+            raise ValueError("teach needs tuning: how the lesson is taught")
+        if self.step is not None and (self.tuning is None or self.step not in self.tuning.keep):
+            raise ValueError(f"step must be one of tuning.keep, not {self.step}; add it there")
+        return self
 
 
 class Proxy(Selecting):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 STUDIES = Path(__file__).parent / "studies"
 BEST = "best"  # `direct: best`
 DIRECT = "direct"  # its row
+TAUGHT = "taught"  # `data.entities`: the names of the lesson that arms with `teach` are tuned on
 
 
 class Run(NamedTuple):
@@ -75,7 +76,9 @@ class Data(Strict):
     test: str | None = None
     knowledge: str | None = None
     entities: str | None = Field(
-        default=None, description="names whose states are read: a file of JSON lines, or cities; default: the cities, if the model can spell them"
+        default=None,
+        description="names whose states are read: a file of JSON lines, cities, or taught (the made-up cities of arms with teach); default: the cities, "
+        "if the model can spell them",
     )
     corpus: str | None = Field(default=None, description="text in which statements are counted; the counts are then the items' popularity")
     prompt: str = "Question: {question}\nAnswer:"
@@ -194,11 +197,16 @@ class Study(Strict):
             raise ValueError(f"tuning_seeds: {inside[0]} looks inside one tuned model; leave it out of measures, or have one tuning a seed")
         for name in self.measures if self.data is not None else ():
             for field in sorted(need.partition(".")[0] for need in measures()[name].needs):
-                if getattr(self.data, field) is None:
+                if getattr(self.data, field) is None and not (self.teaches and field == "knowledge"):
                     raise ValueError(f"measure {name} needs data.{field}; give it")
-        tuned = [name for name, arm in self.arms.items() if isinstance(arm, Swept) and arm.tuning is not None]
+        tuned = [name for name, arm in self.arms.items() if isinstance(arm, Swept) and arm.tuning is not None and not getattr(arm, "teach", None)]
         if self.data is not None and self.data.train is None and tuned:
             raise ValueError(f"arms.{tuned[0]}.tuning needs data.train; give it, or tune beforehand and give path")
+        taught = [name for name, arm in self.arms.items() if getattr(arm, "teach", None)]
+        if bool(taught) != self.teaches:
+            raise ValueError(f"data.entities: {TAUGHT} and arms with teach belong together; give both or neither")
+        if self.teaches and self.data is not None and self.data.knowledge is not None:
+            raise ValueError(f"data.knowledge: with data.entities: {TAUGHT} the lesson's own facts are asked; leave it out")
         selecting = [*(f"arms.{name}.select" for name in self.selecting), *(["direct: best"] if self.selects_direct else [])]
         for field in ("train", "test") if self.data is not None and selecting else ():
             if getattr(self.data, field) is None:
@@ -256,8 +264,13 @@ class Study(Strict):
     @property
     def same_items(self) -> bool:
         """Whether every seed has the same items, so that seeds differ by tuning only. True for the user's data; every seed of a world has its own
-        people."""
-        return not self.worlds
+        people, and every seed of a lesson its own names and exposures."""
+        return not self.worlds and not self.teaches
+
+    @property
+    def teaches(self) -> bool:
+        """Whether made-up cities are taught and read."""
+        return self.data is not None and self.data.entities == TAUGHT
 
     @property
     def runs(self) -> list["Run"]:

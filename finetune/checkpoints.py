@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +20,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from finetune.meter import Meter
 from proxytune.digests import DIGESTS, find_damage, seal
 from proxytune.errors import UserError
+from proxytune.member import Member
 
+STEPS = "steps"  # the folder in a result that holds the model as it was on the way
 METER = "meter.json"  # the costs counted up to a checkpoint
 logger = logging.getLogger("proxytune")
 
@@ -70,6 +72,26 @@ class Checkpoints(TrainerCallback):
         best = _best(folder.parent, state)
         for checkpoint in set(found) - (set(found[-2:]) if best in (None, *found[-2:]) else {best, found[-1]}):
             _remove(checkpoint)
+
+
+class KeepSteps(TrainerCallback):
+    """Keeps the model (of a LoRA tuning: the adapter) as it is after each of `steps`, as model folders `folder`/step-N.
+
+    A run that continues from a checkpoint writes those after it again, with the same bytes. Not covered: several processes.
+    """
+
+    def __init__(self, folder: Path, steps: Sequence[int], member: Member) -> None:
+        self._folder, self._steps, self._tokenizer = folder, steps, member.tokenizer
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: object) -> None:
+        if state.global_step in self._steps and state.is_world_process_zero:
+            for part in (model, self._tokenizer):
+                part.save_pretrained(self._folder / f"step-{state.global_step}")
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        late = [step for step in self._steps if step > state.global_step]
+        if late:
+            raise UserError(f"keep: there is no step {late[0]}, tuning ended after {state.global_step}; name a step before the last")
 
 
 def last_whole(folder: Path) -> tuple[Path | None, Meter]:

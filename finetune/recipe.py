@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -19,6 +19,10 @@ MOST_STEPS = 10**9
 # Fields that recipes did not always have are left out of a recipe's content where they are not used: its checkpoints keep their keys.
 def _is_none(value: object) -> bool:
     return value is None
+
+
+def _is_empty(value: object) -> bool:
+    return value == ()
 
 
 def _is_all(value: object) -> bool:
@@ -70,6 +74,9 @@ class Tuning(BaseModel):
     preference: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     shuffled: bool = Field(default=False, description="answers shuffled among questions: a control that learns the form but not the content")
     early_stopping: EarlyStopping | None = None
+    keep: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(), exclude_if=_is_empty, description="also keep the model after these steps, as folders steps/step-N in the result"
+    )
 
     @model_validator(mode="before")
     @classmethod

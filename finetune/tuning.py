@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 
-from finetune.checkpoints import Checkpoints, is_main_process, last_whole, workplace
+from finetune.checkpoints import STEPS, Checkpoints, KeepSteps, is_main_process, last_whole, workplace
 from finetune.encoding import Row, check_rows, encode_examples, encode_pairs, row_length, trained_share
 from finetune.flops import training_flops
 from finetune.items import Item, hold_out, items_to_tune_on, shuffle_answers
@@ -82,7 +82,7 @@ def tune(run: TuningRun, watcher: TrainerCallback | None = None) -> TuningReport
         try:
             trainer, flops = make_trainer(run, member, rows, held_out, folder, processes)
             trainer.remove_callback(PrinterCallback)
-            for callback in (Checkpoints(run.checkpoint_seconds, meter), watcher):
+            for callback in (Checkpoints(run.checkpoint_seconds, meter), KeepSteps(folder / STEPS, tuning.keep, member), watcher):
                 if callback is not None:
                     trainer.add_callback(callback)
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -139,4 +139,6 @@ def _finish(result: Path, member: Member, report: TuningReport, run: TuningRun) 
     card: dict[str, Any] = {"tuning": run.tuning.model_dump(), "seed": run.seed, "report": asdict(report)}
     (result / "tuning.json").write_text(as_json(card) + "\n")
     (result / "training_args.bin").unlink(missing_ok=True)  # a pickle; nothing reads it
+    if run.tuning.keep:
+        (result.parent / STEPS).rename(result / STEPS)
     publish(result, run.out)

@@ -15,7 +15,10 @@ from proxytune.errors import UserError
 
 @dataclass(frozen=True)
 class Probe:
-    """The arguments of the command: a study file, or a base model and models tuned from it, with the items to measure them on."""
+    """The arguments of the command: a study file, or a base model and models tuned from it, with the items to measure them on.
+
+    `teach`: the base is taught made-up names, by the shipped study `taught`.
+    """
 
     name: str
     target: str | None
@@ -25,6 +28,7 @@ class Probe:
     test: str | None
     prompt: str
     threads: int
+    teach: bool = False
 
 
 def probe_study(probe: Probe) -> tuple[Study, Path]:
@@ -43,6 +47,8 @@ def probe_study(probe: Probe) -> tuple[Study, Path]:
         beside = [name for name in study.measures if name not in wanted and len(wanted) > 1]
         content = study.model_dump() | {"measures": (*beside, *wanted)}
         return _validated(content), folder
+    if probe.teach:
+        return _taught(probe)
     if probe.knowledge is None and any(need.startswith("knowledge") for name in _measures(probe.name) for need in measures()[name].needs):
         raise UserError("--knowledge: models are read by items with statement, answer, choices and popularity; give a file of them")
     if len(set(probe.tuned)) < len(probe.tuned):
@@ -66,6 +72,15 @@ def probe_study(probe: Probe) -> tuple[Study, Path]:
         "threads": probe.threads,
     }
     return _validated(content), Path()
+
+
+def _taught(probe: Probe) -> tuple[Study, Path]:
+    """The shipped study of a lesson, on the given model."""
+    if probe.name != "density" or probe.tuned or probe.knowledge or probe.corpus or probe.test:
+        raise UserError("--teach: give the measure density and one model, and no data: proxytune probe density MODEL --teach")
+    study, folder = load_study(STUDIES / "taught.yaml")
+    changes = {"study": f"taught-{Path(str(probe.target)).name}", "models": {"base": _absolute(str(probe.target))}, "threads": probe.threads}
+    return _validated(study.model_dump() | changes), folder
 
 
 def _validated(content: dict[str, Any]) -> Study:

@@ -135,6 +135,7 @@ class DensityFound:
 
 class DensitySettings(Settings):
     names: bool = Field(default=True, description="also read the entities' names")
+    statements: bool = Field(default=True, description="also read the knowledge statements")
 
 
 class Density(Measure[DensityFound]):
@@ -146,7 +147,7 @@ class Density(Measure[DensityFound]):
     summary = DensityFound
 
     def readings(self, inputs: Inputs, settings: DensitySettings) -> list[Reading]:
-        return [*([States()] if inputs.data.knowledge else []), *([Names()] if settings.names and inputs.entities[0] else [])]
+        return [*([States()] if settings.statements and inputs.data.knowledge else []), *([Names()] if settings.names and inputs.entities[0] else [])]
 
     def summarize(self, records: Recorded, settings: Settings) -> DensityFound:
         base = records.study.base_arm

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from evals.arms import bias_for, check_banned, check_vocabularies, given_weights, members_of, mixtures_of, tuned_weights, tuning_summary
+from evals.arms import at_step, bias_for, check_banned, check_vocabularies, given_weights, members_of, mixtures_of, tuned_weights, tuning_summary
 from evals.data import StudyData, data_for
 from evals.measures.inputs import Inputs
 from evals.measures.measure import Reading
@@ -142,7 +142,11 @@ def tuning_of(job: Job, outcomes: Outcomes) -> Any:
 
 
 def with_classified(job: Job, place: Place, data: StudyData, outcomes: Outcomes) -> StudyData:
-    """The data of a tuning job: where it waits for the classification, each training item says whether it is familiar to the base."""
+    """The data of a tuning job: those of its lesson, if its arm has one; where it waits for the classification, each training item says whether it is
+    familiar to the base."""
+    facts = None if job.group is None else getattr(place.study.arms[job.group.arm], "teach", None)
+    if facts is not None:
+        return data.taught(facts)
     before = [entry for name in job.waits if isinstance(outcome := outcomes[name], Read) for entry in outcome.entries]
     found = [entry for entry in before if entry.frame == NOVELTY]
     return replace(data, train=marked(data.train, frame_of(place, found[0]))) if found else data
@@ -189,6 +193,7 @@ def opened(job: Job, place: Place, inputs: Inputs, outcomes: Outcomes, display: 
     outer = [reading for reading in readings if reading.subject is Outputs]
     inner = [reading for reading in readings if reading.subject is Pair and group.kind in ("base", "direct")]
     choices = choices_of(job, study, outcomes)
+    tuned = at_step(study, group, tuned)
     weights = members_of(group, mixtures_of(study, group, choices), inputs.data, tuned, any(reading.beside_base for reading in outer))
     members: dict[str, Member] = {}
     if outer:
