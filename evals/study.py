@@ -77,8 +77,7 @@ class Data(Strict):
     knowledge: str | None = None
     entities: str | None = Field(
         default=None,
-        description="names whose states are read: a file of JSON lines, cities, or taught (the made-up cities of arms with teach); default: the cities, "
-        "if the model can spell them",
+        description="names whose states are read: a file of JSON lines, cities, or taught (those of arms with teach); default: cities it spells",
     )
     corpus: str | None = Field(default=None, description="text in which statements are counted; the counts are then the items' popularity")
     prompt: str = "Question: {question}\nAnswer:"

@@ -21,9 +21,7 @@ NAMES = 60  # of each exposure
 LEAST = 20  # of each exposure, where there are not so many names
 LENGTHS = 2  # so many lengths in tokens
 PLACES = (
-    (
-        "amber birch copper cedar clover ember fern flint garnet hazel heron iris juniper linden maple marble myrtle opal raven reed saffron sable thistle willow"
-    )
+    ("amber birch copper cedar clover ember fern flint garnet hazel heron iris juniper linden maple marble opal raven reed sable thistle willow")
     .title()
     .split()
 )
