@@ -1,19 +1,26 @@
-"""The rule, fixed beforehand, for the claim "direct tuning erodes what lower layers hold", and how intervals are judged by it.
+"""The rules, fixed beforehand, for two claims, and how intervals are judged: "direct tuning erodes what lower layers hold", "exposure makes density".
 
-The claim is supported only if every clause of `RULE` holds (after Jin et al. 2026, arXiv 2603.03415, on density, Ghorbani and Zou
-2019, arXiv 1904.02868, on Shapley values of parts, and Zheng et al. 2025, arXiv 2501.13453, on spurious forgetting):
+A claim is supported only if every clause of its rule holds. For erosion (`RULE`), after Jin et al. 2026 (arXiv 2603.03415) on density, Ghorbani and
+Zou 2019 (arXiv 1904.02868) on Shapley values of parts, and Zheng et al. 2025 (arXiv 2501.13453) on spurious forgetting, these are:
 (a) in low layers familiar states lose density relative to unfamiliar ones, and lose more than under random deltas of the same
 norm and under tuning on shuffled answers; (b) restoring the low block brings back more knowledge than restoring the high block,
 and more than restoring an equally large change elsewhere (equal noise in every block of a random model does most harm where it
 enters first, so the first part alone says little); (c) a model tuned with its bottom half frozen keeps more knowledge at the
-same task gain; (d) lost knowledge is not relearned quickly.
+same task gain; (d) lost knowledge is not relearned quickly; (e) at names, low layers tell familiar from unfamiliar ones less well by
+their density, and that less well than under tuning on shuffled answers (added after the other seven had been judged once, before any study was
+judged by it).
+
+For exposure (`EXPOSURE_RULE`), at one site, with the sign that was predicted for it: (a) the names that were stated most often
+are told from those never stated, (b) density follows exposure over all levels, and (c) both are more than in a model that did not have the
+exposure: an untrained one, or one that was taught other names. Layers are fixed beforehand (`LAYERS_OF_EXPOSURE`). The shipped study `exposure`
+had been read once when this rule was written, by the rule that stands in its file; the study `taught` had not.
 
 The claim is refuted if any clause fails. A clause fails when the hypothesis that its effect is large enough to count (as large as
 `threshold`, in the claimed direction) is rejected: the effect is absent, reversed, or too small. Its one-sided p value (`p_value`) is
 that of a t test with the degrees of freedom of the runs, whose standard error is read from the 95 % interval. That is exact where the
 interval is the t interval over runs, and cautious where units make it wider. The p values of all measured clauses are corrected by
 Holm, so that a claim that is true in every clause, however barely, is refuted in at most 5 % of studies (`FAMILY`), whatever the dependence
-between clauses. Seven 95 % intervals without correction refute it in up to 16 %. A clause holds when it does not fail and its whole interval
+between clauses. Seven 95 % intervals without correction would refute it in up to 16 %. A clause holds when it does not fail and its whole interval
 is on the claimed side. Support needs all clauses, so it needs no correction: a false claim is supported in at most 2.5 % of studies.
 Otherwise, and where a clause was not measured, it cannot tell: then the verdict is "underpowered" and `needs` says how many seeds
 would decide. One tuning run is described but not judged: its intervals cover units only, and another seed may give any other
@@ -27,7 +34,7 @@ Not covered: knowledge that no read-out asks for, and a base that a proxy steers
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -42,6 +49,12 @@ Verdict = Literal["supported", "not supported", "underpowered", "cannot tell: on
 SMALLEST_DENSITY = 0.002
 # In probability of the right answer, or share right: one answer in a hundred; a smaller effect does not matter for the choice of an arm.
 SMALLEST_KNOWLEDGE = 0.01
+# In AUROC (.5 is nothing): of names that were stated most often against those never stated, and of what tuning changes.
+SMALLEST_SEPARATION, SMALLEST_SEPARATION_CHANGE = 0.1, 0.02
+# A rank correlation.
+SMALLEST_TREND = 0.1
+# The third of the layers at which exposure is judged, by site: where pilots saw it (in worlds of four layers the last one).
+LAYERS_OF_EXPOSURE = {"residual": "middle", "neurons": "high"}
 # Half of the steps: a fact that returns in less than half the steps of a new one was mostly kept.
 MOST_SAVINGS = 0.5
 # The largest share of studies in which a claim is refuted although every clause of it is true.
@@ -81,21 +94,38 @@ RULE: dict[str, Clause] = {
         Clause("restoration/elsewhere", "it brings back more than as large a change restored elsewhere", "above", 0.0, SMALLEST_KNOWLEDGE),
         Clause("freezing", "freezing the bottom half keeps more knowledge at the same task gain", "above", 0.0, SMALLEST_KNOWLEDGE),
         Clause("savings", "relearning saves less than half of the steps", "below", MOST_SAVINGS, MOST_SAVINGS),
+        Clause("names", "in low layers neurons tell familiar from unfamiliar names less well", "below", 0.0, -SMALLEST_SEPARATION_CHANGE),
+        Clause("names/shuffled", "less well than under tuning on shuffled answers", "below", 0.0, -SMALLEST_SEPARATION_CHANGE),
     )
 }
+EXPOSURE_RULE: dict[str, Clause] = {
+    clause.name: clause
+    for clause in (
+        Clause("dose", "the most exposed names are told from names never stated", "above", 0.0, SMALLEST_SEPARATION),
+        Clause("trend", "density follows exposure over all levels", "above", 0.0, SMALLEST_TREND),
+        Clause("dose/beside", "they are told better than in a model without the exposure", "above", 0.0, SMALLEST_SEPARATION),
+    )
+}
+ALL_CLAUSES = RULE | EXPOSURE_RULE
+
+
+def rule_of(name: str) -> Mapping[str, Clause]:
+    """The rule that has the clause of this name."""
+    return RULE if name in RULE else EXPOSURE_RULE
 
 
 def measured(name: str, interval: tuple[float, float, float] | None, runs: int, needs: int | None = None, note: str = "") -> Clause:
-    """A clause of the `RULE` with (value, low, high) over `runs`. `interval` is None, with a note why, where it could not be measured.
+    """A clause of a rule with (value, low, high) over `runs`. `interval` is None, with a note why, where it could not be measured.
 
     `density`: effective rank, tuned minus base, familiar minus unfamiliar; with `/random` and `/shuffled`: minus that of the null.
     `restoration`: Shapley value of the low block minus that of the high block; with `/elsewhere`: the recovery of the low block minus
     its control; `freezing`: frozen minus full; all in probability or share right. `savings`: S = 1 - steps to relearn / steps to learn
-    something new. A single unit gives a value without an interval: this is None, too. Raises KeyError for an unknown name.
+    something new. `names`, `dose` and `trend`: see `evals/measures/dose.py`; in AUROC from .5, or rank correlation, times the sign. A single
+    unit gives a value without an interval: this is None, too. Raises KeyError for an unknown name.
     """
     value, low, high = interval or (None, None, None)
     note = "; ".join(part for part in (note, "one seed" if runs == 1 else "") if part)
-    return RULE[name]._replace(value=value, low=low, high=high, runs=runs, needs=needs, note=note)
+    return ALL_CLAUSES[name]._replace(value=value, low=low, high=high, runs=runs, needs=needs, note=note)
 
 
 def p_value(clause: Clause) -> float | None:
@@ -147,12 +177,12 @@ def worst(states: Iterable[State]) -> State:
     return "holds" if found == {"holds"} else "cannot tell"
 
 
-def verdict(clauses: Iterable[Clause]) -> Verdict:
-    """Supported if every clause of the `RULE` holds, not supported if any fails, else underpowered. Clauses that are not given cannot tell.
+def verdict(clauses: Iterable[Clause], rule: Mapping[str, Clause] = RULE) -> Verdict:
+    """Supported if every clause of the `rule` holds, not supported if any fails, else underpowered. Clauses that are not given cannot tell.
 
     One run never gives a verdict.
     """
-    judged = RULE | {clause.name: clause for clause in clauses}
+    judged = dict(rule) | {clause.name: clause for clause in clauses}
     if any(clause.runs == 1 for clause in judged.values()):
         return "cannot tell: one seed"
     words: dict[State, Verdict] = {"holds": "supported", "fails": "not supported", "cannot tell": "underpowered"}

@@ -9,10 +9,11 @@ import numpy as np
 from evals.display.cells import Table
 from evals.measures.density import Change, DensityFound, Exposure
 from evals.measures.drift import BlockDrift, Distance, Drifted
-from evals.measures.erosion import CLAIM, ErosionFound, Verdict, judged
+from evals.measures.erosion import CLAIM, ErosionFound
 from evals.measures.lens import LensFound, LensRow
 from evals.measures.recoverability import RecoverabilityFound, Recovered
 from evals.measures.restoration import Part, Patched, RestorationFound
+from evals.measures.verdicts import Verdict, judged
 from evals.results.comparison import PARTS
 from evals.results.header import Header
 from evals.results.summary import Results

@@ -6,7 +6,7 @@ Differences between models are paired over units. Familiar and unfamiliar items 
 such strata exist (`matched` counts the items).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from pydantic import Field
 
 from evals.display.cells import FEW_COLUMNS, Columns, Table, cell, over, table
 from evals.display.chart import Axis, Cells, Chart, Panel, Series, all_scaled, exposure_axis, scaled
+from evals.measures.dose import BlockSeparated, block_table, exposure_tables, exposure_verdicts, in_blocks
 from evals.measures.inputs import Inputs
 from evals.measures.long import matrix
 from evals.measures.measure import Measure, Reading, Settings
@@ -37,6 +38,7 @@ from evals.measures.separation import (
     separation_table,
 )
 from evals.measures.states import States, layers_of
+from evals.measures.verdicts import Verdict, clauses_of
 from evals.results.header import Header
 from evals.results.recorded import Recorded
 from evals.statistics.estimates import by_unit, contrast, contrast_of, intervals, over_seeds, strata_of
@@ -46,6 +48,7 @@ from probes.density import METRICS, SITES
 from probes.internals.blocks import thirds
 from probes.knowledge.exposure import matched, rank_correlation, strata
 from probes.knowledge.familiarity import familiarity
+from probes.verdict import Clause
 from proxytune.errors import UserError
 
 METRIC = "effective_rank"
@@ -131,6 +134,8 @@ class DensityFound:
     auroc_layers: tuple[LayerSeparated, ...] = ()
     auroc_graded: tuple[Graded, ...] = ()
     auroc_changes: tuple[SeparationChange, ...] = ()
+    auroc_blocks: tuple[BlockSeparated, ...] = ()
+    exposure_verdicts: tuple[Verdict, ...] = ()
 
 
 class DensitySettings(Settings):
@@ -163,18 +168,25 @@ class Density(Measure[DensityFound]):
             tuple(by_layer(records)),
             tuple(graded(records)),
             tuple(changed(records)),
+            tuple(in_blocks(records)),
+            tuple(exposure_verdicts(records)),
         )
 
     def tables(self, summary: DensityFound, header: Header) -> list[Table]:
         return [
             *separation_table(summary.auroc, summary.auroc_graded, header),
             *dose_table(summary.auroc, header),
+            *block_table([row for row in summary.auroc_blocks if row.world is None and summary.exposure_verdicts], header),
             *change_table(summary.auroc_changes, header, UNCHANGED),
             *_exposure_table(summary, header),
             *_null_table(summary),
             *_rank_table(summary, header),
             *_change_table(summary, header),
+            *exposure_tables(summary.exposure_verdicts, header),
         ]
+
+    def clauses(self, summary: DensityFound) -> Mapping[str, Sequence[Clause]]:
+        return {row.arm: clauses_of(row) for row in summary.exposure_verdicts}
 
     def charts(self, summary: DensityFound, header: Header) -> Iterable[Chart]:
         names = [*layer_chart(summary.auroc_layers, summary.auroc, header), *emergence_chart(summary.auroc, header)]

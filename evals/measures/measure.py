@@ -120,7 +120,7 @@ class Measure(ABC, Generic[S]):
         return []
 
     def clauses(self, summary: S) -> Mapping[str, Sequence[Clause]]:
-        """The clauses of a verdict whose rule is fixed beforehand, by arm."""
+        """The clauses of a verdict whose rule is fixed beforehand, by what is judged: an arm, perhaps at one site, or a world."""
         return {}
 
     def rows(self, summary: S) -> list[dict[str, Any]]:

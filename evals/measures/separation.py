@@ -7,6 +7,7 @@ last token familiar names are denser in the winsorised residual stream (`SIGNS`:
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations, product
 from typing import NamedTuple
 
@@ -116,14 +117,14 @@ class SeparationChange:
     change: Value
 
 
-class _Seed(NamedTuple):
+class Seed(NamedTuple):
     """One seed's entities and values, with one column for each quantity."""
 
     names: pd.DataFrame
     values: np.ndarray
     columns: pd.DataFrame
 
-    def of(self, **wanted: str) -> "_Seed":
+    def of(self, **wanted: str) -> "Seed":
         """The columns with these names."""
         chosen = np.all([self.columns[name] == value for name, value in wanted.items()], axis=0)
         return self._replace(values=self.values[:, chosen], columns=self.columns[chosen].reset_index(drop=True))
@@ -139,6 +140,10 @@ class _Seed(NamedTuple):
     @property
     def covariates(self) -> np.ndarray:
         return self.names[["log_probability", "frequency"]].to_numpy(float)
+
+    def at_names(self, site: str) -> "Seed":
+        """Winsorised effective rank at the names' last tokens, one column for each state."""
+        return self.of(metric="effective_rank", cut="winsorised", site=site, place="entity")
 
     def contrast(self, first: str, second: str) -> np.ndarray:
         return (self.names["group"] == first).to_numpy(int) - (self.names["group"] == second).to_numpy(int)
@@ -176,7 +181,7 @@ def separated(records: Recorded) -> tuple[Separated, ...]:
 
 
 def _separated(records: Recorded, world: str | None, label: str, arm: str, frame: str, spreads: Sequence[tuple[str, str]]) -> Iterator[Separated]:
-    seeds = _seeds(records, arm, frame)
+    seeds = seeds_of(records, arm, frame)
     found = [_find_all(seed, spreads) for seed in seeds]
     both = [np.stack([part for one in of.values() for part in (one.auroc, one.given)], axis=1) for of in found]
     values = values_of(intervals(records.estimate(both), (0.0, 1.0))) if found else []
@@ -189,7 +194,7 @@ def _separated(records: Recorded, world: str | None, label: str, arm: str, frame
         yield Separated(world, label, *names, max(set(states), key=states.count), *numbers)
 
 
-def _find_all(seed: _Seed, spreads: Sequence[tuple[str, str]]) -> dict[Quantity, _Found]:
+def _find_all(seed: Seed, spreads: Sequence[tuple[str, str]]) -> dict[Quantity, _Found]:
     """Every metric at every site and place, of all groups that are compared."""
     found: dict[Quantity, _Found] = {}
     for groups in compared([seed]):
@@ -200,7 +205,7 @@ def _find_all(seed: _Seed, spreads: Sequence[tuple[str, str]]) -> dict[Quantity,
     return found
 
 
-def _find(seed: _Seed, of: _Comparison, winsorised: bool) -> dict[Where, _Found]:
+def _find(seed: Seed, of: _Comparison, winsorised: bool) -> dict[Where, _Found]:
     """One metric at every site and place."""
     won, like = wins(seed.values, of.pairs), wins(seed.values, of.alike)
     in_all, in_alike = in_halves(won, of.pairs, of.halves), in_halves(like, of.alike, of.halves)
@@ -226,13 +231,33 @@ def _around(contributions: np.ndarray, value: float) -> np.ndarray:
     return np.asarray(contributions - contributions.mean() + value)
 
 
-def _comparison(seed: _Seed, first: str, second: str) -> _Comparison:
+def _comparison(seed: Seed, first: str, second: str) -> _Comparison:
     contrast, strata = seed.contrast(first, second), seed.strata
+    drawn = _drawn(contrast, strata)
     others = pairs_of(contrast, alike(contrast, strata, seed.covariates))
-    return _Comparison(contrast, pairs_of(contrast, strata), others, halves(contrast, strata), shuffled(contrast, strata))
+    return _Comparison(contrast, drawn.pairs, others, drawn.halves, drawn.permutations)
 
 
-def compared(seeds: Sequence[_Seed]) -> list[tuple[str, str]]:
+class _Drawn(NamedTuple):
+    """What two groups of names share in all models that read them."""
+
+    pairs: Pairs
+    halves: np.ndarray
+    permutations: np.ndarray
+
+
+def _drawn(contrast: np.ndarray, strata: np.ndarray) -> _Drawn:
+    return _drawn_of(contrast.astype(np.int64).tobytes(), strata.astype(np.int64).tobytes())
+
+
+@lru_cache(maxsize=128)
+def _drawn_of(contrast: bytes, strata: bytes) -> _Drawn:
+    """Arrays by their bytes: the same names are read by every arm of a seed."""
+    groups, lengths = (np.frombuffer(each, np.int64) for each in (contrast, strata))
+    return _Drawn(pairs_of(groups, lengths), halves(groups, lengths), shuffled(groups, lengths))
+
+
+def compared(seeds: Sequence[Seed]) -> list[tuple[str, str]]:
     """The pairs of groups that are compared: the most familiar against the least first; all of three groups, of more each against the least."""
     if not seeds:
         return []
@@ -241,74 +266,79 @@ def compared(seeds: Sequence[_Seed]) -> list[tuple[str, str]]:
     return sorted(pairs, key=lambda pair: pair[1] != groups[-1])
 
 
-def _seeds(records: Recorded, arm: str, frame: str) -> list[_Seed]:
-    return [_Seed(names, *matrix(spread, len(names))) for names, spread in zip(records("names", arm), records(frame, arm), strict=True)]
+def seeds_of(records: Recorded, arm: str, frame: str) -> list[Seed]:
+    return [Seed(names, *matrix(spread, len(names))) for names, spread in zip(records("names", arm), records(frame, arm), strict=True)]
 
 
 def by_layer(records: Recorded) -> Iterator[LayerSeparated]:
     base = records.study.base_arm
     for (world, part), (label, frame) in product(records.by_world(), ((base, "spread"), (UNTRAINED, "spread_untrained"))):
-        seeds = _seeds(part, base, frame)
+        seeds = seeds_of(part, base, frame)
         for groups in compared(seeds)[:1]:
-            found = [np.hstack([_contributions(seed, *groups, site) for site in SIGNS]) for seed in seeds]
-            names = [(site, int(state)) for site in SIGNS for state in seeds[0].of(**_entity(site)).states]
+            found = [np.hstack([contributions(seed, *groups, site) for site in SIGNS]) for seed in seeds]
+            names = [(site, int(state)) for site in SIGNS for state in states_of(seeds[0], site)]
             for (site, state), value in zip(names, values_of(intervals(part.estimate(found), (0.0, 1.0))), strict=True):
                 yield LayerSeparated(world, label, "/".join(groups), site, state, value)
 
 
-def _entity(site: str) -> dict[str, str]:
-    return {"metric": "effective_rank", "cut": "winsorised", "site": site, "place": "entity"}
+def states_of(seed: Seed, site: str) -> np.ndarray:
+    """The states that a site has: layers from 1, and of the residual stream also the embeddings, 0."""
+    return seed.at_names(site).states
 
 
-def _contributions(seed: _Seed, first: str, second: str, site: str) -> np.ndarray:
+def contributions(seed: Seed, first: str, second: str, site: str) -> np.ndarray:
     """Units' contributions to the AUROC of every layer."""
-    pairs = pairs_of(seed.contrast(first, second), seed.strata)
-    return by_unit(seed.names, auroc(wins(seed.of(**_entity(site)).values, pairs), pairs))
+    pairs = _drawn(seed.contrast(first, second), seed.strata).pairs
+    return by_unit(seed.names, auroc(wins(seed.at_names(site).values, pairs), pairs))
 
 
 def graded(records: Recorded) -> Iterator[Graded]:
     base = records.study.base_arm
     sources = [*((arm, arm, "spread") for arm in records.arms("spread")), (UNTRAINED, base, "spread_untrained")]
     for (world, part), (label, arm, frame) in product(records.by_world(), sources):
-        seeds = _seeds(part, arm, frame)
+        seeds = seeds_of(part, arm, frame)
         for site in SIGNS if seeds else ():
             yield Graded(world, label, site, *(_correlation(part, seeds, site, given) for given in (False, True)))
 
 
-def _correlation(records: Recorded, seeds: Sequence[_Seed], site: str, given: bool) -> Value:
-    found = []
-    for seed in seeds:
-        part = seed.of(**_entity(site))
-        middle = np.isin(part.states, thirds(int(part.states.max()))["middle"] or part.states.max())
-        try:
-            of_layers = rank_correlation(
-                part.values[:, middle], seed.names["popularity"].to_numpy(float), seed.strata, seed.covariates if given else None
-            )
-        except UserError:  # nothing of the popularity is left within strata
-            return UNKNOWN
-        found.append(by_unit(seed.names, of_layers.mean(axis=1, keepdims=True)))
-    return value_of(intervals(records.estimate(found))[0])
+def _correlation(records: Recorded, seeds: Sequence[Seed], site: str, given: bool) -> Value:
+    try:
+        return value_of(intervals(records.estimate([trend(seed, site, "middle", given) for seed in seeds]))[0])
+    except UserError:  # nothing of the popularity is left within strata
+        return UNKNOWN
+
+
+def trend(seed: Seed, site: str, block: str, given: bool = False) -> np.ndarray:
+    """Units' contributions [units, 1] to the rank correlation with popularity, averaged over a block's layers; `given` the covariates if so asked.
+
+    Raises `UserError` where nothing of the popularity is left within strata.
+    """
+    part = seed.at_names(site)
+    inside = np.isin(part.states, thirds(int(part.states.max()))[block] or part.states.max())
+    popularity = seed.names["popularity"].to_numpy(float)
+    of_layers = rank_correlation(part.values[:, inside], popularity, seed.strata, seed.covariates if given else None)
+    return by_unit(seed.names, of_layers.mean(axis=1, keepdims=True))
 
 
 def changed(records: Recorded) -> Iterator[SeparationChange]:
     base = records.study.base_arm
-    before = _seeds(records, base, "spread")
+    before = seeds_of(records, base, "spread")
     for arm in records.arms("spread"):
         if arm == base:
             continue
-        of_seeds = [_block_changes(*pair) for pair in zip(before, _seeds(records, arm, "spread"), strict=True)]
+        of_seeds = [_block_changes(*pair) for pair in zip(before, seeds_of(records, arm, "spread"), strict=True)]
         values = values_of(intervals(records.estimate([np.stack(list(of.values()), axis=1) for of in of_seeds])))
         for names, change in zip(of_seeds[0], values, strict=True):
             yield SeparationChange(arm, *names, change)
 
 
-def _block_changes(before: _Seed, after: _Seed) -> dict[tuple[str, str, str], np.ndarray]:
+def _block_changes(before: Seed, after: Seed) -> dict[tuple[str, str, str], np.ndarray]:
     """By groups, site and block: units' contributions to the change of the AUROC, averaged over the block's layers."""
     found = {}
     for groups in compared([before]):
         for site in CHANGE_SITES:
-            states = before.of(**_entity(site)).states
-            old, new = (_contributions(seed, *groups, site) for seed in (before, after))
+            states = states_of(before, site)
+            old, new = (contributions(seed, *groups, site) for seed in (before, after))
             for block, layers in thirds(int(states.max())).items():
                 if len(layers):
                     inside = np.isin(states, layers)

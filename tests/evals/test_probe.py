@@ -18,9 +18,9 @@ from evals.cli import app
 from evals.commands.probe import Probe, probe_study
 from evals.data import data_for
 from evals.measures.density import density_change
-from evals.measures.erosion import Verdict
 from evals.measures.registry import measures
 from evals.measures.restoration import restored_by_seed
+from evals.measures.verdicts import Verdict
 from evals.records import Record
 from evals.results.recorded import Recorded
 from evals.results.summary import Results, summarize

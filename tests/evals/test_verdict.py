@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm, t, ttest_1samp
 
-from evals.measures.erosion import STRICTEST, _clause
+from evals.measures.verdicts import clause
 from evals.results.recorded import Recorded
 from evals.statistics.power import needed_seeds
 from evals.study import Study
@@ -18,6 +18,8 @@ HOLDS = {
     "restoration/elsewhere": (0.05, 0.01, 0.09),
     "freezing": (0.03, 0.01, 0.05),
     "savings": (0.2, 0.1, 0.3),
+    "names": (-0.06, -0.09, -0.03),
+    "names/shuffled": (-0.05, -0.08, -0.02),
 }
 FAILS = {
     "density": (0.003, 0.001, 0.005),
@@ -27,6 +29,8 @@ FAILS = {
     "restoration/elsewhere": (0.004, 0.0015, 0.0065),
     "freezing": (0.0, -0.005, 0.005),
     "savings": (0.8, 0.7, 0.9),
+    "names": (0.03, 0.01, 0.05),
+    "names/shuffled": (0.0, -0.01, 0.01),
 }
 CANNOT_TELL = {
     "density": (-0.006, -0.013, 0.001),
@@ -36,6 +40,8 @@ CANNOT_TELL = {
     "restoration/elsewhere": (0.01, -0.002, 0.022),
     "freezing": (0.02, -0.001, 0.041),
     "savings": (0.45, 0.3, 0.6),
+    "names": (-0.03, -0.07, 0.01),
+    "names/shuffled": (0.0, -0.03, 0.03),
 }
 
 
@@ -199,7 +205,7 @@ def clause_of(seeds: list[np.ndarray], same_items: bool = False) -> Clause:
         {"study": "s", "measures": ["task"], "arms": {"base": {"kind": "base"}}}
         | ({"models": {"base": "b"}, "data": {"test": "t"}} if same_items else {"worlds": ["tiny"]})
     )
-    return _clause(Recorded(study, []), "freezing", [seed[:, None] for seed in seeds], 0, None, runs=len(seeds))
+    return clause(Recorded(study, []), "freezing", [seed[:, None] for seed in seeds], 0, None, runs=len(seeds))
 
 
 def exactly(mean: float, sd: float, count: int) -> np.ndarray:
@@ -225,9 +231,9 @@ FEW_OR_MANY = pytest.mark.parametrize(("studies", "power"), [(60, 0.7), pytest.p
 def test_the_seeds_that_are_promised_decide_four_times_in_five(studies: int, power: float) -> None:
     """Seeds whose means have an sd of .012, for effects of .01 and none. Twin: a promise for the effect that was seen keeps it not."""
     seen = clause_of([np.full(UNITS, mean) for mean in exactly(0.012, 0.012, 6)])
-    assert (state(seen), seen.needs) == ("cannot tell", needed_seeds(2.571 * 0.012 / 6**0.5, 6, 0.01, level=STRICTEST))
+    assert (state(seen), seen.needs) == ("cannot tell", needed_seeds(2.571 * 0.012 / 6**0.5, 6, 0.01, level=2 * FAMILY / len(RULE)))
     less = clause_of([np.full(UNITS, mean) for mean in exactly(0.005, 0.012, 6)])
-    assert less.needs == seen.needs == 19
+    assert less.needs == seen.needs == 20
     assert decided(19, 0.01, 0.012, 0.0, "holds", studies) > power
     assert decided(19, 0.0, 0.012, 0.0, "fails", studies) > power
     for_seen = needed_seeds(2.571 * 0.012 / 6**0.5, 6, 0.012)

@@ -25,7 +25,7 @@ from evals.running.runner import Finished
 from evals.selection import choose
 from evals.statistics.value import Value
 from evals.study import Study
-from probes.verdict import RULE
+from probes.verdict import ALL_CLAUSES
 from proxytune.member import Weights, load_member, load_members
 
 MEASURES: dict[str, Measure] = measures()
@@ -107,9 +107,9 @@ def test_a_measure_shows_what_it_found(name: str, whole: Whole) -> None:
     for row in measure.rows(summary):
         assert {"arm", "measure", "value", "low", "high", "n", "unparsed"} <= set(row)
         assert row["measure"].split("/")[0] == name
-    for arm, clauses in measure.clauses(summary).items():
-        assert arm in whole.study.arm_settings
-        assert all(RULE[clause.name].claim == clause.claim for clause in clauses)
+    for judged, clauses in measure.clauses(summary).items():
+        assert judged.split(", ")[0] in {*whole.study.arm_settings, *whole.study.worlds}
+        assert all(ALL_CLAUSES[clause.name].claim == clause.claim for clause in clauses)
 
 
 # --- identical models ---

@@ -1,7 +1,8 @@
 import pytest
 from made_summaries import HEADER, a_verdict, clause, only
 
-from evals.measures.erosion import CLAIM, Erosion, ErosionFound, Verdict, judged
+from evals.measures.erosion import CLAIM, Erosion, ErosionFound
+from evals.measures.verdicts import Verdict, judged
 from evals.results.header import Header
 from probes.verdict import RULE, measured, states, verdict
 
@@ -44,7 +45,7 @@ def test_the_sides_that_a_verdict_names_are_those_of_the_rule(name: str) -> None
     """Intervals that just keep to the named sides, or just do not, are judged by the rule as the table says."""
     row = Verdict("full", CLAIM, "underpowered", judged([clause(name, None)]))
     (cells,) = only(tables(row), "Verdict").frame.to_dict("records")
-    scale = {"thousandths of effective rank": 1000, "share of the steps": 1}.get(cells["in"], 100)
+    scale = {"thousandths of effective rank": 1000, "share of the steps": 1, "AUROC": 1}.get(cells["in"], 100)
     (_, threshold), (side, boundary) = ((words.split()[0], float(words.split()[1]) / scale) for words in (cells["counts if"], cells["holds if all"]))
     step = -1e-4 if side == "below" else 1e-4
 

@@ -1,0 +1,155 @@
+"""Density by exposure at layers that are fixed beforehand, with its deviations of the null, and the verdict on "exposure makes density".
+
+Everything is the winsorised effective rank at a name's last token, as an AUROC of two groups of names, averaged over a third of the layers. The
+rule is in `probes/verdict.py`. Judged are the bases of worlds whose exposures are drawn at random, beside their untrained twins, and arms that a
+lesson was taught to, beside the arm that was taught other names. Not judged: names of other origin, such as the cities', whose exposure nobody
+drew.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+from evals.display.cells import Columns, Table, cell, over, table
+from evals.measures.separation import CHANGE_SITES, SIGNS, UNTRAINED, Seed, compared, contributions, seeds_of, states_of, trend
+from evals.measures.verdicts import Scales, Verdict, clause, judged, tuning_runs, verdict_table
+from evals.results.header import Header
+from evals.results.recorded import Recorded
+from evals.statistics.estimates import intervals
+from evals.statistics.value import Value, finite, value_of
+from probes.internals.blocks import thirds
+from probes.separation import permuted, shuffled
+from probes.verdict import EXPOSURE_RULE, LAYERS_OF_EXPOSURE, Clause, measured, verdict
+from proxytune.errors import UserError
+
+CLAIMS = {
+    "residual": "exposure makes names denser in the residual stream",
+    "neurons": "exposure makes names sparser in the MLP's neurons",
+}
+SCALES: Scales = {"dose": (1.0, 3, "AUROC from .5"), "trend": (1.0, 3, "rank correlation")}
+OTHERS = "others"  # the lesson about other names
+
+
+@dataclass(frozen=True)
+class BlockSeparated:
+    """AUROC of two groups, mean over the layers of a block. `null_sd`: its standard deviation when the groups' names are shuffled."""
+
+    world: str | None
+    arm: str
+    groups: str
+    site: str
+    block: str
+    auroc: Value
+    null_sd: float | None
+
+    @property
+    def deviations(self) -> float | None:
+        """How many null deviations the AUROC is from .5."""
+        return None if self.auroc.value is None or not self.null_sd else (self.auroc.value - 0.5) / self.null_sd
+
+
+def in_blocks(records: Recorded) -> Iterator[BlockSeparated]:
+    """Of every arm, and of the base's untrained twin."""
+    base = records.study.base_arm
+    sources = [*((arm, arm, "spread") for arm in records.arms("spread")), (UNTRAINED, base, "spread_untrained")]
+    for (world, part), (label, arm, frame) in product(records.by_world(), sources):
+        seeds = seeds_of(part, arm, frame)
+        for groups, site in product(compared(seeds), CHANGE_SITES):
+            found = [contributions(seed, *groups, site) for seed in seeds]
+            drawn = [_null(seed, *groups, site) for seed in seeds]
+            states = states_of(seeds[0], site)
+            for block, layers in thirds(int(states.max())).items():
+                inside = np.isin(states, layers)
+                if inside.any():
+                    (value,) = intervals(part.estimate([each[:, inside].mean(axis=1, keepdims=True) for each in found]), (0.0, 1.0))
+                    null_sd = finite(float(np.mean([each[:, inside].mean(axis=1) for each in drawn], axis=0).std()))
+                    yield BlockSeparated(world, label, "/".join(groups), site, block, value_of(value), null_sd)
+
+
+def _null(seed: Seed, first: str, second: str, site: str) -> np.ndarray:
+    contrast = seed.contrast(first, second)
+    return permuted(seed.at_names(site).values, contrast, seed.strata, shuffled(contrast, seed.strata))
+
+
+# The verdicts
+
+
+def separation_of(records: Recorded, arm: str, site: str, block: str, frame: str = "spread") -> list[np.ndarray]:
+    """For each seed, units' contributions [units, 1] to the AUROC of the most familiar group against the least, from .5, times the predicted sign."""
+    return [SIGNS[site] * (_of_block(seed, site, block) - 0.5) for seed in seeds_of(records, arm, frame)]
+
+
+def separation_change(records: Recorded, arm: str, site: str, block: str) -> list[np.ndarray]:
+    """The same, arm minus base."""
+    pairs = zip(separation_of(records, arm, site, block), separation_of(records, records.study.base_arm, site, block), strict=True)
+    return [one - other for one, other in pairs]
+
+
+def _of_block(seed: Seed, site: str, block: str) -> np.ndarray:
+    states = states_of(seed, site)
+    inside = np.isin(states, thirds(int(states.max()))[block])
+    return contributions(seed, *compared([seed])[0], site)[:, inside].mean(axis=1, keepdims=True)
+
+
+def exposure_verdicts(records: Recorded) -> Iterator[Verdict]:
+    """Of every world's base, and of every arm that a lesson was taught to."""
+    study = records.study
+    lessons = {label: getattr(study.arms[setting.arm], "teach", None) for label, setting in study.rows.items()}
+    others = next((label for label, facts in lessons.items() if facts == OTHERS), None)
+    for (world, part), site in product(records.by_world(), CLAIMS):
+        if world is not None and part.has("spread", study.base_arm):
+            name = world if len(study.worlds) > 1 else study.base_arm
+            yield _judge(part, study.base_arm, f"{name}, {site}", site, (study.base_arm, "spread_untrained", "an untrained twin"))
+        for arm in part.arms("spread"):
+            if lessons.get(arm) not in (None, OTHERS):
+                beside = None if others is None else (others, "spread", f"{others}, which was taught other names")
+                yield _judge(part, arm, f"{arm}, {site}", site, beside)
+
+
+def _judge(records: Recorded, arm: str, name: str, site: str, beside: tuple[str, str, str] | None) -> Verdict:
+    block, runs = LAYERS_OF_EXPOSURE[site], tuning_runs(records, arm, "spread")
+    dose = separation_of(records, arm, site, block)
+    clauses = [clause(records, "dose", dose, 0, None, runs), _trend(records, arm, site, block, runs)]
+    if beside is None:
+        clauses.append(measured("dose/beside", None, runs, note="no arm was taught other names"))
+    else:
+        other = separation_of(records, beside[0], site, block, beside[1])
+        both = [np.hstack(pair) for pair in zip(dose, other, strict=True)]
+        clauses.append(clause(records, "dose/beside", both, 0, 1, runs, note=f"minus {beside[2]}"))
+    return Verdict(name, CLAIMS[site], verdict(clauses, EXPOSURE_RULE), judged(clauses))
+
+
+def _trend(records: Recorded, arm: str, site: str, block: str, runs: int) -> Clause:
+    try:
+        found = [SIGNS[site] * trend(seed, site, block) for seed in seeds_of(records, arm, "spread")]
+    except UserError:  # nothing of the exposure is left within strata
+        return measured("trend", None, runs, note="exposure does not vary among names of one length")
+    return clause(records, "trend", found, 0, None, runs)
+
+
+# What is shown
+
+
+def block_table(rows: Sequence[BlockSeparated], header: Header) -> list[Table]:
+    """The dose of taught names by arm: at the layers by which exposure is judged."""
+    levels = list(dict.fromkeys(row.groups for row in rows))
+    columns: Columns = {level.split("/")[0]: {} for level in reversed(levels)}
+    for row in rows:
+        if LAYERS_OF_EXPOSURE.get(row.site) == row.block:
+            deviations = "" if row.deviations is None else f" ({row.deviations:+.1f})"
+            columns[row.groups.split("/")[0]][f"{row.arm}: {row.site}, {row.block} layers"] = f"{cell(row.auroc, 1, 2)}{deviations}"
+    least = levels[0].split("/")[1] if levels else ""
+    note = (
+        f"AUROC of names that were taught so often against names that were taught {least} times: winsorised effective rank at the name's last token, "
+        "mean over a third of the layers that was fixed beforehand. In parentheses: how many null deviations from .5. Predicted: residual above .5, "
+        f"neurons below. 95 % intervals, {over(len(header.seeds))}."
+    )
+    names = dict.fromkeys(name for cells in columns.values() for name in cells)
+    ordered = sorted(names, key=lambda name: name.rpartition(": ")[2], reverse=True)
+    return table("Density at taught names by exposure (AUROC)", ordered, columns, note, first="arm and site")
+
+
+def exposure_tables(rows: Iterable[Verdict], header: Header) -> list[Table]:
+    return [verdict_table(row, SCALES, header, len(header.seeds)) for row in rows]
