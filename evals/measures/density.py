@@ -15,7 +15,7 @@ from pydantic import Field
 
 from evals.display.cells import FEW_COLUMNS, Columns, Table, cell, over, table
 from evals.display.chart import Axis, Cells, Chart, Panel, Series, all_scaled, exposure_axis, scaled
-from evals.measures.dose import BlockSeparated, block_table, exposure_tables, exposure_verdicts, in_blocks
+from evals.measures.dose import BlockSeparated, block_table, exposure_table, exposure_verdicts, in_blocks
 from evals.measures.inputs import Inputs
 from evals.measures.long import matrix
 from evals.measures.measure import Measure, Reading, Settings
@@ -182,7 +182,7 @@ class Density(Measure[DensityFound]):
             *_null_table(summary),
             *_rank_table(summary, header),
             *_change_table(summary, header),
-            *exposure_tables(summary.exposure_verdicts, header),
+            *exposure_table(summary.exposure_verdicts, header),
         ]
 
     def clauses(self, summary: DensityFound) -> Mapping[str, Sequence[Clause]]:

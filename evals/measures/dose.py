@@ -6,29 +6,30 @@ lesson was taught to, beside the arm that was taught other names. Not judged: na
 drew.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
 
 from evals.display.cells import Columns, Table, cell, over, table
-from evals.measures.separation import CHANGE_SITES, SIGNS, UNTRAINED, Seed, compared, contributions, seeds_of, states_of, trend
-from evals.measures.verdicts import Scales, Verdict, clause, judged, tuning_runs, verdict_table
+from evals.measures.separation import CHANGE_SITES, SIGNS, UNTRAINED, Seed, compared, contributions, drawn, seeds_of, states_of, trend
+from evals.measures.verdicts import Verdict, clause, judged, tuning_runs
 from evals.results.header import Header
 from evals.results.recorded import Recorded
 from evals.statistics.estimates import intervals
+from evals.statistics.power import Needs
 from evals.statistics.value import Value, finite, value_of
 from probes.internals.blocks import thirds
-from probes.separation import permuted, shuffled
-from probes.verdict import EXPOSURE_RULE, LAYERS_OF_EXPOSURE, Clause, measured, verdict
+from probes.separation import permuted
+from probes.verdict import EXPOSURE_RULE, FAMILY, LAYERS_OF_EXPOSURE, Clause, measured, verdict
 from proxytune.errors import UserError
 
 CLAIMS = {
     "residual": "exposure makes names denser in the residual stream",
     "neurons": "exposure makes names sparser in the MLP's neurons",
 }
-SCALES: Scales = {"dose": (1.0, 3, "AUROC from .5"), "trend": (1.0, 3, "rank correlation")}
+CLAUSES = {"dose": "dose", "trend": "trend", "dose/beside": "beside"}  # and their columns
 OTHERS = "others"  # the lesson about other names
 
 
@@ -58,19 +59,19 @@ def in_blocks(records: Recorded) -> Iterator[BlockSeparated]:
         seeds = seeds_of(part, arm, frame)
         for groups, site in product(compared(seeds), CHANGE_SITES):
             found = [contributions(seed, *groups, site) for seed in seeds]
-            drawn = [_null(seed, *groups, site) for seed in seeds]
+            null = [_null(seed, *groups, site) for seed in seeds]
             states = states_of(seeds[0], site)
             for block, layers in thirds(int(states.max())).items():
                 inside = np.isin(states, layers)
                 if inside.any():
                     (value,) = intervals(part.estimate([each[:, inside].mean(axis=1, keepdims=True) for each in found]), (0.0, 1.0))
-                    null_sd = finite(float(np.mean([each[:, inside].mean(axis=1) for each in drawn], axis=0).std()))
+                    null_sd = finite(float(np.mean([each[:, inside].mean(axis=1) for each in null], axis=0).std()))
                     yield BlockSeparated(world, label, "/".join(groups), site, block, value_of(value), null_sd)
 
 
 def _null(seed: Seed, first: str, second: str, site: str) -> np.ndarray:
     contrast = seed.contrast(first, second)
-    return permuted(seed.at_names(site).values, contrast, seed.strata, shuffled(contrast, seed.strata))
+    return permuted(seed.at_names(site).values, contrast, seed.strata, drawn(contrast, seed.strata).permutations)
 
 
 # The verdicts
@@ -134,13 +135,13 @@ def _trend(records: Recorded, arm: str, site: str, block: str, runs: int) -> Cla
 
 def block_table(rows: Sequence[BlockSeparated], header: Header) -> list[Table]:
     """The dose of taught names by arm: at the layers by which exposure is judged."""
-    levels = list(dict.fromkeys(row.groups for row in rows))
-    columns: Columns = {level.split("/")[0]: {} for level in reversed(levels)}
+    least = rows[0].groups.split("/")[1] if rows else ""
+    rows = [row for row in rows if row.groups.split("/")[1] == least]
+    columns: Columns = {level.split("/")[0]: {} for level in reversed(dict.fromkeys(row.groups for row in rows))}
     for row in rows:
         if LAYERS_OF_EXPOSURE.get(row.site) == row.block:
             deviations = "" if row.deviations is None else f" ({row.deviations:+.1f})"
             columns[row.groups.split("/")[0]][f"{row.arm}: {row.site}, {row.block} layers"] = f"{cell(row.auroc, 1, 2)}{deviations}"
-    least = levels[0].split("/")[1] if levels else ""
     note = (
         f"AUROC of names that were taught so often against names that were taught {least} times: winsorised effective rank at the name's last token, "
         "mean over a third of the layers that was fixed beforehand. In parentheses: how many null deviations from .5. Predicted: residual above .5, "
@@ -151,5 +152,29 @@ def block_table(rows: Sequence[BlockSeparated], header: Header) -> list[Table]:
     return table("Density at taught names by exposure (AUROC)", ordered, columns, note, first="arm and site")
 
 
-def exposure_tables(rows: Iterable[Verdict], header: Header) -> list[Table]:
-    return [verdict_table(row, SCALES, header, len(header.seeds)) for row in rows]
+def exposure_table(rows: Sequence[Verdict], header: Header) -> list[Table]:
+    """All verdicts, with the clauses that make them and what would have refuted them."""
+    columns: Columns = {"verdict": {row.arm: row.verdict for row in rows}}
+    for name, words in CLAUSES.items():
+        of_name = {row.arm: one for row in rows for one in row.clauses if one.clause == name}
+        columns[words] = {arm: one.note if one.value.value is None else f"{cell(one.value, 1, 2)}: {one.state}" for arm, one in of_name.items()}
+    columns["needed"] = {row.arm: _needed(row) for row in rows}
+    columns = {name: cells for name, cells in columns.items() if any(cells.values())}
+    counts = {name: EXPOSURE_RULE[name].threshold for name in CLAUSES}
+    beside = dict.fromkeys(one.note for row in rows for one in row.clauses if one.clause == "dose/beside" and one.value.value is not None)
+    claims = "; ".join(dict.fromkeys(row.claim for row in rows))
+    note = (
+        f"Claims: {claims}. All numbers are times the predicted sign, so that the claim is above 0. Dose: AUROC from .5 of the most exposed names "
+        f"against those never stated; it counts from {counts['dose']:g}. Trend: rank correlation of density with exposure; it counts from "
+        f"{counts['trend']:g}. Beside: the dose {', or '.join(beside) or 'beside a model without the exposure'}; it counts from "
+        f"{counts['dose/beside']:g}. A clause holds if its whole interval is above 0. It fails, and the claim with it, if an effect that counts is "
+        f"rejected (one-sided, corrected by Holm for the clauses, at {FAMILY:g}). The claim is supported if all clauses hold. Layers are fixed "
+        f"beforehand: {', '.join(f'{site}, the {block} third' for site, block in LAYERS_OF_EXPOSURE.items())}. Needed: the seeds that would decide "
+        f"the clauses that cannot tell. 95 % intervals, {over(len(header.seeds))}."
+    )
+    return table("Does exposure make density at names?", columns["verdict"], columns, note, first="where") if rows else []
+
+
+def _needed(row: Verdict) -> str:
+    open_ = [one.needs for one in row.clauses if one.state == "cannot tell" and one.needs is not None]
+    return str(Needs(max(open_), "seeds")) if open_ else ""

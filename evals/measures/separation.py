@@ -233,9 +233,9 @@ def _around(contributions: np.ndarray, value: float) -> np.ndarray:
 
 def _comparison(seed: Seed, first: str, second: str) -> _Comparison:
     contrast, strata = seed.contrast(first, second), seed.strata
-    drawn = _drawn(contrast, strata)
+    shared = drawn(contrast, strata)
     others = pairs_of(contrast, alike(contrast, strata, seed.covariates))
-    return _Comparison(contrast, drawn.pairs, others, drawn.halves, drawn.permutations)
+    return _Comparison(contrast, shared.pairs, others, shared.halves, shared.permutations)
 
 
 class _Drawn(NamedTuple):
@@ -246,13 +246,13 @@ class _Drawn(NamedTuple):
     permutations: np.ndarray
 
 
-def _drawn(contrast: np.ndarray, strata: np.ndarray) -> _Drawn:
+def drawn(contrast: np.ndarray, strata: np.ndarray) -> _Drawn:
+    """The same for every arm of a seed, so that it is kept."""
     return _drawn_of(contrast.astype(np.int64).tobytes(), strata.astype(np.int64).tobytes())
 
 
 @lru_cache(maxsize=128)
 def _drawn_of(contrast: bytes, strata: bytes) -> _Drawn:
-    """Arrays by their bytes: the same names are read by every arm of a seed."""
     groups, lengths = (np.frombuffer(each, np.int64) for each in (contrast, strata))
     return _Drawn(pairs_of(groups, lengths), halves(groups, lengths), shuffled(groups, lengths))
 
@@ -288,7 +288,7 @@ def states_of(seed: Seed, site: str) -> np.ndarray:
 
 def contributions(seed: Seed, first: str, second: str, site: str) -> np.ndarray:
     """Units' contributions to the AUROC of every layer."""
-    pairs = _drawn(seed.contrast(first, second), seed.strata).pairs
+    pairs = drawn(seed.contrast(first, second), seed.strata).pairs
     return by_unit(seed.names, auroc(wins(seed.at_names(site).values, pairs), pairs))
 
 

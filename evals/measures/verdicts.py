@@ -100,13 +100,13 @@ def tuning_runs(records: Recorded, arm: str, frame: str) -> int:
     return len({each["value"].to_numpy(float).tobytes() for each in records(frame, arm)})
 
 
-def verdict_table(row: Verdict, scales: Scales, header: Header, runs: int | None = None) -> Table:
-    """The verdict, its clauses, and what would have refuted them. `runs`: how many runs the intervals are over; default: all."""
+def verdict_table(row: Verdict, scales: Scales, header: Header) -> Table:
+    """The verdict, its clauses, and what would have refuted them."""
     frame = pd.DataFrame([_clause_cells(place, one, scales) for place, one in enumerate(row.clauses, start=1)], dtype=str)
     places = {state: [str(place) for place, one in enumerate(row.clauses, start=1) if one.state == state] for state in STATES}
     found = "; ".join(f"{words}: {', '.join(places[state]) or 'none'}" for state, words in STATES.items())
     note = (
-        f"{found}. 95 % intervals, {over(header.runs if runs is None else runs)}. p: of an effect that counts or a larger one, one-sided, corrected "
+        f"{found}. 95 % intervals, {over(header.runs)}. p: of an effect that counts or a larger one, one-sided, corrected "
         f"by Holm for all clauses. A clause fails if p is at most {FAMILY:g}, so that a claim whose clauses are all true is refuted in at most 5 % "
         "of studies. It holds if it does not fail and its whole interval is in the range 'holds if all'. The claim is supported if every clause "
         "holds, not supported if any one fails, and otherwise underpowered. One seed describes this model and this run, and judges nothing. Needed: "
