@@ -194,6 +194,11 @@ class Study(Strict):
         inside = [name for name in self.measures if not measures()[name].of_answers]
         if self.tuning_seeds > 1 and inside:
             raise ValueError(f"tuning_seeds: {inside[0]} looks inside one tuned model; leave it out of measures, or have one tuning a seed")
+        taught = [name for name, arm in self.arms.items() if getattr(arm, "teach", None)]
+        if bool(taught) != self.teaches:
+            raise ValueError(f"data.entities: {TAUGHT} and arms with teach belong together; give both or neither")
+        if self.teaches and self.data is not None and self.data.knowledge is not None:
+            raise ValueError(f"data.knowledge: with data.entities: {TAUGHT} the lesson's own facts are asked; leave it out")
         for name in self.measures if self.data is not None else ():
             for field in sorted(need.partition(".")[0] for need in measures()[name].needs):
                 if getattr(self.data, field) is None and not (self.teaches and field == "knowledge"):
@@ -201,11 +206,6 @@ class Study(Strict):
         tuned = [name for name, arm in self.arms.items() if isinstance(arm, Swept) and arm.tuning is not None and not getattr(arm, "teach", None)]
         if self.data is not None and self.data.train is None and tuned:
             raise ValueError(f"arms.{tuned[0]}.tuning needs data.train; give it, or tune beforehand and give path")
-        taught = [name for name, arm in self.arms.items() if getattr(arm, "teach", None)]
-        if bool(taught) != self.teaches:
-            raise ValueError(f"data.entities: {TAUGHT} and arms with teach belong together; give both or neither")
-        if self.teaches and self.data is not None and self.data.knowledge is not None:
-            raise ValueError(f"data.knowledge: with data.entities: {TAUGHT} the lesson's own facts are asked; leave it out")
         selecting = [*(f"arms.{name}.select" for name in self.selecting), *(["direct: best"] if self.selects_direct else [])]
         for field in ("train", "test") if self.data is not None and selecting else ():
             if getattr(self.data, field) is None:
