@@ -129,6 +129,13 @@ def probe(
     tuned: Annotated[
         list[str] | None, typer.Argument(help="Models tuned from the base: folders, hub names or LoRA adapters.", show_default=False)
     ] = None,
+    checkpoints: Annotated[
+        list[str], typer.Option(help="Instead of models: a folder of a run's checkpoints, or one checkpoint; may be repeated. The last is the base.")
+    ] = [],  # noqa: B006
+    dynamics: Annotated[
+        Path | None, typer.Option(help="With density, instead of models: a released file of training dynamics.", show_default=False)
+    ] = None,
+    from_step: Annotated[int, typer.Option(min=0, help="With --dynamics: means are over the evaluations from this step on.")] = 3000,
     knowledge: Annotated[
         str | None,
         typer.Option(help="Knowledge items: statement, answer, choices, popularity, perhaps subject. Density needs none.", show_default=False),
@@ -154,14 +161,17 @@ def probe(
 
     `proxytune probe density base` needs no file: it reads the names of cities, known, little known and made up (2 minutes for
     135M parameters); `proxytune probe density base tuned` shows what tuning changed, and with `--knowledge` it reads your statements, too.
-    `proxytune probe erosion base tuned --knowledge items.jsonl` looks at your own models; `proxytune probe density base
-    checkpoints/step-* --knowledge items.jsonl` at a pretraining run. Stop it at any time: the same command continues.
+    `proxytune probe erosion base tuned --knowledge items.jsonl` looks at your own models; `proxytune probe density --checkpoints run` at
+    the folders step-100, step-200, … of a pretraining run. Stop it at any time: the same command continues.
     """
     from evals.commands.compare import run_and_show
-    from evals.commands.probe import Probe, probe_study
+    from evals.commands.probe import Probe, probe_study, show_dynamics
     from evals.study import with_seeds
 
-    whole, folder = probe_study(Probe(name, target, tuned or [], knowledge, corpus, test, prompt, threads, teach))
+    if dynamics is not None:
+        show_dynamics(dynamics, from_step, out, form)
+        return
+    whole, folder = probe_study(Probe(name, target, tuned or [], knowledge, corpus, test, prompt, threads, teach, checkpoints))
     loaded = with_seeds(whole, seeds or len(whole.seeds))
     place = out or Path("proxytune-runs") / whole.study
     shown = place / name if loaded is whole else place / name / loaded.study

@@ -1,15 +1,23 @@
 """`proxytune probe`: one measure, with the measures it is built on, for a study or for models given by name."""
 
+import shutil
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from transformers.utils import CONFIG_NAME
 
+from evals.display.drawing import draw as draw_chart
+from evals.display.render import draw
 from evals.entities import CITIES
 from evals.measures.registry import measures
+from evals.measures.separation import step_of
+from evals.released.dynamics import as_plain, dynamics_chart, dynamics_table, read_dynamics, settle
 from evals.study import STUDIES, Study, expanded, explain_invalid, load_study
+from proxytune.content import as_json
 from proxytune.errors import UserError
 
 
@@ -17,7 +25,8 @@ from proxytune.errors import UserError
 class Probe:
     """The arguments of the command: a study file, or a base model and models tuned from it, with the items to measure them on.
 
-    `teach`: the base is taught made-up names, by the shipped study `taught`.
+    `teach`: the base is taught made-up names, by the shipped study `taught`. `checkpoints` are models of one run, or folders of such: the last one is
+    the base, the others are the arms.
     """
 
     name: str
@@ -29,6 +38,7 @@ class Probe:
     prompt: str
     threads: int
     teach: bool = False
+    checkpoints: Sequence[str] = ()
 
 
 def probe_study(probe: Probe) -> tuple[Study, Path]:
@@ -37,6 +47,8 @@ def probe_study(probe: Probe) -> tuple[Study, Path]:
     Raises `UserError` for models without knowledge items where the measure needs them, for a study file together with models, and for
     mistakes in a study file.
     """
+    if probe.checkpoints:
+        probe = _of_run(probe)
     file = STUDIES / "erosion.yaml" if probe.target is None else Path(probe.target)
     if file.suffix in (".yaml", ".yml"):
         if probe.tuned or probe.knowledge or probe.corpus or probe.test:
@@ -72,6 +84,38 @@ def probe_study(probe: Probe) -> tuple[Study, Path]:
         "threads": probe.threads,
     }
     return _validated(content), Path()
+
+
+def _of_run(probe: Probe) -> Probe:
+    """The probe whose base is the last checkpoint, with the others in the order of their steps."""
+    if probe.target is not None or probe.tuned or probe.teach:
+        raise UserError("--checkpoints: the last checkpoint is the base; give no other model or study beside them")
+    found = [each for name in probe.checkpoints for each in (_models_in(Path(name)) if Path(name).is_dir() else [name])]
+    steps = {name: step_of(Path(name).name) for name in found}
+    if len(found) < 2 or None in steps.values():
+        nameless = next((name for name, step in steps.items() if step is None), None)
+        seen = f"{len(found)} of them" if nameless is None else f"'{nameless}'"
+        raise UserError(f"--checkpoints: give two models or more whose names have a step, such as step-1000, or a folder of them, not {seen}")
+    *earlier, last = sorted(found, key=lambda name: steps[name] or 0)
+    return replace(probe, target=last, tuned=earlier, checkpoints=())
+
+
+def _models_in(folder: Path) -> list[str]:
+    """The folder itself if it holds a model, else the folders in it that do."""
+    if (folder / CONFIG_NAME).exists():
+        return [str(folder)]
+    return [str(each.parent) for each in folder.glob(f"*/{CONFIG_NAME}")]
+
+
+def show_dynamics(file: Path, from_step: int, out: Path | None, form: str) -> None:
+    """Released training dynamics: the table goes to standard output, the figure to `out` (default: proxytune-runs/dynamics)."""
+    frame = read_dynamics(file)
+    found = settle(frame, file.stem, from_step)
+    folder = out or Path("proxytune-runs") / "dynamics"
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = draw_chart(dynamics_chart(frame, file.stem), folder)
+    print(as_json(as_plain(found)) if form == "json" else draw(dynamics_table(found), form, shutil.get_terminal_size((160, 24)).columns))
+    print(f"Files: {', '.join(map(str, figures))}", file=sys.stderr)
 
 
 def _taught(probe: Probe) -> tuple[Study, Path]:

@@ -480,9 +480,15 @@ def layer_chart(rows: Sequence[LayerSeparated], bands: Sequence[Separated], head
     yield Chart("density-names", f"{header.title}: density of familiar against unfamiliar names", tuple(panels), note, across=2)
 
 
+def step_of(name: str) -> int | None:
+    """The step in a checkpoint's name: step-100, step1000-tokens4B, checkpoint-500; None if there is none."""
+    found = re.search(r"(?:step|checkpoint)[-_]?(\d+)", name)
+    return None if found is None else int(found[1])
+
+
 def emergence_chart(rows: Sequence[Separated], header: Header) -> Iterable[Chart]:
-    """AUROC by step of pretraining, a line for each group, where arms are checkpoints: their names end with `step` and a number."""
-    steps = {arm: int(match[1]) for arm in header.kinds if (match := re.search(r"step[-_]?(\d+)$", arm))}
+    """AUROC by step of pretraining, a line for each group, where arms are checkpoints (see `step_of`)."""
+    steps = {arm: step for arm in header.kinds if (step := step_of(arm)) is not None}
     if len(steps) < 2 or not rows:
         return
     arms = [*sorted(steps, key=steps.__getitem__), header.base]
