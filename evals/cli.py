@@ -76,12 +76,15 @@ def compare(
     plan: Annotated[bool, typer.Option("--plan", help="Print the jobs, what the rest will cost, and what the study can tell; run nothing.")] = False,
     jobs: Annotated[int | None, JOBS] = None,
     wait: Annotated[bool, WAIT] = False,
-    form: Annotated[Format, typer.Option("--format", help="How the results go to standard output.")] = Format.table,
+    full: Annotated[bool, typer.Option("--full", help="Print all tables instead of the answer in a few lines.")] = False,
+    form: Annotated[
+        Format | None, typer.Option("--format", help="Print all tables in this format, or json: results.json.", show_default=False)
+    ] = None,
 ) -> None:
-    """Runs a study (arms x measures x seeds) and prints its tables.
+    """Runs a study (arms x measures x seeds) and prints its answer: what tuning and steering gain, keep and cost, and what cannot be told.
 
     All arms are measured with the same prompts; intervals are paired. Stop it at any time: the same command
-    continues where it stopped and ends with the same tables. Progress goes to standard error.
+    continues where it stopped and ends with the same results. Progress goes to standard error.
     """
     from evals.commands.compare import run_and_show, show_plan
     from evals.study import load_study, with_seeds
@@ -90,9 +93,10 @@ def compare(
     loaded = with_seeds(whole, seeds or len(whole.seeds))
     place = out or Path("proxytune-runs") / whole.study
     if plan:
-        show_plan(loaded, folder, place, form)
+        show_plan(loaded, folder, place, form or Format.table)
     else:
-        run_and_show(loaded, folder, place, place if loaded is whole else place / loaded.study, form, jobs, wait)
+        wanted = form or (Format.table if full else None)
+        run_and_show(loaded, folder, place, place if loaded is whole else place / loaded.study, wanted, jobs, wait)
 
 
 @app.command()

@@ -13,10 +13,10 @@ from evals.measures.erosion import CLAIM, ErosionFound
 from evals.measures.lens import LensFound, LensRow
 from evals.measures.recoverability import RecoverabilityFound, Recovered
 from evals.measures.restoration import Part, Patched, RestorationFound
-from evals.measures.verdicts import Verdict, judged
 from evals.results.comparison import PARTS
 from evals.results.header import Header
 from evals.results.summary import Results
+from evals.statistics.judged import Verdict, judged
 from evals.statistics.value import UNKNOWN, Value
 from probes.internals.blocks import BLOCKS
 from probes.verdict import Clause, measured

@@ -15,10 +15,11 @@ from evals.running.runner import run_study
 from evals.study import Study
 from proxytune.content import as_json
 from proxytune.files import check_writable
+from proxytune.printable import printable
 
 
-def run_and_show(study: Study, folder: Path, out: Path, shown: Path, form: str, jobs: int | None, patient: bool) -> None:
-    """Runs a study. Records go to `out`, results and figures to `shown`, tables to standard output."""
+def run_and_show(study: Study, folder: Path, out: Path, shown: Path, form: str | None, jobs: int | None, patient: bool) -> None:
+    """Runs a study. Records go to `out`, results and figures to `shown`, tables to standard output; without a `form` the headline."""
     gc.freeze()  # trainers collect garbage often; they need not look through the libraries each time
     results_file, costs_file = shown / "results.json", shown / "costs.json"
     for path in (out / "study.json", results_file, costs_file, shown / FILE):
@@ -32,7 +33,11 @@ def run_and_show(study: Study, folder: Path, out: Path, shown: Path, form: str, 
             results_file.write_text(results.json() + "\n")
             costs_file.write_text(as_json(results.measured) + "\n")
         files = [results_file, costs_file, *figures]
-        print(results.json() if form == "json" else draw(result_tables(results), form, shutil.get_terminal_size((160, 24)).columns))
+        if form is None:
+            print("\n".join(map(printable, results.headline)))
+            print(f"The rest: all tables with --full, from the same records; figures and every answer in {printable(str(shown))}.")
+        else:
+            print(results.json() if form == "json" else draw(result_tables(results), form, shutil.get_terminal_size((160, 24)).columns))
         answered = any("text" in record.items for record in finished.records)
         if answered:
             files.append(write_items(finished.records, shown))

@@ -6,7 +6,7 @@ Differences between models are paired over units. Familiar and unfamiliar items 
 such strata exist (`matched` counts the items).
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,17 +38,16 @@ from evals.measures.separation import (
     separation_table,
 )
 from evals.measures.states import States, layers_of
-from evals.measures.verdicts import Verdict, clauses_of
 from evals.results.header import Header
 from evals.results.recorded import Recorded
 from evals.statistics.estimates import by_unit, contrast, contrast_of, intervals, over_seeds, strata_of
 from evals.statistics.intervals import Estimate
+from evals.statistics.judged import Verdict
 from evals.statistics.value import UNKNOWN, Value, finite, value_of, values_of
 from probes.density import METRICS, SITES
 from probes.internals.blocks import thirds
 from probes.knowledge.exposure import matched, rank_correlation, strata
 from probes.knowledge.familiarity import familiarity
-from probes.verdict import Clause
 from proxytune.errors import UserError
 
 METRIC = "effective_rank"
@@ -185,8 +184,8 @@ class Density(Measure[DensityFound]):
             *exposure_table(summary.exposure_verdicts, header),
         ]
 
-    def clauses(self, summary: DensityFound) -> Mapping[str, Sequence[Clause]]:
-        return {row.arm: clauses_of(row) for row in summary.exposure_verdicts}
+    def verdicts(self, summary: DensityFound) -> Sequence[Verdict]:
+        return summary.exposure_verdicts
 
     def charts(self, summary: DensityFound, header: Header) -> Iterable[Chart]:
         names = [*layer_chart(summary.auroc_layers, summary.auroc, header), *emergence_chart(summary.auroc, header)]

@@ -14,10 +14,11 @@ import numpy as np
 
 from evals.display.cells import Columns, Table, cell, over, table
 from evals.measures.separation import CHANGE_SITES, SIGNS, UNTRAINED, Seed, compared, contributions, drawn, seeds_of, states_of, trend
-from evals.measures.verdicts import Verdict, clause, judged, tuning_runs
+from evals.measures.verdicts import clause, tuning_runs
 from evals.results.header import Header
 from evals.results.recorded import Recorded
 from evals.statistics.estimates import intervals
+from evals.statistics.judged import Verdict, judged
 from evals.statistics.power import Needs
 from evals.statistics.value import Value, finite, value_of
 from probes.internals.blocks import thirds

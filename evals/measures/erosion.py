@@ -4,7 +4,7 @@ Controls are arms of the same study that differ from the judged arm in one setti
 (`select: {match: ARM}`). The state of a clause is "cannot tell" if the study lacks its control or its reading, or if the arm was tuned only once.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,11 +20,12 @@ from evals.measures.recoverability import RecoverabilityFound, Recovered
 from evals.measures.registry import measures, register
 from evals.measures.restoration import restored_by_seed
 from evals.measures.states import layers_of
-from evals.measures.verdicts import Scales, Verdict, clause, clauses_of, judged, tuning_runs, verdict_table
+from evals.measures.verdicts import Scales, clause, tuning_runs, verdict_table
 from evals.results.header import Header
 from evals.results.recorded import Recorded
 from evals.selection import Choices, recorded
 from evals.statistics.estimates import intervals, means_by_unit
+from evals.statistics.judged import Verdict, judged
 from evals.study import Study
 from finetune.recipe import Tuning
 from probes.internals.blocks import thirds
@@ -66,8 +67,8 @@ class Erosion(Measure[ErosionFound]):
     def tables(self, summary: ErosionFound, header: Header) -> list[Table]:
         return [verdict_table(row, SCALES, header) for row in summary.verdicts]
 
-    def clauses(self, summary: ErosionFound) -> Mapping[str, Sequence[Clause]]:
-        return {row.arm: clauses_of(row) for row in summary.verdicts}
+    def verdicts(self, summary: ErosionFound) -> Sequence[Verdict]:
+        return summary.verdicts
 
 
 # What is concluded

@@ -5,7 +5,7 @@ A reading is expensive and keyed by its content; a measure is cheap and pure. To
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
@@ -19,7 +19,7 @@ from evals.measures.subjects import Outputs, Pair
 from evals.results.header import Header
 from evals.results.recorded import Recorded
 from evals.statistics.intervals import Estimate
-from probes.verdict import Clause
+from evals.statistics.judged import Verdict
 from proxytune.content import content_key
 
 Progress = Callable[[int], None]
@@ -119,9 +119,9 @@ class Measure(ABC, Generic[S]):
     def charts(self, summary: S, header: Header) -> Iterable[Chart]:
         return []
 
-    def clauses(self, summary: S) -> Mapping[str, Sequence[Clause]]:
-        """The clauses of a verdict whose rule is fixed beforehand, by what is judged: an arm, perhaps at one site, or a world."""
-        return {}
+    def verdicts(self, summary: S) -> Sequence[Verdict]:
+        """Verdicts whose rules are fixed beforehand: of an arm, perhaps at one site, or of a world."""
+        return ()
 
     def rows(self, summary: S) -> list[dict[str, Any]]:
         """Rows of the results' long table: `arm`, `measure`, `value`, `low`, `high`, `n`, `unparsed`, and `tied` where choices were made."""

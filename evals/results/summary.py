@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from evals.records import Record
 from evals.results.comparison import PARTS, Row, compare, comparison_charts, comparison_tables, with_comparison
 from evals.results.costs import Costs, cost_table, counted_costs, measured_costs
 from evals.results.header import Header, header_of
+from evals.results.headline import headline
 from evals.results.recorded import Recorded
 from evals.selection import Choices
 from evals.study import Run, Study
@@ -40,11 +42,23 @@ class Results:
     costs: list[Row]
     measured: list[Row] = field(default_factory=list)
 
+    @cached_property
+    def headline(self) -> list[str]:
+        return headline(self.header, self.measures, self.compared, self.costs)
+
     def json(self) -> str:
         """The content of results.json, rounded. Measured costs are left out, so that the same study gives the same bytes."""
         header = asdict(self.header)
         summaries = {name: TypeAdapter(type(summary)).dump_python(summary, mode="json") for name, summary in self.measures.items()}
-        content = {"schema": SCHEMA, **header, "rows": self.rows, **self.compared, "costs": self.costs, "measures": summaries}
+        content = {
+            "schema": SCHEMA,
+            "headline": self.headline,
+            **header,
+            "rows": self.rows,
+            **self.compared,
+            "costs": self.costs,
+            "measures": summaries,
+        }
         return as_json(_rounded(content))
 
 

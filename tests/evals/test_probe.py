@@ -20,11 +20,11 @@ from evals.data import data_for
 from evals.measures.density import density_change
 from evals.measures.registry import measures
 from evals.measures.restoration import restored_by_seed
-from evals.measures.verdicts import Verdict
 from evals.records import Record
 from evals.results.recorded import Recorded
 from evals.results.summary import Results, summarize
 from evals.statistics.estimates import intervals
+from evals.statistics.judged import Verdict
 from evals.study import Study, load_study
 from proxytune.errors import UserError
 from proxytune.member import load_member

@@ -107,9 +107,9 @@ def test_a_measure_shows_what_it_found(name: str, whole: Whole) -> None:
     for row in measure.rows(summary):
         assert {"arm", "measure", "value", "low", "high", "n", "unparsed"} <= set(row)
         assert row["measure"].split("/")[0] == name
-    for judged, clauses in measure.clauses(summary).items():
-        assert judged.split(", ")[0] in {*whole.study.arm_settings, *whole.study.worlds}
-        assert all(ALL_CLAUSES[clause.name].claim == clause.claim for clause in clauses)
+    for row in measure.verdicts(summary):
+        assert row.arm.split(", ")[0] in {*whole.study.arm_settings, *whole.study.worlds}
+        assert all(ALL_CLAUSES[one.clause].claim == one.claim for one in row.clauses)
 
 
 # --- identical models ---

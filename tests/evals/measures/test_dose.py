@@ -9,9 +9,9 @@ from planted_names import ARMS, records_of, study_of
 from evals.display.cells import Table
 from evals.measures.density import Density
 from evals.measures.dose import exposure_verdicts
-from evals.measures.verdicts import Verdict
 from evals.results.header import header_of
 from evals.results.recorded import Recorded
+from evals.statistics.judged import Verdict
 from evals.study import Study
 
 TUNING = {"method": "full", "learning_rate": 1e-3}
@@ -83,7 +83,7 @@ def test_the_tables_say_the_dose_by_exposure_and_the_rule() -> None:
     study = taught(2)
     records = Recorded(study, records_of({"base": {}, "kept": DENSER, "others": {}}, seeds=2))
     summary = Density().summarize(records, study.settings_of("density"))
-    assert [one.name for one in Density().clauses(summary)["kept, residual"]] == ["dose", "trend", "dose/beside"]
+    assert [one.clause for one in Density().verdicts(summary)[0].clauses] == ["dose", "trend", "dose/beside"]
     tables: dict[str, Table] = {each.title: each for each in Density().tables(summary, header_of(study))}
     dose = tables["Density at taught names by exposure (AUROC)"].frame.set_index("arm and site")
     assert list(dose.columns) == ["small", "big"]

@@ -2,8 +2,8 @@ import pytest
 from made_summaries import HEADER, a_verdict, clause, only
 
 from evals.measures.erosion import CLAIM, Erosion, ErosionFound
-from evals.measures.verdicts import Verdict, judged
 from evals.results.header import Header
+from evals.statistics.judged import Verdict, clauses_of, judged
 from probes.verdict import RULE, measured, states, verdict
 
 
@@ -23,13 +23,13 @@ def test_a_verdict_is_in_the_title_and_each_clause_says_what_counts_and_what_is_
     assert table.note.startswith("Failed: 4; held: 1; cannot tell: 2, 3.")
 
 
-def test_the_clauses_of_a_summary_are_those_that_were_judged() -> None:
-    found = Erosion().clauses(ErosionFound((a_verdict(),)))
-    assert list(found) == ["full"]
-    assert [clause.name for clause in found["full"]] == ["density", "density/random", "density/shuffled", "restoration"]
-    assert [(clause.low, clause.high, clause.needs) for clause in found["full"][:2]] == [(-0.006, -0.003, None), (-0.006, 0.003, 505)]
-    assert states(found["full"]) == [clause.state for clause in a_verdict().clauses] == ["holds", "cannot tell", "cannot tell", "fails"]
-    assert verdict(found["full"]) == a_verdict().verdict
+def test_the_clauses_of_a_verdict_are_judged_again_as_they_were() -> None:
+    (row,) = Erosion().verdicts(ErosionFound((a_verdict(),)))
+    found = clauses_of(row)
+    assert [clause.name for clause in found] == ["density", "density/random", "density/shuffled", "restoration"]
+    assert [(clause.low, clause.high, clause.needs) for clause in found[:2]] == [(-0.006, -0.003, None), (-0.006, 0.003, 505)]
+    assert states(found) == [clause.state for clause in a_verdict().clauses] == ["holds", "cannot tell", "cannot tell", "fails"]
+    assert verdict(found) == a_verdict().verdict
 
 
 def test_one_seed_is_no_verdict_and_every_note_says_of_what_it_is() -> None:

@@ -44,7 +44,7 @@ def test_the_module_is_short() -> None:
 @pytest.mark.usefixtures("answer_length")
 def test_a_study_measures_it(tiny_family: Path, tmp_path: Path) -> None:
     out, path = place_world(tiny_family, tmp_path / "out"), write(tmp_path)
-    run = ["compare", str(path), "--out", str(out), "--jobs", "1"]
+    run = ["compare", str(path), "--out", str(out), "--jobs", "1", "--full"]
     first = CliRunner().invoke(app, run)
     assert first.exit_code == 0, first.output
     assert "Answer length" in first.stdout

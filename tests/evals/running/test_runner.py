@@ -83,7 +83,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def unbroken(place: Path) -> dict[str, bytes]:
     """What the study leaves in one process, in the folder `one`."""
-    done = run_command("compare", place / "study.yaml", "--jobs", 1, "--out", place / "one")
+    done = run_command("compare", place / "study.yaml", "--jobs", 1, "--out", place / "one", "--full")
     assert done.returncode == 0, done.stderr
     return content(place / "one") | {"tables": without_times(done.stdout)}
 
@@ -112,7 +112,7 @@ def tree(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def test_two_processes_leave_the_same_bytes_as_one(place: Path, unbroken: dict[str, bytes]) -> None:
-    done = run_command("compare", place / "study.yaml", "--jobs", 2, "--out", place / "two")
+    done = run_command("compare", place / "study.yaml", "--jobs", 2, "--out", place / "two", "--full")
     assert done.returncode == 0, done.stderr
     assert content(place / "two") | {"tables": without_times(done.stdout)} == unbroken
     assert "selected" in done.stderr and "· base · task: read" in done.stderr
@@ -225,7 +225,7 @@ def test_a_second_command_stops_with_one_line_or_waits(place: Path, unbroken: di
         released: list[float] = []
         thread = threading.Timer(1.0, lambda: (released.append(time.monotonic()), os.close(held)))
         thread.start()
-        done = run_command("compare", study, "--jobs", 1, "--out", out, "--wait")
+        done = run_command("compare", study, "--jobs", 1, "--out", out, "--wait", "--full")
         thread.join()
     finally:
         if not released:
@@ -294,7 +294,7 @@ def test_a_killed_parent_leaves_no_worker_and_no_lock_and_the_command_goes_on(pl
         pass
     kept = {path.name for path in (out / "records").iterdir()}
     assert kept < {Path(name).name for name in unbroken if name.startswith("records")}
-    done = run_command("compare", study, "--jobs", 2, "--out", out)
+    done = run_command("compare", study, "--jobs", 2, "--out", out, "--full")
     assert done.returncode == 0, done.stderr
     assert content(out) | {"tables": without_times(done.stdout)} == unbroken
     assert "from its record" in done.stderr
