@@ -1,34 +1,34 @@
-"""The rules, fixed beforehand, for two claims, and how intervals are judged: "direct tuning erodes what lower layers hold", "exposure makes density".
+"""The rules, fixed beforehand, for three claims, and how intervals are judged by them.
 
 A claim is supported only if every clause of its rule holds. For erosion (`RULE`), after Jin et al. 2026 (arXiv 2603.03415) on density, Ghorbani and
-Zou 2019 (arXiv 1904.02868) on Shapley values of parts, and Zheng et al. 2025 (arXiv 2501.13453) on spurious forgetting, these are:
-(a) in low layers familiar states lose density relative to unfamiliar ones, and lose more than under random deltas of the same
-norm and under tuning on shuffled answers; (b) restoring the low block brings back more knowledge than restoring the high block,
-and more than restoring an equally large change elsewhere (equal noise in every block of a random model does most harm where it
-enters first, so the first part alone says little); (c) a model tuned with its bottom half frozen keeps more knowledge at the
-same task gain; (d) lost knowledge is not relearned quickly; (e) at names, low layers tell familiar from unfamiliar ones less well by
-their density, and that less well than under tuning on shuffled answers (added after the other seven had been judged once, before any study was
-judged by it).
+Zou 2019 (arXiv 1904.02868) on Shapley values of parts, and Zheng et al. 2025 (arXiv 2501.13453) on spurious forgetting, these are: (a) in low
+layers familiar states lose density relative to unfamiliar ones, and lose more than under random deltas of the same norm and under tuning on
+shuffled answers; (b) restoring the low block brings back more knowledge than restoring the high block, and more than restoring an equally large
+change elsewhere (equal noise in every block of a random model does most harm where it enters first, so the first part alone says little); (c) a
+model tuned with its bottom half frozen keeps more knowledge at the same task gain; (d) lost knowledge is not relearned quickly; (e) at names, low
+layers tell familiar from unfamiliar ones less well by their density, and that less well than under tuning on shuffled answers (added after the
+other seven had been judged once, before any study was judged by it).
 
-For exposure (`EXPOSURE_RULE`), at one site, with the sign that was predicted for it: (a) the names that were stated most often
-are told from those never stated, (b) density follows exposure over all levels, and (c) both are more than in a model that did not have the
-exposure: an untrained one, or one that was taught other names. Layers are fixed beforehand (`LAYERS_OF_EXPOSURE`). The shipped study `exposure`
-had been read once when this rule was written, by the rule that stands in its file; the study `taught` had not.
+For exposure (`EXPOSURE_RULE`), at one site, with the sign that was predicted for it: (a) the names that were stated most often are told from those
+never stated, (b) density follows exposure over all levels, and (c) they are told better than by a model without the exposure: an untrained one,
+or one that was taught other names. For "direct tuning erodes density at names" (`NAMES_RULE`), at a site and layers where the base shows it: the
+AUROC of familiar against unfamiliar names comes nearer to .5, and nearer than under tuning on shuffled answers. Layers are fixed beforehand
+(`LAYERS_OF_EXPOSURE`). The shipped study `exposure` had been read once when this rule was written, by the rule that stands in its file; the study
+`taught` had not.
 
-The claim is refuted if any clause fails. A clause fails when the hypothesis that its effect is large enough to count (as large as
-`threshold`, in the claimed direction) is rejected: the effect is absent, reversed, or too small. Its one-sided p value (`p_value`) is
-that of a t test with the degrees of freedom of the runs, whose standard error is read from the 95 % interval. That is exact where the
-interval is the t interval over runs, and cautious where units make it wider. The p values of all measured clauses are corrected by
-Holm, so that a claim that is true in every clause, however barely, is refuted in at most 5 % of studies (`FAMILY`), whatever the dependence
-between clauses. Seven 95 % intervals without correction would refute it in up to 16 %. A clause holds when it does not fail and its whole interval
-is on the claimed side. Support needs all clauses, so it needs no correction: a false claim is supported in at most 2.5 % of studies.
-Otherwise, and where a clause was not measured, it cannot tell: then the verdict is "underpowered" and `needs` says how many seeds
-would decide. One tuning run is described but not judged: its intervals cover units only, and another seed may give any other
-result; the verdict is then "cannot tell: one seed".
+The claim is refuted if any clause fails. A clause fails when the hypothesis that its effect is large enough to count (as large as `threshold`, in
+the claimed direction) is rejected: the effect is absent, reversed, or too small. Its one-sided p value (`p_value`) is that of a t test with the
+degrees of freedom of the runs, whose standard error is read from the 95 % interval. That is exact where the interval is the t interval over runs,
+and cautious where units make it wider. The p values of all measured clauses are corrected by Holm, so that a claim that is true in every clause,
+however barely, is refuted in at most 5 % of studies (`FAMILY`), whatever the dependence between clauses. Seven 95 % intervals without correction
+would refute it in up to 16 %. A clause holds when it does not fail and its whole interval is on the claimed side. Support needs all clauses, so it
+needs no correction: a false claim is supported in at most 2.5 % of studies. Otherwise, and where a clause was not measured, it cannot tell: then
+the verdict is "underpowered" and `needs` says how many seeds would decide. One tuning run is described but not judged: its intervals cover units
+only, and another seed may give any other result; the verdict is then "cannot tell: one seed".
 
-Power that is left, by simulation: a claim whose effects are all twice the least that counts except one, which is zero, where seeds
-differ by a standard deviation of half the least that counts, is refuted in 17 % of studies with 3 seeds (without correction: 47 %) and in 97 %
-with 8 (100 %). Where they differ by all of it: in 6 % (18 %) and 42 % (68 %). So three seeds seldom refute.
+Power that is left, by simulation: a claim whose effects are all twice the least that counts except one, which is zero, where seeds differ by a
+standard deviation of half the least that counts, is refuted in 17 % of studies with 3 seeds (without correction: 47 %) and in 97 % with 8 (100 %).
+Where they differ by all of it: in 6 % (18 %) and 42 % (68 %). So three seeds seldom refute.
 
 Not covered: knowledge that no read-out asks for, and a base that a proxy steers, whose layers cannot change.
 """
@@ -106,12 +106,19 @@ EXPOSURE_RULE: dict[str, Clause] = {
         Clause("dose/beside", "they are told better than in a model without the exposure", "above", 0.0, SMALLEST_SEPARATION),
     )
 }
-ALL_CLAUSES = RULE | EXPOSURE_RULE
+NAMES_RULE: dict[str, Clause] = {
+    clause.name: clause
+    for clause in (
+        Clause("seen", "familiar names are told from unfamiliar ones less well than by the base", "below", 0.0, -SMALLEST_SEPARATION_CHANGE),
+        Clause("seen/shuffled", "less well than after tuning on shuffled answers", "below", 0.0, -SMALLEST_SEPARATION_CHANGE),
+    )
+}
+ALL_CLAUSES = RULE | EXPOSURE_RULE | NAMES_RULE
 
 
 def rule_of(name: str) -> Mapping[str, Clause]:
     """The rule that has the clause of this name."""
-    return RULE if name in RULE else EXPOSURE_RULE
+    return next(rule for rule in (RULE, EXPOSURE_RULE, NAMES_RULE) if name in rule)
 
 
 def measured(name: str, interval: tuple[float, float, float] | None, runs: int, needs: int | None = None, note: str = "") -> Clause:

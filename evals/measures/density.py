@@ -15,7 +15,7 @@ from pydantic import Field
 
 from evals.display.cells import FEW_COLUMNS, Columns, Table, cell, over, table
 from evals.display.chart import Axis, Cells, Chart, Panel, Series, all_scaled, exposure_axis, scaled
-from evals.measures.dose import BlockSeparated, block_table, exposure_table, exposure_verdicts, in_blocks
+from evals.measures.dose import BlockSeparated, block_table, exposure_table, exposure_verdicts, in_blocks, names_table, names_verdicts
 from evals.measures.inputs import Inputs
 from evals.measures.long import matrix
 from evals.measures.measure import Measure, Reading, Settings
@@ -135,6 +135,7 @@ class DensityFound:
     auroc_changes: tuple[SeparationChange, ...] = ()
     auroc_blocks: tuple[BlockSeparated, ...] = ()
     exposure_verdicts: tuple[Verdict, ...] = ()
+    names_verdicts: tuple[Verdict, ...] = ()
 
 
 class DensitySettings(Settings):
@@ -169,6 +170,7 @@ class Density(Measure[DensityFound]):
             tuple(changed(records)),
             tuple(in_blocks(records)),
             tuple(exposure_verdicts(records)),
+            tuple(names_verdicts(records)),
         )
 
     def tables(self, summary: DensityFound, header: Header) -> list[Table]:
@@ -182,10 +184,11 @@ class Density(Measure[DensityFound]):
             *_rank_table(summary, header),
             *_change_table(summary, header),
             *exposure_table(summary.exposure_verdicts, header),
+            *names_table(summary.names_verdicts, header),
         ]
 
     def verdicts(self, summary: DensityFound) -> Sequence[Verdict]:
-        return summary.exposure_verdicts
+        return (*summary.exposure_verdicts, *summary.names_verdicts)
 
     def charts(self, summary: DensityFound, header: Header) -> Iterable[Chart]:
         names = [*layer_chart(summary.auroc_layers, summary.auroc, header), *emergence_chart(summary.auroc, header)]

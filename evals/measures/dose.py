@@ -13,7 +13,8 @@ from itertools import product
 import numpy as np
 
 from evals.display.cells import Columns, Table, cell, over, table
-from evals.measures.separation import CHANGE_SITES, SIGNS, UNTRAINED, Seed, compared, contributions, drawn, seeds_of, states_of, trend
+from evals.measures.controls import is_control, shuffled_twin
+from evals.measures.separation import CHANGE_SITES, SIGNS, UNTRAINED, Seed, compared, contributions, drawn, seeds_of, states_of, step_of, trend
 from evals.measures.verdicts import clause, tuning_runs
 from evals.results.header import Header
 from evals.results.recorded import Recorded
@@ -21,15 +22,17 @@ from evals.statistics.estimates import intervals
 from evals.statistics.judged import Verdict, judged
 from evals.statistics.power import Needs
 from evals.statistics.value import Value, finite, value_of
+from evals.study import Study
 from probes.internals.blocks import thirds
 from probes.separation import permuted
-from probes.verdict import EXPOSURE_RULE, FAMILY, LAYERS_OF_EXPOSURE, Clause, measured, verdict
+from probes.verdict import EXPOSURE_RULE, FAMILY, LAYERS_OF_EXPOSURE, NAMES_RULE, Clause, measured, verdict
 from proxytune.errors import UserError
 
 CLAIMS = {
     "residual": "exposure makes names denser in the residual stream",
     "neurons": "exposure makes names sparser in the MLP's neurons",
 }
+EROSION = "direct tuning erodes density at names"
 CLAUSES = {"dose": "dose", "trend": "trend", "dose/beside": "beside"}  # and their columns
 OTHERS = "others"  # the lesson about other names
 
@@ -110,6 +113,33 @@ def exposure_verdicts(records: Recorded) -> Iterator[Verdict]:
                 yield _judge(part, arm, f"{arm}, {site}", site, beside)
 
 
+def names_verdicts(records: Recorded) -> Iterator[Verdict]:
+    """Whether tuning erodes density at names: of every tuned arm but the controls, at the sites where the base shows it, by world."""
+    study = records.study
+    for (world, part), site in product(records.by_world(), CLAIMS):
+        block = LAYERS_OF_EXPOSURE[site]
+        arms = [arm for arm in part.arms("spread") if _is_tuned(study, arm)]
+        seen = intervals(part.estimate(separation_of(part, study.base_arm, site, block)))[0] if arms else None
+        for arm in arms if seen is not None and seen.low > 0 else ():
+            runs, change, twin = tuning_runs(part, arm, "spread"), separation_change(part, arm, site, block), shuffled_twin(study, arm)
+            clauses = [clause(part, "seen", change, 0, None, runs)]
+            if twin is None:
+                clauses.append(measured("seen/shuffled", None, runs, note="no arm is the same with shuffled: true"))
+            else:
+                both = [np.hstack(pair) for pair in zip(change, separation_change(part, twin, site, block), strict=True)]
+                clauses.append(clause(part, "seen/shuffled", both, 0, 1, runs, note=f"minus {twin}"))
+            name = f"{arm}, {site}" if world is None or len(study.worlds) == 1 else f"{arm}, {site}, {world}"
+            yield Verdict(name, EROSION, verdict(clauses, NAMES_RULE), judged(clauses))
+
+
+def _is_tuned(study: Study, arm: str) -> bool:
+    """Whether the arm was tuned on the study's items, or elsewhere: no lesson, no checkpoint of pretraining, no control."""
+    if arm == study.base_arm or arm not in study.rows:
+        return False
+    spec = study.arms[study.rows[arm].arm]
+    return getattr(spec, "teach", None) is None and step_of(arm) is None and not is_control(study, arm)
+
+
 def _judge(records: Recorded, arm: str, name: str, site: str, beside: tuple[str, str, str] | None) -> Verdict:
     block, runs = LAYERS_OF_EXPOSURE[site], tuning_runs(records, arm, "spread")
     dose = separation_of(records, arm, site, block)
@@ -170,10 +200,30 @@ def exposure_table(rows: Sequence[Verdict], header: Header) -> list[Table]:
         f"{counts['trend']:g}. Beside: the dose {', or '.join(beside) or 'beside a model without the exposure'}; it counts from "
         f"{counts['dose/beside']:g}. A clause holds if its whole interval is above 0. It fails, and the claim with it, if an effect that counts is "
         f"rejected (one-sided, corrected by Holm for the clauses, at {FAMILY:g}). The claim is supported if all clauses hold. Layers are fixed "
-        f"beforehand: {', '.join(f'{site}, the {block} third' for site, block in LAYERS_OF_EXPOSURE.items())}. Needed: the seeds that would decide "
+        f"beforehand: {_layers()}. Needed: the seeds that would decide "
         f"the clauses that cannot tell. 95 % intervals, {over(len(header.seeds))}."
     )
     return table("Does exposure make density at names?", columns["verdict"], columns, note, first="where") if rows else []
+
+
+def names_table(rows: Sequence[Verdict], header: Header) -> list[Table]:
+    """All verdicts on erosion at names."""
+    columns: Columns = {"verdict": {row.arm: row.verdict for row in rows}}
+    for name, words in (("seen", "change"), ("seen/shuffled", "beyond shuffled answers")):
+        of_name = {row.arm: one for row in rows for one in row.clauses if one.clause == name}
+        columns[words] = {arm: one.note if one.value.value is None else f"{cell(one.value, 1, 3)}: {one.state}" for arm, one in of_name.items()}
+    columns["needed"] = {row.arm: _needed(row) for row in rows}
+    columns = {name: cells for name, cells in columns.items() if any(cells.values())}
+    note = (
+        f"Claim: {EROSION}. Change: of the distance of the AUROC from .5, of the most familiar names against the least, arm minus base, in the "
+        f"predicted direction, so that erosion is below 0; it counts from {NAMES_RULE['seen'].threshold:g}. Judged where the base shows it, by "
+        f"layers that are fixed beforehand ({_layers()}); other sites are left out. Rules as for exposure. 95 % intervals, {over(len(header.seeds))}."
+    )
+    return table("Does tuning erode density at names?", columns["verdict"], columns, note, first="arm and site") if rows else []
+
+
+def _layers() -> str:
+    return ", ".join(f"{site}, the {block} third" for site, block in LAYERS_OF_EXPOSURE.items())
 
 
 def _needed(row: Verdict) -> str:

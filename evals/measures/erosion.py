@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from evals.display.cells import Table
-from evals.kinds import Direct
+from evals.measures.controls import frozen_twin, is_control, shuffled_twin
 from evals.measures.density import density_change
 from evals.measures.dose import separation_change, separation_of
 from evals.measures.inputs import Inputs
@@ -23,11 +23,8 @@ from evals.measures.states import layers_of
 from evals.measures.verdicts import Scales, clause, tuning_runs, verdict_table
 from evals.results.header import Header
 from evals.results.recorded import Recorded
-from evals.selection import Choices, recorded
 from evals.statistics.estimates import intervals, means_by_unit
 from evals.statistics.judged import Verdict, judged
-from evals.study import Study
-from finetune.recipe import Tuning
 from probes.internals.blocks import thirds
 from probes.verdict import RULE, Clause, measured, verdict
 
@@ -61,7 +58,7 @@ class Erosion(Measure[ErosionFound]):
 
     def summarize(self, records: Recorded, settings: Settings) -> ErosionFound:
         base = records.study.base_arm
-        arms = [arm for arm in records.arms("states") if arm in records.study.rows and arm != base and not _is_control(records.study, arm)]
+        arms = [arm for arm in records.arms("states") if arm in records.study.rows and arm != base and not is_control(records.study, arm)]
         return ErosionFound(tuple(_judge(records, arm) for arm in arms))
 
     def tables(self, summary: ErosionFound, header: Header) -> list[Table]:
@@ -94,7 +91,7 @@ def _density(records: Recorded, arm: str, runs: int) -> list[Clause]:
     low = list(thirds(layers_of(records("states", arm)[0]))["low"])
     seeds = density_change(records, arm, [("residual", "last", low)])
     clauses = [clause(records, "density", seeds, 0, None, runs), clause(records, "density/random", seeds, 0, 1, runs)]
-    twin = _shuffled(records.study, arm)
+    twin = shuffled_twin(records.study, arm)
     if twin is None:
         return [*clauses, measured("density/shuffled", None, runs, note="no arm is the same with shuffled: true")]
     others = density_change(records, twin, [("residual", "last", low)])
@@ -115,7 +112,7 @@ def _restoration(records: Recorded, arm: str, runs: int) -> list[Clause]:
 
 
 def _freezing(records: Recorded, arm: str, runs: int) -> Clause:
-    twin = _frozen(records.study, arm)
+    twin = frozen_twin(records.study, arm)
     if twin is None or not records.has(STATEMENTS.name, arm):
         missing = "no arm with its lower half frozen is selected to match" if twin is None else "knowledge was not measured"
         return measured("freezing", None, runs, note=missing)
@@ -146,44 +143,11 @@ def _names(records: Recorded, arm: str, runs: int) -> list[Clause]:
         return [measured(name, None, runs, note="not judged: in low layers the base does not tell them apart") for name in names]
     change = separation_change(records, arm, *LOWER)
     first = clause(records, "names", change, 0, None, runs)
-    twin = _shuffled(records.study, arm)
+    twin = shuffled_twin(records.study, arm)
     if twin is None:
         return [first, measured("names/shuffled", None, runs, note="no arm is the same with shuffled: true")]
     beside = [np.hstack(pair) for pair in zip(change, separation_change(records, twin, *LOWER), strict=True)]
     return [first, clause(records, "names/shuffled", beside, 0, 1, runs, note=f"minus {twin}")]
-
-
-def _tuning(study: Study, label: str) -> tuple[Direct, Tuning | None]:
-    """An arm and its tuning: the one that was selected beforehand, or its first candidate if it is selected in every run."""
-    point = study.rows[label]
-    arm = study.arms[point.arm]
-    assert isinstance(arm, Direct)
-    choices = recorded(study) or Choices()
-    chosen = choices[point.arm].tuning if point.arm in choices else None
-    if isinstance(chosen, Tuning):
-        return arm, chosen
-    return arm, arm.tuning if arm.select is not None else arm.settings(point.arm)[label][1].tuning
-
-
-def _is_control(study: Study, label: str) -> bool:
-    _, tuning = _tuning(study, label)
-    return tuning is not None and (tuning.shuffled or tuning.frozen is not None)
-
-
-def _shuffled(study: Study, label: str) -> str | None:
-    """The arm with the same tuning on shuffled answers."""
-    _, tuning = _tuning(study, label)
-    wanted = None if tuning is None else tuning.model_copy(update={"shuffled": True})
-    return next((other for other in study.direct_settings if wanted is not None and _tuning(study, other)[1] == wanted), None)
-
-
-def _frozen(study: Study, label: str) -> str | None:
-    """The arm with the lower half frozen whose setting was selected to match this one's task score."""
-    for other in study.direct_settings:
-        arm, tuning = _tuning(study, other)
-        if arm.matched == label and tuning is not None and tuning.frozen == "lower":
-            return other
-    return None
 
 
 register(Erosion())

@@ -8,7 +8,7 @@ from planted_names import ARMS, records_of, study_of
 
 from evals.display.cells import Table
 from evals.measures.density import Density
-from evals.measures.dose import exposure_verdicts
+from evals.measures.dose import exposure_verdicts, names_verdicts
 from evals.results.header import header_of
 from evals.results.recorded import Recorded
 from evals.statistics.judged import Verdict
@@ -62,6 +62,28 @@ def test_a_world_is_judged_beside_its_untrained_twin_and_cities_are_not_judged()
     assert verdicts(world, {"base": DENSER}, world="recall")["base, residual"] == "supported"
     assert verdicts(world, {"base": {}}, world="recall")["base, residual"] == "not supported"
     assert verdicts(study_of(seeds=[0, 1, 2, 3]), {"base": DENSER, "full": {}}) == {}
+
+
+ERODING = {"base": {"kind": "base"}, "full": {"kind": "direct", "tuning": TUNING}}
+ERODING |= {"full-shuffled": {"kind": "direct", "tuning": TUNING | {"shuffled": True}}}
+
+
+@pytest.mark.parametrize(
+    ("shifts", "wanted"),
+    [
+        ({"base": DENSER, "full": {"residual": 0.5}, "full-shuffled": DENSER}, {"full, residual": "supported"}),
+        ({"base": DENSER, "full": DENSER, "full-shuffled": DENSER}, {"full, residual": "not supported"}),
+        # The shuffled answers do the same.
+        ({"base": DENSER, "full": {"residual": 0.5}, "full-shuffled": {"residual": 0.5}}, {"full, residual": "not supported"}),
+        ({"base": DENSER, "full": {"residual": 2.5}, "full-shuffled": DENSER}, {"full, residual": "not supported"}),
+        # What the base does not show cannot be eroded.
+        ({"base": {}, "full": {"residual": -0.5}, "full-shuffled": {}}, {}),
+    ],
+)
+def test_erosion_at_names_is_judged_where_the_base_shows_them(shifts: dict[str, dict[str, float]], wanted: dict[str, str]) -> None:
+    study = study_of(worlds=["recall"], models=None, data=None, arms=ERODING, seeds=[0, 1, 2, 3])
+    records = Recorded(study, records_of(shifts, 4, world="recall"))
+    assert {row.arm: row.verdict for row in names_verdicts(records)} == wanted
 
 
 @pytest.mark.slow
