@@ -203,6 +203,17 @@ def items(
 
 
 @app.command()
+def report(folder: Annotated[Path, typer.Argument(help="The folder to which proxytune compare wrote its results.")]) -> None:
+    """Writes the folder's report.html again: one page with the answer, every table and figure, and every item's answers.
+
+    It opens in a browser without a network. `compare` writes it, too; this needs only results.json, costs.json and items.parquet.
+    """
+    from evals.report.page import write_report
+
+    print(write_report(folder))
+
+
+@app.command()
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="The prompt. Default: standard input.", show_default=False)] = None,
     base: Annotated[str, typer.Option(help="The large model: a local folder or a hub name.")] = ...,  # type: ignore[assignment]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from evals.display.drawing import draw as draw_chart
 from evals.display.render import draw
+from evals.report.page import NAME, write_report
 from evals.results.items import FILE, write_items
 from evals.results.summary import result_charts, result_tables, summarize
 from evals.results.variance import power_table
@@ -22,7 +23,7 @@ def run_and_show(study: Study, folder: Path, out: Path, shown: Path, form: str |
     """Runs a study. Records go to `out`, results and figures to `shown`, tables to standard output; without a `form` the headline."""
     gc.freeze()  # trainers collect garbage often; they need not look through the libraries each time
     results_file, costs_file = shown / "results.json", shown / "costs.json"
-    for path in (out / "study.json", results_file, costs_file, shown / FILE):
+    for path in (out / "study.json", results_file, costs_file, shown / FILE, shown / NAME):
         check_writable(path, "out")  # before hours of work, not after
     with Display() as display:
         finished = run_study(study, folder, out, display, jobs=jobs, patient=patient)
@@ -35,12 +36,14 @@ def run_and_show(study: Study, folder: Path, out: Path, shown: Path, form: str |
         files = [results_file, costs_file, *figures]
         if form is None:
             print("\n".join(map(printable, results.headline)))
-            print(f"The rest: all tables with --full, from the same records; figures and every answer in {printable(str(shown))}.")
+            print(f"The rest: {printable(str(shown / NAME))}, to open in a browser; all tables here with --full.")
         else:
             print(results.json() if form == "json" else draw(result_tables(results), form, shutil.get_terminal_size((160, 24)).columns))
         answered = any("text" in record.items for record in finished.records)
         if answered:
             files.append(write_items(finished.records, shown))
+        with display.bar("report", None):
+            files.append(write_report(shown))
         following = f"; print answers with: proxytune items {shown} --where 'ARM right, OTHER wrong'" if answered else ""
         display.say(f"Files: {', '.join(map(str, files))}{following}")
 

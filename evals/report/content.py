@@ -1,0 +1,126 @@
+"""What the report page shows, as plain data: from results.json, costs.json and items.parquet alone, so that the same files give the same page."""
+
+import base64
+import gzip
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from evals.display.cells import Table
+from evals.display.chart import Chart
+from evals.measures.registry import measures
+from evals.results.comparison import comparison_charts, comparison_tables, with_comparison
+from evals.results.costs import cost_table
+from evals.results.items import FILE, read_items_of
+from evals.results.summary import Results, read_results
+from proxytune.errors import UserError
+from proxytune.files import check_readable
+from proxytune.printable import printable
+
+MOST_ITEMS = 20_000  # in the page; how many are left out is said there
+STATES = {"right": 1, "wrong": 0, "unparsed": -1}
+
+
+def read_folder(folder: Path) -> tuple[Results, pd.DataFrame]:
+    """The results of a study's folder with its measured costs, and its answers (empty if there are none). Raises `UserError`."""
+    results = read_results(folder / "results.json")
+    costs = folder / "costs.json"
+    if costs.exists():
+        check_readable(costs, "folder")
+        try:
+            results.measured.extend(json.loads(costs.read_bytes()))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"folder: '{costs}' cannot be read ({error}); run the study again") from error
+    return results, read_items_of(folder) if (folder / FILE).exists() else pd.DataFrame()
+
+
+def page_content(results: Results) -> dict[str, Any]:
+    """The page without the answers: sections of the comparison and of every measure, each with its tables and charts."""
+    header = results.header
+    compared = list(comparison_charts(results.compared, header))
+    sections = [_section("comparison", "Comparison", "", "", comparison_tables(results.compared), compared)]
+    for name, summary in results.measures.items():
+        measure = measures()[name]
+        tables = measure.tables(summary, header)
+        if measure.role is not None:
+            tables = [with_comparison(table, name, results.compared) for table in tables[:1]] + tables[1:]
+        sections.append(_section(name, name.capitalize(), measure.question, measure.controls, tables, list(measure.charts(summary, header))))
+    sections.append(
+        _section("costs", "Costs", "What does each arm cost to make, and a token?", "", cost_table(results.costs, results.measured, header), [])
+    )
+    return {
+        "title": printable(header.study),
+        "headline": [printable(line) for line in results.headline],
+        "sections": [section for section in sections if section["tables"] or section["charts"]],
+        "arms": [printable(arm) for arm in header.kinds],
+        "frontier": results.compared["frontier"],
+        "header": asdict(header),
+    }
+
+
+def _section(name: str, title: str, question: str, controls: str, tables: Sequence[Table], charts: Sequence[Chart]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "title": title,
+        "question": question,
+        "controls": controls,
+        "tables": [_table(table) for table in tables],
+        "charts": [asdict(chart) for chart in charts],
+    }
+
+
+def _table(table: Table) -> dict[str, Any]:
+    rows = table.frame.fillna("").astype(str)
+    return {
+        "title": printable(table.title),
+        "note": printable(table.note),
+        "columns": [printable(str(column)) for column in rows.columns],
+        "rows": [[printable(cell) for cell in row] for row in rows.itertuples(index=False)],
+    }
+
+
+def items_content(items: pd.DataFrame) -> dict[str, Any]:
+    """Every item with the answers of all arms: texts once, and their places. Of more than 20,000 items as many are taken, evenly spaced."""
+    if items.empty:
+        return {"readings": [], "arms": [], "texts": [], "items": [], "all": 0}
+    keys = ["reading", "world", "seed", "tuning", "number"]
+    items = items.assign(number=items.groupby([*keys[:4], "arm"], sort=False).cumcount())
+    arms, readings = list(items["arm"].unique()), list(items["reading"].unique())
+    texts, places = pd.factorize(items["text"].map(printable))[::-1]
+    state = items["right"].where(~items["unparsed"].astype(bool), STATES["unparsed"]).astype(float)
+    wide = items.assign(place=places, state=state).pivot(index=keys, columns="arm", values=["place", "state"])
+    first = items.drop_duplicates(keys).set_index(keys)[["question", "answer", "popularity"]].reindex(wide.index)
+    taken = np.unique(np.linspace(0, len(wide) - 1, min(len(wide), MOST_ITEMS)).astype(int))
+    chosen, first = wide.iloc[taken], first.iloc[taken]
+    rows = []
+    for (reading, world, seed, tuning, _), question, answer, popularity, given, states in zip(
+        chosen.index,
+        first["question"],
+        first["answer"],
+        first["popularity"],
+        chosen["place"][arms].to_numpy(),
+        chosen["state"][arms].to_numpy(),
+        strict=True,
+    ):
+        run = " ".join(part for part in (str(world), f"seed {seed}", f"tuning {tuning}" if tuning else "") if part)
+        found = [[-1 if pd.isna(place) else int(place) for place in given], [None if pd.isna(one) else round(float(one), 3) for one in states]]
+        rows.append(
+            [readings.index(reading), run, printable(question), printable(answer), None if pd.isna(popularity) else float(popularity), *found]
+        )
+    return {"readings": readings, "arms": [printable(arm) for arm in arms], "texts": list(texts), "items": rows, "all": len(wide)}
+
+
+def as_script(content: object) -> str:
+    """JSON that may stand in a script element: no `<`, and no line separators that old parsers take for the end of a line."""
+    text = json.dumps(content, allow_nan=False, separators=(",", ":"), ensure_ascii=False)
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def compressed(content: object) -> str:
+    """The same, compressed (gzip, the same bytes each time), in base64."""
+    return base64.b64encode(gzip.compress(as_script(content).encode(), 9, mtime=0)).decode()

@@ -1,0 +1,142 @@
+"""The report page: the same bytes from the same files, nothing that a text says can run, every item with all answers."""
+
+import base64
+import gzip
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from helpers import Unbroken, run_command
+
+from evals.report.content import MOST_ITEMS, as_script, compressed, items_content, page_content
+from evals.report.page import render, write_report
+from evals.results.items import write_items
+from proxytune.errors import UserError
+
+EVIL = "</script><script>alert(1)</script>\u2028<img src=x onerror=alert(2)>"
+
+
+@pytest.fixture
+def run(unbroken: Unbroken, tmp_path: Path) -> Path:
+    """A folder as compare leaves it."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "results.json").write_text(unbroken.results.json())
+    (folder / "costs.json").write_text("[]")
+    write_items(unbroken.finished.records, folder)
+    return folder
+
+
+def answers(**columns: Any) -> pd.DataFrame:
+    rows = {"reading": "task", "world": "", "seed": 0, "tuning": 0, "unit": "u", "question": "q", "answer": "a", "popularity": 1.0, "text": "t"}
+    return pd.DataFrame(rows | {"right": 1.0, "unparsed": False, "tied": False} | columns)
+
+
+def unpacked(page: str) -> Any:
+    packed = page.split('id="packed">')[1].split("<")[0]
+    return json.loads(gzip.decompress(base64.b64decode(packed)))
+
+
+def test_the_files_alone_give_the_same_page_byte_for_byte(run: Path, tmp_path: Path) -> None:
+    first = write_report(run).read_bytes()
+    for name in ("results.json", "costs.json", "items.parquet"):
+        shutil.copy(run / name, tmp_path / name)
+    assert write_report(tmp_path).read_bytes() == first
+    assert len(first) < 1.5e6
+    (tmp_path / "costs.json").write_text('[{"arm": "full", "seconds": 5.0, "peak_memory": null, "energy": null}]')
+    assert write_report(tmp_path).read_bytes() != first
+
+
+def test_every_measure_and_the_answer_are_in_the_page(run: Path, unbroken: Unbroken) -> None:
+    page = write_report(run).read_text()
+    for name in unbroken.results.measures:
+        assert f'<section id="{name}">' in page
+    assert unbroken.results.headline[0] in page
+    assert set(unpacked(page)["arms"]) == set(unbroken.results.header.kinds)
+    assert "default-src 'none'" in page
+    assert not [part for part in page.split("<script>")[0].split('"') if part.startswith(("http:", "https:", "//"))]
+
+
+def test_what_a_text_says_stays_text(unbroken: Unbroken) -> None:
+    content = page_content(unbroken.results) | {"title": EVIL, "headline": [EVIL]}
+    content["sections"][0]["tables"][0]["rows"][0][0] = EVIL
+    page = render(content, items_content(answers(arm=["base", "full"], text=[EVIL, "x" * 10_000])))
+    assert page.count("<script") == render(page_content(unbroken.results), items_content(pd.DataFrame())).count("<script")
+    assert "<img" not in page
+    assert "alert(1)</script>" not in page
+    assert unpacked(page)["texts"][1] == "x" * 10_000
+
+
+def test_data_in_a_script_element_cannot_end_it() -> None:
+    text = as_script({"a": EVIL})
+    assert "<" not in text
+    assert "\u2028" not in text
+    assert json.loads(text) == {"a": EVIL}
+    assert compressed({"a": 1}) == compressed({"a": 1})
+
+
+def test_items_have_every_arms_answer_and_its_state() -> None:
+    frame = answers(arm=["base", "full", "base", "full"], question=["q1", "q1", "q2", "q2"], text=["no", "yes", "no", "so"])
+    frame["right"], frame["unparsed"] = [0.0, 1.0, 0.0, 0.5], [True, False, False, False]
+    content = items_content(frame)
+    assert (content["arms"], content["readings"], content["all"]) == (["base", "full"], ["task"], 2)
+    (_, _, first, _, _, places, states), (*_, more) = content["items"]
+    assert first == "q1"
+    assert [content["texts"][place] for place in places] == ["no", "yes"]
+    assert (states, more) == ([-1.0, 1.0], [0.0, 0.5])
+    assert content["texts"].count("no") == 1
+
+
+def test_of_too_many_items_a_part_is_shown_and_the_rest_is_counted() -> None:
+    count = MOST_ITEMS + 500
+    content = items_content(answers(arm=["base"] * count, question=[f"q{number}" for number in range(count)]))
+    assert (len(content["items"]), content["all"]) == (MOST_ITEMS, count)
+    assert content["items"][-1][2] == f"q{count - 1}"
+
+
+def test_a_folder_without_results_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"results: .*results.json"):
+        write_report(tmp_path)
+    done = run_command("report", tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 1200), ("light", 420)])
+def test_a_reader_filters_sorts_and_moves_the_strength(run: Path, scheme: Any, width: int) -> None:
+    playwright_api = pytest.importorskip("playwright.sync_api")
+    path = write_report(run)
+    with playwright_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900}).new_page()
+        problems: list[str] = []
+        asked: list[str] = []
+        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(path.as_uri())
+        page.wait_for_selector("#answers tbody tr")
+        everything = page.inner_text("#found")
+        page.select_option("select[name=a]", "full")
+        page.select_option("select[name=as]", "right")
+        assert page.inner_text("#found") != everything
+        assert "a=full&as=right" in page.url
+        found, link = page.inner_text("#found"), page.url
+        page.goto("about:blank")
+        page.goto(link)
+        page.wait_for_selector("#answers tbody tr")
+        assert page.inner_text("#found") == found
+        page.locator("#task table").first.locator("thead button").nth(1).click()
+        column = page.locator("#task table").first.locator("tbody tr td:nth-child(2)").all_inner_texts()
+        values = [float(text.split()[0]) for text in column]
+        assert values == sorted(values)
+        before = page.inner_html("#frontier")
+        page.locator("#strength").fill("0")
+        assert page.inner_html("#frontier") != before
+        assert page.locator("figure.chart svg").count() >= page.locator("figure.chart").count() > 0
+        assert problems == []
+        assert [url for url in asked if not url.startswith(("file:", "about:", "blob:"))] == []
+        browser.close()
