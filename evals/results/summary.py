@@ -44,7 +44,8 @@ class Results:
 
     @cached_property
     def headline(self) -> list[str]:
-        return headline(self.header, self.measures, self.compared, self.costs)
+        """From rounded numbers, so that these lines are the same when the results are read back."""
+        return headline(self.header, self.measures, _rounded(self.compared), _rounded(self.costs))
 
     def json(self) -> str:
         """The content of results.json, rounded. Measured costs are left out, so that the same study gives the same bytes."""

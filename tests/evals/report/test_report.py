@@ -4,6 +4,7 @@ import base64
 import gzip
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from helpers import Unbroken, run_command
 from evals.report.content import MOST_ITEMS, as_script, compressed, items_content, page_content
 from evals.report.page import render, write_report
 from evals.results.items import write_items
+from evals.results.summary import read_results
 from proxytune.errors import UserError
 
 EVIL = "</script><script>alert(1)</script>\u2028<img src=x onerror=alert(2)>"
@@ -58,6 +60,16 @@ def test_every_measure_and_the_answer_are_in_the_page(run: Path, unbroken: Unbro
     assert set(unpacked(page)["arms"]) == set(unbroken.results.header.kinds)
     assert "default-src 'none'" in page
     assert not [part for part in page.split("<script>")[0].split('"') if part.startswith(("http:", "https:", "//"))]
+
+
+def test_the_answer_is_the_same_when_it_is_read_back(run: Path, unbroken: Unbroken) -> None:
+    """.1205 and .12049999 are one number in results.json, but not in a line of one digit: so the answer is made of the rounded ones."""
+    row = {"arm": "proxy@1", "direct": "full", "measure": "task", "value": 0.12049999, "low": 0.1, "high": 0.2, "needs": None}
+    results = replace(unbroken.results, compared=unbroken.results.compared | {"against_direct": [row], "gap_closed": []})
+    (run / "results.json").write_text(results.json())
+    again = read_results(run / "results.json")
+    assert again.headline == results.headline == json.loads(results.json())["headline"]
+    assert "[10.0, 20.0]" in "".join(again.headline)
 
 
 def test_what_a_text_says_stays_text(unbroken: Unbroken) -> None:
