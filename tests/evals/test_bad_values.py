@@ -16,6 +16,7 @@ from evals.cli import app
 from evals.commands.tune import Run, tune_one
 from evals.kinds import check_labels
 from evals.released.rescore import PASS
+from evals.results.comparison import PARTS
 from evals.results.header import Header
 from evals.results.items import FILE, read_items_of
 from evals.results.summary import Results
@@ -280,7 +281,7 @@ def test_json_has_null_for_what_is_no_number() -> None:
         "f": None,
         "g": True,
     }
-    results = Results(Header("s", (0,), (), "base", {"base": "base"}), {}, [{"value": math.nan}], {}, [])
+    results = Results(Header("s", (0,), (), "base", {"base": "base"}), {}, [{"value": math.nan}], {part: [] for part in PARTS}, [])
     assert json.loads(results.json(), parse_constant=pytest.fail)["rows"] == [{"value": None}]
     plain = {"a": [1, 2.5, {"b": "c"}], "d": {}}
     assert as_json(plain) == json.dumps(plain, indent=1)

@@ -130,7 +130,8 @@ def test_the_change_by_arm_is_paired_and_exactly_zero_for_a_copy() -> None:
 
 def test_the_answer_comes_first_with_what_was_predicted(tmp_path: Path) -> None:
     summary, header = found({"base": PLANTED, "full": {}}), header_of(study_of())
-    first, second = Density().tables(summary, header)
+    first, second, third = Density().tables(summary, header)
+    assert third.title == "Does tuning erode density at names?"
     shown = first.frame.set_index("groups and site")
     assert shown["predicted"]["big/fabricated, residual winsorised"] == "above .5: yes"
     assert shown["predicted"]["big/fabricated, neurons winsorised"] == "below .5: yes"
