@@ -14,16 +14,16 @@ import pandas as pd
 from evals.display.cells import Table
 from evals.display.chart import Chart
 from evals.measures.registry import measures
-from evals.results.comparison import comparison_charts, comparison_tables, with_comparison
+from evals.results.comparison import comparison_charts, comparison_tables
 from evals.results.costs import cost_table
-from evals.results.items import FILE, read_items_of
-from evals.results.summary import Results, read_results
+from evals.results.items import FILE, RUN, numbered, read_items_of
+from evals.results.summary import Results, measure_tables, read_results
 from proxytune.errors import UserError
 from proxytune.files import check_readable
 from proxytune.printable import printable
 
 MOST_ITEMS = 20_000  # in the page; how many are left out is said there
-STATES = {"right": 1, "wrong": 0, "unparsed": -1}
+UNPARSED = -1.0  # in place of the share that is right
 
 
 def read_folder(folder: Path) -> tuple[Results, pd.DataFrame]:
@@ -46,10 +46,8 @@ def page_content(results: Results) -> dict[str, Any]:
     sections = [_section("comparison", "Comparison", "", "", comparison_tables(results.compared), compared)]
     for name, summary in results.measures.items():
         measure = measures()[name]
-        tables = measure.tables(summary, header)
-        if measure.role is not None:
-            tables = [with_comparison(table, name, results.compared) for table in tables[:1]] + tables[1:]
-        sections.append(_section(name, name.capitalize(), measure.question, measure.controls, tables, list(measure.charts(summary, header))))
+        charts = list(measure.charts(summary, header))
+        sections.append(_section(name, name.capitalize(), measure.question, measure.controls, measure_tables(results, name), charts))
     sections.append(
         _section("costs", "Costs", "What does each arm cost to make, and a token?", "", cost_table(results.costs, results.measured, header), [])
     )
@@ -88,31 +86,38 @@ def items_content(items: pd.DataFrame) -> dict[str, Any]:
     """Every item with the answers of all arms: texts once, and their places. Of more than 20,000 items as many are taken, evenly spaced."""
     if items.empty:
         return {"readings": [], "arms": [], "texts": [], "items": [], "all": 0}
-    keys = ["reading", "world", "seed", "tuning", "number"]
-    items = items.assign(number=items.groupby([*keys[:4], "arm"], sort=False).cumcount())
+    keys = ["reading", *RUN, "number"]
+    items = numbered(items)
     arms, readings = list(items["arm"].unique()), list(items["reading"].unique())
-    texts, places = pd.factorize(items["text"].map(printable))[::-1]
-    state = items["right"].where(~items["unparsed"].astype(bool), STATES["unparsed"]).astype(float)
+    places, texts = pd.factorize(items["text"])
+    state = items["right"].where(~items["unparsed"].astype(bool), UNPARSED).astype(float).round(3)
     wide = items.assign(place=places, state=state).pivot(index=keys, columns="arm", values=["place", "state"])
     first = items.drop_duplicates(keys).set_index(keys)[["question", "answer", "popularity"]].reindex(wide.index)
     taken = np.unique(np.linspace(0, len(wide) - 1, min(len(wide), MOST_ITEMS)).astype(int))
     chosen, first = wide.iloc[taken], first.iloc[taken]
-    rows = []
-    for (reading, world, seed, tuning, _), question, answer, popularity, given, states in zip(
-        chosen.index,
-        first["question"],
-        first["answer"],
-        first["popularity"],
-        chosen["place"][arms].to_numpy(),
-        chosen["state"][arms].to_numpy(),
-        strict=True,
-    ):
-        run = " ".join(part for part in (str(world), f"seed {seed}", f"tuning {tuning}" if tuning else "") if part)
-        found = [[-1 if pd.isna(place) else int(place) for place in given], [None if pd.isna(one) else round(float(one), 3) for one in states]]
-        rows.append(
-            [readings.index(reading), run, printable(question), printable(answer), None if pd.isna(popularity) else float(popularity), *found]
+    of_arms = chosen["place"][arms].fillna(-1).astype(int).to_numpy().tolist()
+    rows = [
+        [readings.index(reading), _run(world, seed, tuning), printable(question), printable(answer), exposure, given, states]
+        for (reading, world, seed, tuning, _), question, answer, exposure, given, states in zip(
+            chosen.index,
+            first["question"],
+            first["answer"],
+            _known(first["popularity"].to_numpy(float)),
+            of_arms,
+            _known(chosen["state"][arms].to_numpy(float)),
+            strict=True,
         )
-    return {"readings": readings, "arms": [printable(arm) for arm in arms], "texts": list(texts), "items": rows, "all": len(wide)}
+    ]
+    return {"readings": readings, "arms": list(map(printable, arms)), "texts": list(map(printable, texts)), "items": rows, "all": len(wide)}
+
+
+def _run(world: str, seed: int, tuning: int) -> str:
+    return " ".join(part for part in (world, f"seed {seed}", f"tuning {tuning}" if tuning else "") if part)
+
+
+def _known(numbers: np.ndarray) -> list[Any]:
+    """As lists, with None for NaN."""
+    return np.where(np.isnan(numbers), np.array(None), numbers).tolist()
 
 
 def as_script(content: object) -> str:

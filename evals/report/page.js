@@ -56,7 +56,7 @@ function colourOf(mark, taken) {
   return taken.get(name);
 }
 
-function marksOf(mark, place, bars, taken) {
+function marksOf(mark, bars, taken) {
   const colour = colourOf(mark, taken);
   if (mark.mark === "level") return [Plot.ruleY([mark.y[0].value || 0], { stroke: colour, strokeDasharray: "2,3" })];
   const rows = rowsOf(mark);
@@ -125,7 +125,7 @@ function drawPanel(panel, across, taken) {
     return box;
   }
   const bars = Math.max(1, panel.marks.filter((mark) => mark.mark === "bar").length);
-  const marks = panel.marks.flatMap((mark, place) => marksOf(mark, place, bars, taken));
+  const marks = panel.marks.flatMap((mark) => marksOf(mark, bars, taken));
   const values = panel.marks.flatMap((mark) => mark.x);
   const horizontal = panel.marks.some((mark) => mark.horizontal);
   if (panel.zero) marks.unshift(horizontal ? Plot.ruleX([0]) : Plot.ruleY([0]));

@@ -15,6 +15,7 @@ FILE = "items.parquet"
 ADDED = {"tuning": 0, "popularity": float("nan")}  # columns that files of older versions lack
 NEEDED = {"reading": str, "world": str, "seed": int, "arm": str, "question": str, "answer": str, "text": str, "right": float, "unparsed": bool}
 STATES = ("right", "wrong", "unparsed")
+RUN = ["world", "seed", "tuning"]
 
 
 def all_items(records: Sequence[Record]) -> pd.DataFrame:
@@ -70,6 +71,11 @@ def read_items_of(folder: Path) -> pd.DataFrame:
         raise UserError(f"folder: '{folder / FILE}' holds other values than proxytune compare writes ({error}); run it again") from error
 
 
+def numbered(items: pd.DataFrame) -> pd.DataFrame:
+    """The items with their `number` in each arm's run. Two items may ask the same of the same unit: their order tells them apart."""
+    return items.assign(number=items.groupby(["reading", *RUN, "arm"], sort=False).cumcount())
+
+
 def side_by_side(items: pd.DataFrame, measure: str | None, where: str, limit: int) -> Table:
     """The items of a reading (None: the first) for which every condition of `where` holds, with the answers of the named arms (of all arms if none is
     named), and with the items' popularity (in a world: exposure) if it is known.
@@ -82,9 +88,8 @@ def side_by_side(items: pd.DataFrame, measure: str | None, where: str, limit: in
     if measure not in readings:
         raise UserError(f"--measure: there is none called '{measure}'; there are {', '.join(readings)}")
     chosen = items[items["reading"] == measure]
-    # Two items may ask the same of the same unit: their order tells them apart.
-    run = [name for name in ("world", "seed", "tuning") if name == "seed" or chosen[name].nunique() > 1]
-    chosen = chosen.assign(number=chosen.groupby([*run, "arm"], sort=False).cumcount())
+    run = [name for name in RUN if name == "seed" or chosen[name].nunique() > 1]
+    chosen = numbered(chosen)
     arms = list(chosen["arm"].unique())
     conditions = [_condition(part, arms) for part in where.split(",") if part.strip()]
     index = [*run, "number", "question", "answer"]

@@ -93,16 +93,19 @@ def read_results(path: Path) -> Results:
 
 def result_tables(results: Results) -> list[Table]:
     """Tables of the measures that are compared, then the comparison, then all other measures in the study's order, then the costs."""
-    compared, others = [], []
-    for name, summary in results.measures.items():
-        measure = measures()[name]
-        tables = measure.tables(summary, results.header)
-        if measure.role is None:
-            others += tables
-        else:
-            compared += [with_comparison(table, name, results.compared) for table in tables[:1]] + tables[1:]
+    compared: list[Table] = []
+    others: list[Table] = []
+    for name in results.measures:
+        (others if measures()[name].role is None else compared).extend(measure_tables(results, name))
     costs = cost_table(results.costs, results.measured, results.header)
     return [*compared, *comparison_tables(results.compared), *others, *costs]
+
+
+def measure_tables(results: Results, name: str) -> list[Table]:
+    """The tables of one measure; the first one of a measure that is compared has the comparison beside its values."""
+    measure = measures()[name]
+    tables = measure.tables(results.measures[name], results.header)
+    return tables if measure.role is None else [with_comparison(table, name, results.compared) for table in tables[:1]] + tables[1:]
 
 
 def result_charts(results: Results) -> list[Chart]:
