@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import CONFIG_NAME, cached_file
 
 from evals.data import StudyData
-from evals.kinds import LogitBias, Swept, Tuned
+from evals.kinds import Direct, LogitBias, Swept, Tuned
 from evals.selection import Choices, recorded, strength
 from evals.study import Study, expanded
 from finetune.checkpoints import STEPS
@@ -202,10 +202,10 @@ def start_of(group: Group, data: StudyData) -> Weights:
 
 def at_step(study: Study, group: Group, tuned: Weights | None) -> Weights | None:
     """The group's model as its arm wants it: tuned to the end, or as it was after a step that the tuning kept."""
-    step = getattr(study.arms[group.arm], "step", None)
-    if tuned is None or step is None:
+    arm = study.arms[group.arm]
+    if tuned is None or not isinstance(arm, Direct) or arm.step is None:
         return tuned
-    folder = (tuned.adapter or Path(tuned.path)) / STEPS / f"step-{step}"
+    folder = (tuned.adapter or Path(tuned.path)) / STEPS / f"step-{arm.step}"
     return replace(tuned, adapter=folder) if tuned.adapter is not None else replace(tuned, path=str(folder))
 
 

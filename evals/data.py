@@ -33,8 +33,7 @@ class StudyData:
     Items that the study does not need are empty lists. `ending` follows each answer in the tuning data. `choose` says that the task is
     a choice among candidates instead of a generated text; `number` says that a text is judged by its last number. `frequency` is how
     often the corpus has each knowledge item's words. A statement is continued by `statement_tokens` (None: `new_tokens`). `entities` are those
-    whose names are read, if a measure reads them. `lesson` is what arms with `teach` are
-    tuned on, and `knowledge` then its facts.
+    whose names are read, if a measure reads them. `lesson` is what arms with `teach` are tuned on, and `knowledge` then its facts.
     """
 
     base: str

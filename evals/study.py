@@ -17,6 +17,7 @@ from evals.older import modernized
 from evals.yaml_file import read_yaml
 from finetune.encoding import check_prompt
 from finetune.recipe import LARGEST_SEED, BiasTuning, EarlyStopping, Tuning
+from probes.knowledge.lesson import Facts
 from probes.world.family import CHECKPOINTS
 from probes.world.recipes import RECIPES
 from proxytune.errors import UserError
@@ -194,8 +195,7 @@ class Study(Strict):
         inside = [name for name in self.measures if not measures()[name].of_answers]
         if self.tuning_seeds > 1 and inside:
             raise ValueError(f"tuning_seeds: {inside[0]} looks inside one tuned model; leave it out of measures, or have one tuning a seed")
-        taught = [name for name, arm in self.arms.items() if getattr(arm, "teach", None)]
-        if bool(taught) != self.teaches:
+        if any(map(self.lesson_of, self.arms)) != self.teaches:
             raise ValueError(f"data.entities: {TAUGHT} and arms with teach belong together; give both or neither")
         if self.teaches and self.data is not None and self.data.knowledge is not None:
             raise ValueError(f"data.knowledge: with data.entities: {TAUGHT} the lesson's own facts are asked; leave it out")
@@ -203,7 +203,7 @@ class Study(Strict):
             for field in sorted(need.partition(".")[0] for need in measures()[name].needs):
                 if getattr(self.data, field) is None and not (self.teaches and field == "knowledge"):
                     raise ValueError(f"measure {name} needs data.{field}; give it")
-        tuned = [name for name, arm in self.arms.items() if isinstance(arm, Swept) and arm.tuning is not None and not getattr(arm, "teach", None)]
+        tuned = [name for name, arm in self.arms.items() if isinstance(arm, Swept) and arm.tuning is not None and not self.lesson_of(name)]
         if self.data is not None and self.data.train is None and tuned:
             raise ValueError(f"arms.{tuned[0]}.tuning needs data.train; give it, or tune beforehand and give path")
         selecting = [*(f"arms.{name}.select" for name in self.selecting), *(["direct: best"] if self.selects_direct else [])]
@@ -279,6 +279,11 @@ class Study(Strict):
     def settings_of(self, measure: str) -> Any:
         """The settings of a measure, with defaults for those that the file leaves out."""
         return measures()[measure].settings.model_validate(self.settings.get(measure, {}))
+
+    def lesson_of(self, arm: str) -> Facts | None:
+        """The lesson that an arm is taught, or None."""
+        spec = self.arms[arm]
+        return spec.teach if isinstance(spec, Direct) else None
 
     def chooses_items(self, arm: str) -> bool:
         """Whether an arm is tuned on known or on unknown items only."""

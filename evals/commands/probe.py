@@ -3,7 +3,7 @@
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from evals.display.render import draw
 from evals.entities import CITIES
 from evals.measures.registry import measures
 from evals.measures.separation import step_of
-from evals.released.dynamics import as_plain, dynamics_chart, dynamics_table, read_dynamics, settle
+from evals.released.dynamics import dynamics_chart, dynamics_table, read_dynamics, settle
 from evals.study import STUDIES, Study, expanded, explain_invalid, load_study
 from proxytune.content import as_json
 from proxytune.errors import UserError
@@ -114,7 +114,7 @@ def show_dynamics(file: Path, from_step: int, out: Path | None, form: str) -> No
     folder = out or Path("proxytune-runs") / "dynamics"
     folder.mkdir(parents=True, exist_ok=True)
     figures = draw_chart(dynamics_chart(frame, file.stem), folder)
-    print(as_json(as_plain(found)) if form == "json" else draw(dynamics_table(found), form, shutil.get_terminal_size((160, 24)).columns))
+    print(as_json(asdict(found)) if form == "json" else draw(dynamics_table(found), form, shutil.get_terminal_size((160, 24)).columns))
     print(f"Files: {', '.join(map(str, figures))}", file=sys.stderr)
 
 

@@ -6,16 +6,16 @@ lesson was taught to, beside the arm that was taught other names. Not judged: na
 drew.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
 
 from evals.display.cells import Columns, Table, cell, over, table
-from evals.measures.controls import is_control, shuffled_twin
+from evals.measures.controls import is_control
 from evals.measures.separation import CHANGE_SITES, SIGNS, UNTRAINED, Seed, compared, contributions, drawn, seeds_of, states_of, step_of, trend
-from evals.measures.verdicts import clause, tuning_runs
+from evals.measures.verdicts import beyond_shuffled, clause, clause_beside, tuning_runs
 from evals.results.header import Header
 from evals.results.recorded import Recorded
 from evals.statistics.estimates import intervals
@@ -33,7 +33,9 @@ CLAIMS = {
     "neurons": "exposure makes names sparser in the MLP's neurons",
 }
 EROSION = "direct tuning erodes density at names"
-CLAUSES = {"dose": "dose", "trend": "trend", "dose/beside": "beside"}  # and their columns
+# The clauses, and their columns.
+CLAUSES = {"dose": "dose", "trend": "trend", "dose/beside": "beside"}
+CHANGES = {"seen": "change", "seen/shuffled": "beyond shuffled answers"}
 OTHERS = "others"  # the lesson about other names
 
 
@@ -101,7 +103,7 @@ def _of_block(seed: Seed, site: str, block: str) -> np.ndarray:
 def exposure_verdicts(records: Recorded) -> Iterator[Verdict]:
     """Of every world's base, and of every arm that a lesson was taught to."""
     study = records.study
-    lessons = {label: getattr(study.arms[setting.arm], "teach", None) for label, setting in study.rows.items()}
+    lessons = {label: study.lesson_of(setting.arm) for label, setting in study.rows.items()}
     others = next((label for label, facts in lessons.items() if facts == OTHERS), None)
     for (world, part), site in product(records.by_world(), CLAIMS):
         if world is not None and part.has("spread", study.base_arm):
@@ -121,35 +123,37 @@ def names_verdicts(records: Recorded) -> Iterator[Verdict]:
         arms = [arm for arm in part.arms("spread") if _is_tuned(study, arm)]
         seen = intervals(part.estimate(separation_of(part, study.base_arm, site, block)))[0] if arms else None
         for arm in arms if seen is not None and seen.low > 0 else ():
-            runs, change, twin = tuning_runs(part, arm, "spread"), separation_change(part, arm, site, block), shuffled_twin(study, arm)
-            clauses = [clause(part, "seen", change, 0, None, runs)]
-            if twin is None:
-                clauses.append(measured("seen/shuffled", None, runs, note="no arm is the same with shuffled: true"))
-            else:
-                both = [np.hstack(pair) for pair in zip(change, separation_change(part, twin, site, block), strict=True)]
-                clauses.append(clause(part, "seen/shuffled", both, 0, 1, runs, note=f"minus {twin}"))
+            clauses = changed_clauses(part, ("seen", "seen/shuffled"), arm, site, block, tuning_runs(part, arm, "spread"))
             name = f"{arm}, {site}" if world is None or len(study.worlds) == 1 else f"{arm}, {site}, {world}"
             yield Verdict(name, EROSION, verdict(clauses, NAMES_RULE), judged(clauses))
+
+
+def changed_clauses(records: Recorded, names: tuple[str, str], arm: str, site: str, block: str, runs: int) -> list[Clause]:
+    """Two clauses: what tuning changed of the separation, and that beyond tuning on shuffled answers."""
+
+    def change(label: str) -> list[np.ndarray]:
+        return separation_change(records, label, site, block)
+
+    seeds = change(arm)
+    return [clause(records, names[0], seeds, 0, None, runs), beyond_shuffled(records, names[1], arm, seeds, change, runs)]
 
 
 def _is_tuned(study: Study, arm: str) -> bool:
     """Whether the arm was tuned on the study's items, or elsewhere: no lesson, no checkpoint of pretraining, no control."""
     if arm == study.base_arm or arm not in study.rows:
         return False
-    spec = study.arms[study.rows[arm].arm]
-    return getattr(spec, "teach", None) is None and step_of(arm) is None and not is_control(study, arm)
+    return study.lesson_of(study.rows[arm].arm) is None and step_of(arm) is None and not is_control(study, arm)
 
 
 def _judge(records: Recorded, arm: str, name: str, site: str, beside: tuple[str, str, str] | None) -> Verdict:
     block, runs = LAYERS_OF_EXPOSURE[site], tuning_runs(records, arm, "spread")
     dose = separation_of(records, arm, site, block)
     clauses = [clause(records, "dose", dose, 0, None, runs), _trend(records, arm, site, block, runs)]
-    if beside is None:
-        clauses.append(measured("dose/beside", None, runs, note="no arm was taught other names"))
-    else:
-        other = separation_of(records, beside[0], site, block, beside[1])
-        both = [np.hstack(pair) for pair in zip(dose, other, strict=True)]
-        clauses.append(clause(records, "dose/beside", both, 0, 1, runs, note=f"minus {beside[2]}"))
+    others, note = None, "no arm was taught other names"
+    if beside is not None:
+        label, frame, words = beside
+        others, note = separation_of(records, label, site, block, frame), f"minus {words}"
+    clauses.append(clause_beside(records, "dose/beside", dose, others, runs, note))
     return Verdict(name, CLAIMS[site], verdict(clauses, EXPOSURE_RULE), judged(clauses))
 
 
@@ -185,12 +189,6 @@ def block_table(rows: Sequence[BlockSeparated], header: Header) -> list[Table]:
 
 def exposure_table(rows: Sequence[Verdict], header: Header) -> list[Table]:
     """All verdicts, with the clauses that make them and what would have refuted them."""
-    columns: Columns = {"verdict": {row.arm: row.verdict for row in rows}}
-    for name, words in CLAUSES.items():
-        of_name = {row.arm: one for row in rows for one in row.clauses if one.clause == name}
-        columns[words] = {arm: one.note if one.value.value is None else f"{cell(one.value, 1, 2)}: {one.state}" for arm, one in of_name.items()}
-    columns["needed"] = {row.arm: _needed(row) for row in rows}
-    columns = {name: cells for name, cells in columns.items() if any(cells.values())}
     counts = {name: EXPOSURE_RULE[name].threshold for name in CLAUSES}
     beside = dict.fromkeys(one.note for row in rows for one in row.clauses if one.clause == "dose/beside" and one.value.value is not None)
     claims = "; ".join(dict.fromkeys(row.claim for row in rows))
@@ -203,23 +201,29 @@ def exposure_table(rows: Sequence[Verdict], header: Header) -> list[Table]:
         f"beforehand: {_layers()}. Needed: the seeds that would decide "
         f"the clauses that cannot tell. 95 % intervals, {over(len(header.seeds))}."
     )
-    return table("Does exposure make density at names?", columns["verdict"], columns, note, first="where") if rows else []
+    return table("Does exposure make density at names?", [row.arm for row in rows], _columns(rows, CLAUSES, 2), note, first="where")
 
 
 def names_table(rows: Sequence[Verdict], header: Header) -> list[Table]:
     """All verdicts on erosion at names."""
-    columns: Columns = {"verdict": {row.arm: row.verdict for row in rows}}
-    for name, words in (("seen", "change"), ("seen/shuffled", "beyond shuffled answers")):
-        of_name = {row.arm: one for row in rows for one in row.clauses if one.clause == name}
-        columns[words] = {arm: one.note if one.value.value is None else f"{cell(one.value, 1, 3)}: {one.state}" for arm, one in of_name.items()}
-    columns["needed"] = {row.arm: _needed(row) for row in rows}
-    columns = {name: cells for name, cells in columns.items() if any(cells.values())}
     note = (
         f"Claim: {EROSION}. Change: of the distance of the AUROC from .5, of the most familiar names against the least, arm minus base, in the "
         f"predicted direction, so that erosion is below 0; it counts from {NAMES_RULE['seen'].threshold:g}. Judged where the base shows it, by "
         f"layers that are fixed beforehand ({_layers()}); other sites are left out. Rules as for exposure. 95 % intervals, {over(len(header.seeds))}."
     )
-    return table("Does tuning erode density at names?", columns["verdict"], columns, note, first="arm and site") if rows else []
+    return table("Does tuning erode density at names?", [row.arm for row in rows], _columns(rows, CHANGES, 3), note, first="arm and site")
+
+
+def _columns(rows: Sequence[Verdict], clauses: Mapping[str, str], digits: int) -> Columns:
+    """The verdicts, a column for each of `clauses` (its heading by its name) with value and state, and the seeds needed; none that is empty."""
+    columns: Columns = {"verdict": {row.arm: row.verdict for row in rows}}
+    for name, heading in clauses.items():
+        of_name = {row.arm: one for row in rows for one in row.clauses if one.clause == name}
+        columns[heading] = {
+            arm: one.note if one.value.value is None else f"{cell(one.value, 1, digits)}: {one.state}" for arm, one in of_name.items()
+        }
+    columns["needed"] = {row.arm: _needed(row) for row in rows}
+    return {name: cells for name, cells in columns.items() if any(cells.values())}
 
 
 def _layers() -> str:

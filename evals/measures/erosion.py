@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from evals.display.cells import Table
-from evals.measures.controls import frozen_twin, is_control, shuffled_twin
+from evals.measures.controls import frozen_twin, is_control
 from evals.measures.density import density_change
-from evals.measures.dose import separation_change, separation_of
+from evals.measures.dose import changed_clauses, separation_of
 from evals.measures.inputs import Inputs
 from evals.measures.knowledge import STATEMENTS
 from evals.measures.measure import Measure, Reading, Settings
@@ -20,7 +20,7 @@ from evals.measures.recoverability import RecoverabilityFound, Recovered
 from evals.measures.registry import measures, register
 from evals.measures.restoration import restored_by_seed
 from evals.measures.states import layers_of
-from evals.measures.verdicts import Scales, clause, tuning_runs, verdict_table
+from evals.measures.verdicts import Scales, beyond_shuffled, clause, tuning_runs, verdict_table
 from evals.results.header import Header
 from evals.results.recorded import Recorded
 from evals.statistics.estimates import intervals, means_by_unit
@@ -89,14 +89,16 @@ def _judge(records: Recorded, arm: str) -> Verdict:
 
 def _density(records: Recorded, arm: str, runs: int) -> list[Clause]:
     low = list(thirds(layers_of(records("states", arm)[0]))["low"])
-    seeds = density_change(records, arm, [("residual", "last", low)])
-    clauses = [clause(records, "density", seeds, 0, None, runs), clause(records, "density/random", seeds, 0, 1, runs)]
-    twin = shuffled_twin(records.study, arm)
-    if twin is None:
-        return [*clauses, measured("density/shuffled", None, runs, note="no arm is the same with shuffled: true")]
-    others = density_change(records, twin, [("residual", "last", low)])
-    beside = [np.stack([one[:, 0], other[:, 0]], axis=1) for one, other in zip(seeds, others, strict=True)]
-    return [*clauses, clause(records, "density/shuffled", beside, 0, 1, runs, note=f"minus {twin}")]
+
+    def change(label: str) -> list[np.ndarray]:
+        return density_change(records, label, [("residual", "last", low)])
+
+    seeds = change(arm)
+    return [
+        clause(records, "density", seeds, 0, None, runs),
+        clause(records, "density/random", seeds, 0, 1, runs),
+        beyond_shuffled(records, "density/shuffled", arm, seeds, change, runs),
+    ]
 
 
 def _restoration(records: Recorded, arm: str, runs: int) -> list[Clause]:
@@ -141,13 +143,7 @@ def _names(records: Recorded, arm: str, runs: int) -> list[Clause]:
     (seen,) = intervals(records.estimate(separation_of(records, records.study.base_arm, *LOWER)))
     if not seen.low > 0:
         return [measured(name, None, runs, note="not judged: in low layers the base does not tell them apart") for name in names]
-    change = separation_change(records, arm, *LOWER)
-    first = clause(records, "names", change, 0, None, runs)
-    twin = shuffled_twin(records.study, arm)
-    if twin is None:
-        return [first, measured("names/shuffled", None, runs, note="no arm is the same with shuffled: true")]
-    beside = [np.hstack(pair) for pair in zip(change, separation_change(records, twin, *LOWER), strict=True)]
-    return [first, clause(records, "names/shuffled", beside, 0, 1, runs, note=f"minus {twin}")]
+    return changed_clauses(records, names, arm, *LOWER, runs)
 
 
 register(Erosion())

@@ -3,13 +3,14 @@
 The rules and how they are judged: `probes/verdict.py`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
 from evals.display.cells import Table, cell, over
 from evals.kinds import Direct
+from evals.measures.controls import shuffled_twin
 from evals.results.header import Header
 from evals.results.recorded import Recorded
 from evals.statistics.estimates import intervals
@@ -38,6 +39,24 @@ def clause(records: Recorded, name: str, seeds: Sequence[np.ndarray], one: int, 
     if wanted.of == "units":
         return of_name._replace(note=f"{note}; {wanted} needed, whatever the seeds".removeprefix("; "))
     return of_name._replace(needs=wanted.number)
+
+
+def clause_beside(records: Recorded, name: str, seeds: Sequence[np.ndarray], others: Sequence[np.ndarray] | None, runs: int, note: str) -> Clause:
+    """The clause for the first column minus that of a control; without a control (`others` None) the note says what the study lacks."""
+    if others is None:
+        return measured(name, None, runs, note=note)
+    return clause(records, name, [one[:, :1] - other[:, :1] for one, other in zip(seeds, others, strict=True)], 0, None, runs, note)
+
+
+Change = Callable[[str], Sequence[np.ndarray]]  # of an arm: for each seed, units' contributions, the judged number in the first column
+
+
+def beyond_shuffled(records: Recorded, name: str, arm: str, seeds: Sequence[np.ndarray], change: Change, runs: int) -> Clause:
+    """The clause for an arm's change (`seeds`) minus that of the same tuning on shuffled answers."""
+    twin = shuffled_twin(records.study, arm)
+    if twin is None:
+        return measured(name, None, runs, note="no arm is the same with shuffled: true")
+    return clause_beside(records, name, seeds, change(twin), runs, f"minus {twin}")
 
 
 def tuning_runs(records: Recorded, arm: str, frame: str) -> int:

@@ -6,7 +6,7 @@ that their spread says how steady the run is, not how certain a difference is.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -117,8 +117,3 @@ def dynamics_chart(frame: pd.DataFrame, name: str) -> Chart:
         if lines:
             panels.append(Panel(lines, METRICS[metric], Axis("step"), Axis("mean over questions")))
     return Chart("density-dynamics", f"Density in training, {name}", tuple(panels), across=2)
-
-
-def as_plain(found: Dynamics) -> dict[str, object]:
-    """For JSON: plain numbers, unrounded."""
-    return asdict(found)

@@ -144,7 +144,7 @@ def tuning_of(job: Job, outcomes: Outcomes) -> Any:
 def with_classified(job: Job, place: Place, data: StudyData, outcomes: Outcomes) -> StudyData:
     """The data of a tuning job: those of its lesson, if its arm has one; where it waits for the classification, each training item says whether it is
     familiar to the base."""
-    facts = None if job.group is None else getattr(place.study.arms[job.group.arm], "teach", None)
+    facts = None if job.group is None else place.study.lesson_of(job.group.arm)
     if facts is not None:
         return data.taught(facts)
     before = [entry for name in job.waits if isinstance(outcome := outcomes[name], Read) for entry in outcome.entries]

@@ -68,8 +68,7 @@ def _measured(study: Study, run: Run, begin: tuple[str, ...], selection: tuple[s
     for group, tuning in tunings(study):
         waits = (*begin, *((_classify(run),) if study.chooses_items(group.arm) else ()), *(selection if tuning is None else ()))
         job = Job(_named(run, "tune", group, trial), "tune", run, waits, trial, group, tuning)
-        lesson = getattr(study.arms[group.arm], "teach", None)
-        same = (group.kind, tuning, lesson) if tuning is not None else (group.kind, group.label)
+        same = (group.kind, tuning, study.lesson_of(group.arm)) if tuning is not None else (group.kind, group.label)
         if same not in tuned:
             yield job
         made[group] = tuned.setdefault(same, job.name)
