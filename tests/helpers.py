@@ -203,6 +203,28 @@ STUDY: dict[str, Any] = {
 }
 
 
+CHOICE_TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{file}"}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{gold}}}}"
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+
+
+def write_choice_task(folder: Path, name: str, rows: Sequence[dict[str, Any]]) -> Path:
+    """A task of the harness in a folder of its own: rows of text, choices and gold (the right one's place)."""
+    folder.mkdir(exist_ok=True)
+    file = folder / f"{name}.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / f"{name}.yaml").write_text(CHOICE_TASK.format(name=name, file=file))
+    return folder
+
+
 class Unbroken(NamedTuple):
     """A study that ran from beginning to end: its folder, which no test may change, and what came out."""
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -31,11 +32,13 @@ TASK_ITEMS = 32
 
 @dataclass(frozen=True)
 class Inputs:
-    """`study` gives batch sizes, which do not change results; `data` gives models and items. All prompts are in the base's tokens."""
+    """`study` gives batch sizes, which do not change results; `data` gives models and items. All prompts are in the base's tokens. `folder` is
+    that of the study file."""
 
     study: Study
     data: StudyData
     seed: int
+    folder: Path = Path()
     _kept: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property

@@ -5,7 +5,7 @@ A reading is expensive and keyed by its content; a measure is cheap and pure. To
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
@@ -127,6 +127,6 @@ class Measure(ABC, Generic[S]):
         """Rows of the results' long table: `arm`, `measure`, `value`, `low`, `high`, `n`, `unparsed`, and `tied` where choices were made."""
         return []
 
-    def share(self, records: Recorded) -> Share | None:
-        """The arms' shares, for a measure with a `role`; None for other measures."""
-        return None
+    def shares(self, records: Recorded) -> Mapping[str, Share]:
+        """The arms' shares by the `measure` of their rows, for a measure with a `role`; empty for other measures."""
+        return {}

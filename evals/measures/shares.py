@@ -1,6 +1,6 @@
 """What measures of right answers have in common: shares with joint intervals, and `ShareMeasure`, which is just such a share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,14 +46,15 @@ def in_bucket(label: str) -> Select:
     return lambda frame: np.array(familiarity(frame["popularity"].tolist()).buckets) == label
 
 
-def estimate_shares(records: Recorded, frame: str, select: Select = can_be_known) -> Estimate:
-    """The share of right answers over the selected items' units, jointly for all arms that have the frame."""
+def estimate_shares(records: Recorded, frame: str, select: Select = can_be_known, *, same_items: bool | None = None) -> Estimate:
+    """The share of right answers over the selected items' units, jointly for all arms that have the frame. `same_items`: every seed has the
+    same items (None: as the study says)."""
     seeds = records.by_seed(frame)
     arms, places = records.distinct(frame)
     chosen = [records.arms(frame).index(arm) for arm in arms]
     means = [np.stack([_unit_means(seed[place][select(seed[place])]) for place in chosen]) for seed in seeds]
     strata = [levels(seed[0][select(seed[0])]) for seed in seeds]
-    value, draws = bootstrap_means(means, shares=True, strata=strata, same_units=records.study.same_items)
+    value, draws = bootstrap_means(means, shares=True, strata=strata, same_units=records.study.same_items if same_items is None else same_items)
     return Estimate(value[places], draws[places])
 
 
@@ -71,6 +72,19 @@ def row(arm: str, measure: str, value: Value, n: int, unparsed: int, tied: int |
     return {"arm": arm, "measure": measure} | numbers | {"n": n, "unparsed": unparsed} | ({} if tied is None else {"tied": tied})
 
 
+def share_table(title: str, column: str, arms: Sequence[ArmShare], header: Header) -> list[Table]:
+    """The table of the arms' shares, with what was unparsed and, where choices were made, tied."""
+    columns = {column: {one.arm: cell(one.share, 100) for one in arms}}
+    columns["unparsed"] = {one.arm: str(one.unparsed) for one in arms}
+    tied = {one.arm: str(one.tied) for one in arms if one.tied is not None}
+    if tied:
+        columns["tied"] = tied
+    ties = "; tied: k choices were equally likely, each counts 1/k" if tied else ""
+    most = max((one.n for one in arms), default=0)
+    note = f"Per cent right of {most} (unparsed counts as wrong{ties}); 95 % intervals, paired, {over(header.runs)}."
+    return table(title, [one.arm for one in arms], columns, note)
+
+
 class ShareMeasure(Measure[Shares]):
     """A measure that is the arms' share of right answers in one reading, which has the measure's name."""
 
@@ -86,21 +100,13 @@ class ShareMeasure(Measure[Shares]):
         return Shares(tuple(found))
 
     def tables(self, summary: Shares, header: Header) -> list[Table]:
-        columns = {self.name: {one.arm: cell(one.share, 100) for one in summary.arms}}
-        columns["unparsed"] = {one.arm: str(one.unparsed) for one in summary.arms}
-        tied = {one.arm: str(one.tied) for one in summary.arms if one.tied is not None}
-        if tied:
-            columns["tied"] = tied
-        ties = "; tied: k choices were equally likely, each counts 1/k" if tied else ""
-        most = max((one.n for one in summary.arms), default=0)
-        note = f"Per cent right of {most} (unparsed counts as wrong{ties}); 95 % intervals, paired, {over(header.runs)}."
-        return table(self.name.capitalize(), [one.arm for one in summary.arms], columns, note)
+        return share_table(self.name.capitalize(), self.name, summary.arms, header)
 
     def rows(self, summary: Shares) -> list[dict[str, Any]]:
         return [row(one.arm, self.name, one.share, one.n, one.unparsed, one.tied) for one in summary.arms]
 
-    def share(self, records: Recorded) -> Share:
-        return Share(estimate_shares(records, self.name), records.by_seed(self.name))
+    def shares(self, records: Recorded) -> Mapping[str, Share]:
+        return {self.name: Share(estimate_shares(records, self.name), records.by_seed(self.name))}
 
 
 def _unit_means(frame: pd.DataFrame) -> np.ndarray:

@@ -51,17 +51,14 @@ def compare(records: Recorded, choices: Mapping[Run, Choices] | None = None) -> 
     arms = list(study.arm_settings)
     found: dict[str, list[Row]] = {part: [] for part in PARTS} | {"selections": _selections(study, choices or {})}
     shares: dict[str, tuple[str, Estimate]] = {}
-    for name in study.measures:
-        measure = measures()[name]
-        share = measure.share(records)
-        if measure.role is None or share is None:
-            continue
-        shares.setdefault(measure.role, (name, share.estimate))
-        for direct in study.references:
-            found["against_direct"] += _against_direct(study, arms, direct, name, share)
-            if measure.role == "gain":
-                found["gap_closed"] += _gaps(study, arms, direct, name, share)
-        found["contrasts"] += _contrasts(study, arms, name, share)
+    for measure in (measures()[name] for name in study.measures if measures()[name].role is not None):
+        for name, share in measure.shares(records).items():
+            shares.setdefault(measure.role, (name, share.estimate))
+            for direct in study.references:
+                found["against_direct"] += _against_direct(study, arms, direct, name, share)
+                if measure.role == "gain":
+                    found["gap_closed"] += _gaps(study, arms, direct, name, share)
+            found["contrasts"] += _contrasts(study, arms, name, share)
     for part in ("gap_closed", "against_direct"):
         found[part].sort(key=lambda row: study.references.index(row["direct"]))
     if {"gain", "kept"} <= set(shares):
@@ -198,6 +195,12 @@ def with_comparison(shown: Table, measure: str, compared: dict[str, list[Row]]) 
     note = " Gap closed = (arm - base) / (direct - base); n/a where direct - base is within noise." if closed else ""
     note += f" To decide Δ: {TO_DECIDE}." if "to decide Δ" in columns else ""
     return Table(shown.title, frame, f"{shown.note}{note}")
+
+
+def with_comparisons(tables: list[Table], measure: str, compared: dict[str, list[Row]]) -> list[Table]:
+    """A measure's tables, the first ones with the comparison of its shares, in their order."""
+    shares = list(dict.fromkeys(row["measure"] for row in compared["against_direct"] if row["measure"].partition("/")[0] == measure))
+    return [with_comparison(table, share, compared) for table, share in zip(tables, shares, strict=False)] + tables[len(shares) :]
 
 
 def comparison_tables(compared: dict[str, list[Row]]) -> list[Table]:

@@ -13,7 +13,7 @@ from evals.display.cells import Table
 from evals.display.chart import Chart
 from evals.measures.registry import measures
 from evals.records import Record
-from evals.results.comparison import PARTS, Row, compare, comparison_charts, comparison_tables, with_comparison
+from evals.results.comparison import PARTS, Row, compare, comparison_charts, comparison_tables, with_comparisons
 from evals.results.costs import Costs, cost_table, counted_costs, measured_costs
 from evals.results.header import Header, header_of
 from evals.results.headline import headline
@@ -105,7 +105,7 @@ def measure_tables(results: Results, name: str) -> list[Table]:
     """The tables of one measure; the first one of a measure that is compared has the comparison beside its values."""
     measure = measures()[name]
     tables = measure.tables(results.measures[name], results.header)
-    return tables if measure.role is None else [with_comparison(table, name, results.compared) for table in tables[:1]] + tables[1:]
+    return tables if measure.role is None else with_comparisons(tables, name, results.compared)
 
 
 def result_charts(results: Results) -> list[Chart]:

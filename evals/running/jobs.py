@@ -110,7 +110,7 @@ def _inputs(study_as_json: str, folder: Path, worlds: Path, run: Run, trial: boo
     data = data_for(study, folder, run, worlds)
     check_vocabularies(data)
     check_banned(study, data)
-    return Inputs(study, trial_data(study, data, run.seed) if trial else data, run.seed)
+    return Inputs(study, trial_data(study, data, run.seed) if trial else data, run.seed, folder)
 
 
 def select_from(job: Job, place: Place, outcomes: Outcomes) -> Choices:

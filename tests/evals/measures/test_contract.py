@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
-from helpers import STUDY, Unbroken, run_in_process
+from helpers import STUDY, Unbroken, run_in_process, write_choice_task
 
 from evals.data import data_for
 from evals.display.cells import Table
@@ -26,10 +27,11 @@ from evals.selection import choose
 from evals.statistics.value import Value
 from evals.study import Study
 from probes.verdict import ALL_CLAUSES
+from probes.world.ledger import items_of
 from proxytune.member import Weights, load_member, load_members
 
 MEASURES: dict[str, Measure] = measures()
-SETTINGS = {"recoverability": {"steps": 4}}  # of what would take long
+SETTINGS: dict[str, dict[str, Any]] = {"recoverability": {"steps": 4}, "benchmark": {"tasks": ["people"], "limit": 30}}  # quick ones
 OF_THE_BASE = ("novelty",)  # no other arm is asked
 NAMES = pytest.mark.parametrize("name", MEASURES)
 
@@ -47,7 +49,8 @@ class Whole:
 
 def whole_study(copy: Path, **changes: Any) -> Study:
     arms = STUDY["arms"] | {"copy": {"kind": "direct", "path": str(copy)}}
-    return Study.model_validate(STUDY | {"measures": list(MEASURES), "settings": SETTINGS, "arms": arms} | changes)
+    settings = SETTINGS | {"benchmark": SETTINGS["benchmark"] | {"folder": str(copy.parent / "tasks")}}
+    return Study.model_validate(STUDY | {"measures": list(MEASURES), "settings": settings, "arms": arms} | changes)
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +60,14 @@ def whole(unbroken: Unbroken, tmp_path_factory: pytest.TempPathFactory) -> Whole
     out, copy = folder / "out", folder / "copy"
     shutil.copytree(unbroken.out, out)
     shutil.copytree(out / "worlds" / "tiny" / "seed-0" / "base", copy)
+    known = [
+        item for item in items_of(pd.read_parquet(copy.parent / "out" / "worlds" / "tiny" / "seed-0" / "ledger.parquet"), "test") if item.popularity
+    ]
+    write_choice_task(
+        folder / "tasks",
+        "people",
+        [{"text": item.statement, "choices": item.choices, "gold": item.choices.index(item.answer)} for item in known],
+    )
     study = whole_study(copy)
     finished = run_in_process(study, out)
     return Whole(study, out, copy, finished, summarize(study, finished.records, finished.costs))
