@@ -366,6 +366,28 @@ def rescore(
         print(printable(note), file=sys.stderr)
 
 
+@app.command("claims")
+def claims_(
+    name: Annotated[str | None, typer.Argument(help="One finding, such as density or proxy. Default: all.", show_default=False)] = None,
+    run: Annotated[bool, typer.Option("--run", help="Run the studies that judge it, in proxytune-runs, and rewrite its record.")] = False,
+    folders: Annotated[list[Path], typer.Option("--from", help="Rewrite the records from a finished run of a shipped study; may be repeated.")] = [],  # noqa: B006
+    outside: Annotated[
+        Path | None, typer.Option(help="Folder of other people's files: recompute from them what was printed.", show_default=False)
+    ] = None,
+    jobs: Annotated[int | None, JOBS] = None,
+    form: Annotated[Format, typer.Option("--format", help="Format of the output.")] = Format.table,
+) -> None:
+    """The ledger of seven findings of the literature: the claim, what would refute it, what the shipped studies say, and what was printed
+    beside what comes out.
+
+    It says supported, not supported, or cannot tell. Records are files that this command writes, with dates and hashes.
+    """
+    from evals.commands.claims import show, update
+
+    update(name, run, folders, outside, jobs)
+    show(name, form)
+
+
 @app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def lm_eval(context: typer.Context) -> None:
     """lm-eval's own command line, with `--model proxytune` and our tasks.
@@ -462,7 +484,7 @@ def build(
             display.say(f"seed {seed}: {build_family(name, seed, out, display, checkpoints=checkpoints)}")
 
 
-RESUMED = {"compare", "probe", "select", "tune"}
+RESUMED = {"claims", "compare", "probe", "select", "tune"}
 _received: list[int] = []
 
 
