@@ -1,4 +1,4 @@
-"""The rules, fixed beforehand, for three claims, and how intervals are judged by them.
+"""The rules, fixed beforehand, for four claims, and how intervals are judged by them.
 
 A claim is supported only if every clause of its rule holds. For erosion (`RULE`), after Jin et al. 2026 (arXiv 2603.03415) on density, Ghorbani and
 Zou 2019 (arXiv 1904.02868) on Shapley values of parts, and Zheng et al. 2025 (arXiv 2501.13453) on spurious forgetting, these are: (a) in low
@@ -15,6 +15,10 @@ or one that was taught other names. For "direct tuning erodes density at names" 
 AUROC of familiar against unfamiliar names comes nearer to .5, and nearer than under tuning on shuffled answers. Layers are fixed beforehand
 (`LAYERS_OF_EXPOSURE`). The shipped study `exposure` had been read once when this rule was written, by the rule that stands in its file; the study
 `taught` had not.
+
+For "KL to the base decides what is forgotten" (`LAW_RULE`), on the task's prompts (Shenfeld et al. 2025, arXiv 2509.04259) or on statements: (a) arms
+that are farther from the base lost more; (b) one curve explains half of what arms lost or more; (c) and (d) steered arms lie on the curve of the
+tuned ones, neither above nor below it by what counts.
 
 The claim is refuted if any clause fails. A clause fails when the hypothesis that its effect is large enough to count (as large as `threshold`, in
 the claimed direction) is rejected: the effect is absent, reversed, or too small. Its one-sided p value (`p_value`) is that of a t test with the
@@ -57,6 +61,8 @@ SMALLEST_TREND = 0.1
 LAYERS_OF_EXPOSURE = {"residual": "middle", "neurons": "high"}
 # Half of the steps: a fact that returns in less than half the steps of a new one was mostly kept.
 MOST_SAVINGS = 0.5
+# Of a correlation and of a variance explained: half.
+SMALLEST_SHARE = 0.5
 # The largest share of studies in which a claim is refuted although every clause of it is true.
 FAMILY = 0.05
 # The interval's share of the distribution on each side.
@@ -113,12 +119,21 @@ NAMES_RULE: dict[str, Clause] = {
         Clause("seen/shuffled", "less well than after tuning on shuffled answers", "below", 0.0, -SMALLEST_SEPARATION_CHANGE),
     )
 }
-ALL_CLAUSES = RULE | EXPOSURE_RULE | NAMES_RULE
+LAW_RULE: dict[str, Clause] = {
+    clause.name: clause
+    for clause in (
+        Clause("follows", "arms farther from the base lost more (rank correlation)", "above", SMALLEST_SHARE, SMALLEST_SHARE),
+        Clause("explained", "one curve explains half of what arms lost, or more (R²)", "above", SMALLEST_SHARE, SMALLEST_SHARE),
+        Clause("steered/more", "steered arms lost no more than tuned ones at the same KL", "below", SMALLEST_KNOWLEDGE, SMALLEST_KNOWLEDGE),
+        Clause("steered/less", "steered arms lost no less than tuned ones at the same KL", "above", -SMALLEST_KNOWLEDGE, -SMALLEST_KNOWLEDGE),
+    )
+}
+ALL_CLAUSES = RULE | EXPOSURE_RULE | NAMES_RULE | LAW_RULE
 
 
 def rule_of(name: str) -> Mapping[str, Clause]:
     """The rule that has the clause of this name."""
-    return next(rule for rule in (RULE, EXPOSURE_RULE, NAMES_RULE) if name in rule)
+    return next(rule for rule in (RULE, EXPOSURE_RULE, NAMES_RULE, LAW_RULE) if name in rule)
 
 
 def measured(name: str, interval: tuple[float, float, float] | None, runs: int, needs: int | None = None, note: str = "") -> Clause:

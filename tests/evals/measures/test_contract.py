@@ -119,7 +119,7 @@ def test_a_measure_shows_what_it_found(name: str, whole: Whole) -> None:
         assert {"arm", "measure", "value", "low", "high", "n", "unparsed"} <= set(row)
         assert row["measure"].split("/")[0] == name
     for row in measure.verdicts(summary):
-        assert row.arm.split(", ")[0] in {*whole.study.arm_settings, *whole.study.worlds}
+        assert row.arm.split(", ")[0] in {"all arms", *whole.study.arm_settings, *whole.study.worlds}
         assert all(ALL_CLAUSES[one.clause].claim == one.claim for one in row.clauses)
 
 
