@@ -22,6 +22,8 @@ class Format(StrEnum):
     table = "table"
     markdown = "markdown"
     latex = "latex"
+    html = "html"
+    csv = "csv"
     json = "json"
 
 
@@ -211,6 +213,24 @@ def report(folder: Annotated[Path, typer.Argument(help="The folder to which prox
     from evals.report.page import write_report
 
     print(write_report(folder))
+
+
+@app.command()
+def tables(
+    runs: Annotated[list[str], typer.Argument(help="Folders of finished studies, each as FOLDER or NAME=FOLDER; NAME is what the table calls it.")],
+    arms: Annotated[list[str], typer.Option("--arm", help="An arm to show; may be repeated. Default: all.")] = [],  # noqa: B006
+    form: Annotated[Format, typer.Option("--format", help="Format of the table; latex needs the package booktabs.")] = Format.table,
+) -> None:
+    """Several studies, such as those of several base sizes, in one table: base, proxy and direct, the gap closed, and what each costs.
+
+    `proxytune tables 7B=runs/small 13B=runs/large --arm base --arm proxy@1 --arm full --format latex`
+    """
+    from evals.display.render import draw
+    from evals.results.published import published_table, read_runs
+    from proxytune.content import as_json
+
+    table = published_table(read_runs(runs), arms)
+    print(as_json(table.frame.to_dict("records")) if form is Format.json else draw([table], form, shutil.get_terminal_size((160, 24)).columns))
 
 
 @app.command()

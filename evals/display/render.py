@@ -1,10 +1,11 @@
-"""Tables for people and papers: on the terminal, in Markdown or in LaTeX."""
+"""Tables for people, papers and other programs: on the terminal, in Markdown, LaTeX (with the package booktabs), HTML or CSV."""
 
 import re
 from collections.abc import Callable, Sequence
 from typing import Literal
 
 import pandas as pd
+from markupsafe import escape as html_escape
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -15,7 +16,7 @@ from proxytune.printable import printable
 
 
 def draw(tables: Sequence[Table], form: str, width: int) -> str:
-    """The tables as `table`, `markdown` or `latex`. Titles, notes and cells may hold any text; it is escaped for the form."""
+    """The tables as `table`, `markdown`, `latex`, `html` or `csv`. Titles, notes and cells may hold any text; it is escaped for the form."""
     return DRAWINGS[form]([_escaped(table, ESCAPES[form]) for table in tables], width)
 
 
@@ -32,7 +33,26 @@ def _markdown(tables: Sequence[Table], width: int) -> str:
 
 
 def _latex(tables: Sequence[Table], width: int) -> str:
-    return "\n\n".join(table.frame.to_latex(index=False, escape=False, caption=f"{table.title}. {table.note}") for table in tables)
+    return "\n\n".join(
+        table.frame.to_latex(
+            index=False,
+            escape=False,
+            caption=f"{table.title}. {table.note}",
+            position="tbp",
+            column_format="".join(side[0] for side in _sides(table.frame)),
+        )
+        for table in tables
+    )
+
+
+def _html(tables: Sequence[Table], width: int) -> str:
+    return "\n".join(f"<h2>{table.title}</h2>\n{table.frame.to_html(index=False, escape=False, border=0)}\n<p>{table.note}</p>" for table in tables)
+
+
+def _csv(tables: Sequence[Table], width: int) -> str:
+    """One table is a file of its own; several are under their titles. Notes are left out."""
+    texts = [table.frame.to_csv(index=False, lineterminator="\n").rstrip("\n") for table in tables]
+    return texts[0] if len(texts) == 1 else "\n\n".join(f"# {table.title}\n{text}" for table, text in zip(tables, texts, strict=True))
 
 
 def _terminal(tables: Sequence[Table], width: int) -> str:
@@ -63,5 +83,27 @@ def _in_latex(text: str) -> str:
     return ("{}" if text.startswith(("[", "*")) else "") + printable(text).translate(str.maketrans(LATEX_ESCAPE_RULES))
 
 
-DRAWINGS: dict[str, Callable[[Sequence[Table], int], str]] = {"table": _terminal, "markdown": _markdown, "latex": _latex}
-ESCAPES: dict[str, Callable[[str], str]] = {"table": printable, "markdown": _in_markdown, "latex": _in_latex}
+def _in_html(text: str) -> str:
+    return str(html_escape(printable(text)))
+
+
+def _in_csv(text: str) -> str:
+    """A text that a spreadsheet would take for a formula begins with an apostrophe; numbers with a sign stay."""
+    shown = printable(text)
+    return f"'{shown}" if shown[:1] in tuple("=+-@") and not re.fullmatch(r"[+-][\d.]+( [\[*].*)?", shown) else shown
+
+
+DRAWINGS: dict[str, Callable[[Sequence[Table], int], str]] = {
+    "table": _terminal,
+    "markdown": _markdown,
+    "latex": _latex,
+    "html": _html,
+    "csv": _csv,
+}
+ESCAPES: dict[str, Callable[[str], str]] = {
+    "table": printable,
+    "markdown": _in_markdown,
+    "latex": _in_latex,
+    "html": _in_html,
+    "csv": _in_csv,
+}

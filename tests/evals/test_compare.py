@@ -129,7 +129,7 @@ def test_every_format_renders_and_figures_are_drawn(unbroken: Unbroken, tmp_path
     results = unbroken.results
     for row, written in zip(results.rows, json.loads(results.json())["rows"], strict=True):
         assert written == pytest.approx(row, abs=1e-6)
-    for form in ("table", "markdown", "latex"):
+    for form in ("table", "markdown", "latex", "html"):
         text = draw(result_tables(results), form, 160)
         assert all(arm in text.replace("\\", "") for arm in ("proxy@1", "lora", "unchanged by construction"))
     figures = [path for chart in result_charts(results) for path in draw_chart(chart, tmp_path)]

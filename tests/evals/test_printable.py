@@ -1,5 +1,6 @@
 """What a model, a data file or a name says acts nowhere: not on a terminal, not in Markdown, LaTeX or a figure."""
 
+import csv
 import io
 import json
 import re
@@ -34,7 +35,7 @@ HOSTILE = (
 ORDINARY = "Zoë größer 東京 カタカナ 👩\u200d💻 😄 می\u200cخ names_like_this 3,5 % U.S. 10\u00a0km"
 ACTING = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff\U000e0041]")
 ENCODED = HOSTILE.replace("\ud800", "")  # what a file or a table can hold
-FORMS = ("table", "markdown", "latex")
+FORMS = ("table", "markdown", "latex", "html", "csv")
 
 
 def hostile_table() -> Table:
@@ -73,6 +74,17 @@ def test_no_text_acts_in_a_table(form: str) -> None:
         commands = set(re.findall(r"\\([a-z]+)", drawn))
         assert commands <= set("begin end caption toprule midrule bottomrule textbackslash ensuremath textasciitilde".split())
         assert not re.search(r"(?<!\\)[$#]", drawn)
+    if form == "html":
+        assert set(re.findall(r"<(/?\w+)", drawn)) <= {f"{end}{tag}" for tag in "h2 table thead tbody tr th td p".split() for end in ("", "/")}
+    if form == "csv":
+        assert {len(row) for row in csv.reader(lines)} == {2}
+
+
+def test_a_cell_of_csv_is_no_formula() -> None:
+    """Twin: numbers with a sign stay numbers."""
+    said, kept = ["=1+1", "+cmd|' /C calc'!A0", "-1+cmd|' /C calc'!A0", "@SUM(A1)", "-x"], ["-1.5 [-2.0, -1.0]", "+3", "1e5", "a=b"]
+    frame = pd.DataFrame({"text": said + kept})
+    assert [row[0] for row in csv.reader(draw([Table("", frame, "")], "csv", 80).splitlines()[1:])] == [f"'{text}" for text in said] + kept
 
 
 def test_a_cell_is_a_text_and_no_number() -> None:

@@ -44,7 +44,7 @@ def test_every_table_is_drawn_in_every_form_before_the_costs() -> None:
     tables = result_tables(results_of(whole(), costs))
     assert len(tables) == 1 + sum(len(titles) for _, _, titles in SECTIONS.values()) - 1  # distances and blocks share a table
     assert tables[-1].title == "Cost"
-    for form in ("table", "markdown", "latex"):
+    for form in ("table", "markdown", "latex", "html"):
         text = draw(tables, form, 160)
         assert max(map(len, text.splitlines())) <= 160 or form != "table"
         assert "unchanged by construction" in text
