@@ -386,6 +386,22 @@ def rescore(
         print(printable(note), file=sys.stderr)
 
 
+@app.command()
+def frontier(
+    results: Annotated[Path, typer.Argument(help="A folder of PEFT's results (JSON), or a CSV file with the columns name, gain, loss and n.")],
+    out: Annotated[Path, typer.Option(help="Folder of the figure.")] = Path("proxytune-runs/frontier-of-others"),
+    form: Annotated[Format, typer.Option("--format", help="Format of the tables.")] = Format.table,
+) -> None:
+    """Draws gain against forgetting for numbers that were measured elsewhere: what is dominated, and what cannot be told apart.
+
+    Read are the `method_comparison` results of Hugging Face PEFT, and any CSV file with name, gain (a share), loss (less is better) and
+    n (items of the gain), perhaps loss_n and parameters.
+    """
+    from evals.commands.frontier import show_frontier
+
+    show_frontier(results, out, form)
+
+
 @app.command("claims")
 def claims_(
     name: Annotated[str | None, typer.Argument(help="One finding, such as density or proxy. Default: all.", show_default=False)] = None,

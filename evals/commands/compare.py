@@ -30,7 +30,7 @@ def run_and_show(study: Study, folder: Path, out: Path, shown: Path, form: str |
         shown.mkdir(parents=True, exist_ok=True)
         with display.bar("intervals and figures", None):
             results = summarize(study, finished.records, finished.costs, finished.choices)
-            figures = [path for chart in result_charts(results) for path in draw_chart(chart, shown)]
+            figures = [path for chart in result_charts(results) for path in draw_chart(chart, shown, list(results.header.kinds))]
             results_file.write_text(results.json() + "\n")
             costs_file.write_text(as_json(results.measured) + "\n")
         files = [results_file, costs_file, *figures]

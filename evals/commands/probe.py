@@ -19,6 +19,7 @@ from evals.released.dynamics import dynamics_chart, dynamics_table, read_dynamic
 from evals.study import STUDIES, Study, expanded, explain_invalid, load_study
 from proxytune.content import as_json
 from proxytune.errors import UserError
+from proxytune.printable import printable
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def show_dynamics(file: Path, from_step: int, out: Path | None, form: str) -> No
     folder.mkdir(parents=True, exist_ok=True)
     figures = draw_chart(dynamics_chart(frame, file.stem), folder)
     print(as_json(asdict(found)) if form == "json" else draw(dynamics_table(found), form, shutil.get_terminal_size((160, 24)).columns))
-    print(f"Files: {', '.join(map(str, figures))}", file=sys.stderr)
+    print(f"Files: {printable(', '.join(map(str, figures)))}", file=sys.stderr)
 
 
 def _taught(probe: Probe) -> tuple[Study, Path]:

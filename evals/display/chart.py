@@ -26,8 +26,9 @@ class Series:
     """Values `y` at `x`: `point` (with intervals), `line` (joined points with intervals), `bar`, `band` (a line with its interval as a band), `step`
     (a dotted step line) or `level` (a horizontal dotted line).
 
-    `across` are values of x with intervals of their own; they are used instead of `x`. Series with the same `label` have one colour and one
-    entry in the legend; an empty label has no entry. The colour is chosen by `group` if there is one. `filled` says which points are filled.
+    `across` are values of x with intervals of their own; they are used instead of `x`. Series with the same `label` have one colour; it stands at
+    a point of a line or band, and in the legend for other marks. The colour is chosen by `group` if there is one. `filled` says which points
+    are filled; `names` are texts at the points, instead of the label.
     """
 
     mark: Literal["point", "line", "bar", "band", "step", "level"]
@@ -39,6 +40,7 @@ class Series:
     dashed: bool = False
     horizontal: bool = False
     filled: tuple[bool, ...] = ()
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

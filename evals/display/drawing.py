@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from adjustText import adjust_text  # type: ignore[import-untyped]
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -23,16 +24,20 @@ PANELS = 12  # in one file
 NARROWEST = 9.0  # inches, which titles and legends need
 FEW_ROWS, STATED = 16, 40  # with more rows than the first, cells are lower; with more than the second, they have no numbers
 MARKERS = "osD^vP*X<>"
+# As on the page; the colour-blind can tell the first ones apart.
+PALETTE = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #882255 #44aa99 #999933 #7f7f7f #b15928 #6a3d9a".split()
+ROUNDS = 100  # of moving labels apart
 
 
-def draw(chart: Chart, folder: Path) -> list[Path]:
-    """Draws a chart into `folder` and returns its files; more than twelve panels continue in a second file, NAME-2.png."""
+def draw(chart: Chart, folder: Path, arms: Sequence[str] = ()) -> list[Path]:
+    """Draws a chart into `folder` and returns its files; more than twelve panels continue in a second file, NAME-2.png. Each of the study's `arms`
+    has the same colour in all charts."""
     pages = [chart.panels[start : start + PANELS] for start in range(0, len(chart.panels), PANELS)]
     most = max(
         (abs(number) for panel in chart.panels for cells in panel.marks if isinstance(cells, Cells) for number in _numbers(cells)), default=0.0
     )
     return [
-        _page(chart, page, most or 1.0, folder / (f"{chart.name}.png" if number == 1 else f"{chart.name}-{number}.png"))
+        _page(chart, page, most or 1.0, _colours(chart, arms), folder / (f"{chart.name}.png" if number == 1 else f"{chart.name}-{number}.png"))
         for number, page in enumerate(pages, start=1)
     ]
 
@@ -49,7 +54,7 @@ def drawn_name(name: str) -> str:
     return f" {printable(name)}" if name.startswith("_") else printable(name)
 
 
-def _page(chart: Chart, panels: Sequence[Panel], most: float, path: Path) -> Path:
+def _page(chart: Chart, panels: Sequence[Panel], most: float, colours: dict[str, Any], path: Path) -> Path:
     across = min(len(panels), chart.across)
     down = -(-len(panels) // across)
     width, height = _size(panels, across)
@@ -58,7 +63,6 @@ def _page(chart: Chart, panels: Sequence[Panel], most: float, path: Path) -> Pat
     places = list(grid.flat)
     for axes in places[len(panels) :]:
         axes.remove()
-    colours = _colours(chart)
     image = None
     for place, (panel, axes) in enumerate(zip(panels, places, strict=False)):
         image = _panel(panel, axes, colours, most) or image
@@ -73,6 +77,9 @@ def _page(chart: Chart, panels: Sequence[Panel], most: float, path: Path) -> Pat
     found = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     if found:
         figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=min(len(found), 5), fontsize="small")
+    figure.canvas.draw()  # labels are moved apart where the panels are in the end
+    for panel, axes in zip(panels, places, strict=False):
+        _labels(panel, axes, colours)
     return save(figure, path)
 
 
@@ -87,12 +94,14 @@ def _size(panels: Sequence[Panel], across: int) -> tuple[float, float]:
     return width, max(height, 0.35 * named)
 
 
-def _colours(chart: Chart) -> dict[str, Any]:
-    """A colour and a marker for every label or group of the chart, in order of appearance."""
+def _colours(chart: Chart, arms: Sequence[str]) -> dict[str, Any]:
+    """A colour and a marker for every label or group of the chart: those of the arm of that name, or of the first arm of a family; then the next."""
     series = [mark for panel in chart.panels for mark in panel.marks if isinstance(mark, Series)]
     groups = list(dict.fromkeys(mark.group or mark.label for mark in series if mark.group or mark.label))
-    palette = plt.get_cmap("tab10" if len(groups) <= 10 else "tab20")
-    return {group: (palette(place % palette.N), MARKERS[place % len(MARKERS)]) for place, group in enumerate(groups)}
+    fixed = {arm.partition("@")[0]: place for place, arm in reversed(list(enumerate(arms)))} | {arm: place for place, arm in enumerate(arms)}
+    rest = iter(range(len(arms), len(arms) + len(groups)))
+    places = {group: fixed[group] if group in fixed else next(rest) for group in groups}
+    return {group: (PALETTE[place % len(PALETTE)], MARKERS[place % len(MARKERS)]) for group, place in places.items()}
 
 
 def _panel(panel: Panel, axes: Axes, colours: dict[str, Any], most: float) -> Any:
@@ -118,6 +127,37 @@ def _panel(panel: Panel, axes: Axes, colours: dict[str, Any], most: float) -> An
     return image
 
 
+def _labels(panel: Panel, axes: Axes, colours: dict[str, Any]) -> None:
+    """Names at the points, and the label of each line or band at its last point or, if it has no values of x of its own, where it is
+    farthest from zero; of the points that can be seen. They are moved apart."""
+    (left, right), (low, high) = sorted(axes.get_xlim()), sorted(axes.get_ylim())
+    texts, labelled, xs, ys = [], set(), [], []
+    for mark in panel.marks:
+        if isinstance(mark, Cells) or mark.mark in ("level", "step", "bar"):
+            continue
+        across = [value.value for value in mark.across] if mark.across else list(mark.x)
+        names = mark.names or [""] * len(mark.y)
+        seen = [
+            (x, value.value, name)
+            for x, value, name in zip(across, mark.y, names, strict=True)
+            if x is not None and value.value is not None and left <= x <= right and low <= value.value <= high
+        ]
+        xs += [x for x, _, _ in seen]
+        ys += [y for _, y, _ in seen]
+        if mark.names:
+            shown = [one for one in seen if one[2]]
+        elif seen and mark.label and mark.mark != "point" and mark.label not in labelled:
+            x, y, _ = seen[-1] if mark.across else max(seen, key=lambda one: abs(one[1]))
+            shown = [(x, y, mark.label)]
+            labelled.add(mark.label)
+        else:
+            shown = []
+        colour = colours.get(mark.group or mark.label, ("black", ""))[0]
+        texts += [axes.text(x, y, drawn_name(name), color=colour, fontsize="x-small") for x, y, name in shown]
+    if texts:
+        adjust_text(texts, x=xs, y=ys, ax=axes, iter_lim=ROUNDS, arrowprops={"arrowstyle": "-", "color": "gray", "linewidth": 0.5})
+
+
 def _axis(axis: Axis, of_axes: Any, set_ticks: Any, set_label: Any, set_limits: Any) -> None:
     if axis.ticks:
         set_ticks([place for place, _ in axis.ticks], [drawn_name(label) for _, label in axis.ticks], fontsize="small")
@@ -138,7 +178,7 @@ def _series(mark: Series, axes: Axes, colour: Any, marker: str, thickness: float
         return
     x, values = np.array([places[number] for number in known], float), [mark.y[number] for number in known]
     y, low, high = (np.array([np.nan if number is None else number for number in ends], float) for ends in zip(*map(_ends, values), strict=True))
-    label = drawn_name(mark.label) if mark.label else None
+    label = drawn_name(mark.label) if mark.label and mark.mark in ("point", "bar") else None  # others are labelled at their points
     style: dict[str, Any] = {"color": colour, "label": label, "linestyle": "--" if mark.dashed else "-"}
     errors = np.nan_to_num(np.array([y - low, high - y])).clip(min=0)
     if mark.mark == "step":
@@ -162,7 +202,7 @@ def _series(mark: Series, axes: Axes, colour: Any, marker: str, thickness: float
 def _points(
     mark: Series, known: Sequence[int], axes: Axes, x: np.ndarray, y: np.ndarray, errors: np.ndarray, style: dict[str, Any], marker: str
 ) -> None:
-    """Joined points with intervals in both directions; `filled` points have the line's colour inside."""
+    """Points with intervals in both directions, joined if they are a line; `filled` points have the line's colour inside."""
     across = [mark.across[number] for number in known]
     if any(value.low is not None for value in across):
         low, high = (
@@ -172,7 +212,8 @@ def _points(
         axes.errorbar(
             x, y, xerr=np.array([x - low, high - x]).clip(min=0), yerr=errors, color=style["color"], alpha=0.3, linestyle="none", elinewidth=0.8
         )
-    axes.plot(x, y, marker=marker, markerfacecolor="white", markersize=7, linewidth=1, **style)
+    joined = style if mark.mark == "line" else style | {"linestyle": "none"}
+    axes.plot(x, y, marker=marker, markerfacecolor="white", markersize=7, linewidth=1, **joined)
     filled = [place for place, number in enumerate(known) if mark.filled and mark.filled[number]]
     axes.plot(x[filled], y[filled], color=style["color"], marker=marker, markersize=7, linestyle="none")
 

@@ -111,13 +111,23 @@ class Forgetting(Measure[Forgotten]):
         if not rows:
             return
         labels = list(dict.fromkeys(one.bucket for one in rows))
-        lines = []
+        x = exposure_axis(labels)
         arms = header.ordered(list(dict.fromkeys(one.arm for one in rows)))
-        for place, arm in enumerate(arms):
-            x = tuple(number + (place - (len(arms) - 1) / 2) * 0.03 for number in range(len(labels)))
-            lines.append(Series("line", all_scaled([one.share for one in rows if one.arm == arm], 100), x, label=arm))
-        panel = Panel(tuple(lines), x=exposure_axis(labels), y=Axis("statements continued correctly (%)"))
-        yield Chart("knowledge-by-exposure", f"{header.title}: knowledge by exposure, 95 % intervals", (panel,))
+        shares: list[Series] = []
+        lost: list[Series] = []
+        apart = [arm for arm in arms if arm == header.base or header.kinds[arm] == "expert"]
+        beside = [arm for arm in arms if arm not in apart]
+        for arm in apart:
+            known = [one.share for one in rows if one.arm == arm]
+            shares.append(Series("band", all_scaled(known, 100), tuple(map(float, range(len(labels)))), label=arm))
+        for place, arm in enumerate(beside):
+            places = tuple(number + (place - (len(beside) - 1) / 2) * 0.06 for number in range(len(labels)))
+            less = [one.forgotten or Value(None) for one in rows if one.arm == arm]
+            lost.append(Series("line", all_scaled(less, 100), places, label=arm))
+        panels = [Panel(tuple(shares), "what the base knows", x, Axis("statements continued correctly (%)"))]
+        if beside:
+            panels.append(Panel(tuple(lost), "what an arm forgot of it, paired", x, Axis("base minus arm (points)"), zero=True))
+        yield Chart("knowledge-by-exposure", f"{header.title}: knowledge by exposure, 95 % intervals", tuple(panels), paired=True, across=2)
 
     def rows(self, summary: Forgotten) -> list[dict[str, Any]]:
         return [

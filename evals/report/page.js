@@ -2,7 +2,8 @@
 // Everything is drawn from the data in this page; texts are set as text, never as markup.
 const data = JSON.parse(document.getElementById("data").textContent);
 const PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255", "#44aa99", "#999933", "#7f7f7f", "#b15928", "#6a3d9a"];
-const colours = new Map(data.arms.map((arm, place) => [arm, PALETTE[place % PALETTE.length]]));
+// As in the PNG files: an arm's own colour; a family has that of its first arm.
+const colours = new Map([...data.arms.map((arm, place) => [arm.split("@")[0], place]).reverse(), ...data.arms.map((arm, place) => [arm, place])].map(([name, place]) => [name, PALETTE[place % PALETTE.length]]));
 const number = (value, digits = 3) => (value === null || value === undefined ? "n/a" : Number(value.toPrecision(digits)).toString());
 const make = (tag, text, className) => {
   const element = document.createElement(tag);
@@ -41,12 +42,12 @@ function rowsOf(mark) {
   return mark.y
     .map((y, place) => {
       const x = across ? across[place].value : mark.x[place];
-      return { x, y: y.value, low: y.low, high: y.high, left: across && across[place].low, right: across && across[place].high, label: mark.label, filled: mark.filled[place] };
+      return { x, y: y.value, low: y.low, high: y.high, left: across && across[place].low, right: across && across[place].high, label: mark.label, name: mark.names[place], filled: mark.filled[place] };
     })
     .filter((row) => row.x !== null && row.x !== undefined && row.y !== null);
 }
 
-const tip = (row) => `${row.label}\n${number(row.y)}${row.low === null ? "" : ` [${number(row.low)}, ${number(row.high)}]`}`;
+const tip = (row) => `${row.name || row.label}\n${number(row.y)}${row.low === null ? "" : ` [${number(row.low)}, ${number(row.high)}]`}`;
 
 function colourOf(mark, taken) {
   const name = mark.group || mark.label;
@@ -79,11 +80,11 @@ function marksOf(mark, bars, taken) {
   if (mark.mark === "band") marks.push(Plot.areaY(known, { x: "x", y1: "low", y2: "high", fill: colour, fillOpacity: 0.15 }));
   else marks.push(Plot.ruleX(known, { x: "x", y1: "low", y2: "high", stroke: colour, strokeOpacity: 0.6 }));
   if (mark.across.length) marks.push(Plot.ruleY(rows.filter((row) => row.left !== null), { y: "y", x1: "left", x2: "right", stroke: colour, strokeOpacity: 0.4 }));
-  if (mark.mark !== "point" || mark.across.length) marks.push(Plot.line(rows, { x: "x", y: "y", stroke: colour, strokeDasharray: dash }));
+  if (mark.mark !== "point") marks.push(Plot.line(rows, { x: "x", y: "y", stroke: colour, strokeDasharray: dash }));
   marks.push(Plot.dot(rows, { x: "x", y: "y", stroke: colour, fill: (row) => (row.filled === false ? "var(--back)" : colour), r: 3, title: tip, tip: true }));
-  if (mark.label && mark.mark !== "point") {
-    const last = rows.slice(-1);
-    marks.push(Plot.text(last, { x: "x", y: "y", text: "label", dx: 6, textAnchor: "start", fill: colour, stroke: "var(--back)", strokeWidth: 3 }));
+  if (mark.names.length || (mark.label && mark.mark !== "point")) {
+    const last = mark.names.length ? rows.filter((row) => row.name) : rows.slice(-1);
+    marks.push(Plot.text(last, { x: "x", y: "y", text: mark.names.length ? "name" : "label", dx: 6, textAnchor: "start", fill: colour, stroke: "var(--back)", strokeWidth: 3 }));
   }
   return marks;
 }

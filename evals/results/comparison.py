@@ -30,6 +30,8 @@ from probes.significance import holm
 Row = dict[str, Any]
 PARTS = ("gap_closed", "against_direct", "contrasts", "frontier", "variance", "selections")
 SHOWN = 6  # validation scores in a cell
+FAR, LEAST_SPREAD = 5, 0.02  # so many spreads below the middle an arm is left out of a figure; the spread is a share
+FEW = 4  # arms that a note names
 
 
 def compare(records: Recorded, choices: Mapping[Run, Choices] | None = None) -> dict[str, list[Row]]:
@@ -215,20 +217,36 @@ def comparison_charts(compared: dict[str, list[Row]], header: Header) -> Iterato
         return
     best = sorted((100 * row["gain"]["value"], 100 * row["kept"]["value"]) for row in rows if row["on_frontier"])
     step = Series("step", tuple(Value(y) for _, y in best), tuple(x for x, _ in best))
+    far = _far_below(rows)
     panels = []
     for near in (False, True):
-        lines = [_family(near, [row for row in rows if row["family"] == family]) for family in dict.fromkeys(row["family"] for row in rows)]
+        shown = rows if near else [row for row in rows if row not in far]
+        lines = [_family(near, [row for row in shown if row["family"] == family]) for family in dict.fromkeys(row["family"] for row in shown)]
         x, y = (Axis(f"{rows[0][name]['measure']}, arm minus base (points)") for name in ("gain", "kept"))
-        title = "all arms; filled: on the frontier"
+        title = "filled: on the frontier"
         if near:
             right, lowest = best[-1][0], min(y for x, y in best if x >= 0.75 * best[-1][0])
             x = Axis(x.label, limits=(0.75 * right, right + 0.06 * abs(right) + 1))
             y = Axis(y.label, limits=(lowest - 3, max(y for _, y in best) + 2))
             title = "the frontier's right end, with paired 95 % intervals"
         panels.append(Panel((step, *lines), title, x, y, zero=True))
-    yield Chart(
-        "frontier", f"{header.title}: {rows[0]['gain']['measure']} against {rows[0]['kept']['measure']}", tuple(panels), paired=True, across=2
-    )
+    title = f"{header.title}: {rows[0]['gain']['measure']} against {rows[0]['kept']['measure']}"
+    yield Chart("frontier", title, tuple(panels), _left_out(far), paired=True, across=2)
+
+
+def _far_below(rows: Sequence[Row]) -> list[Row]:
+    """Arms that lose far more than the others, such as an expert by itself: they would squeeze these into a corner of the figure."""
+    kept = np.array([row["kept"]["value"] for row in rows])
+    middle = np.median(kept)
+    spread = max(LEAST_SPREAD, np.abs(kept[kept >= np.quantile(kept, 0.25)] - middle).max())
+    return [row for row, value in zip(rows, kept, strict=True) if value < middle - FAR * spread]
+
+
+def _left_out(far: Sequence[Row]) -> str:
+    """A note of at most four arms."""
+    names = [f"{row['arm']} ({100 * row['kept']['value']:.0f})" for row in far[:FEW]]
+    more = f", and {len(far) - FEW} more" if len(far) > FEW else ""
+    return f"far below, and not drawn: {', '.join(names)}{more}" if far else ""
 
 
 def _family(intervals: bool, rows: Sequence[Row]) -> Series:
