@@ -205,14 +205,42 @@ def items(
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help="The folder to which proxytune compare wrote its results.")]) -> None:
-    """Writes the folder's report.html again: one page with the answer, every table and figure, and every item's answers.
+def report(
+    target: Annotated[str, typer.Argument(help="The folder to which proxytune compare wrote its results, or a base model.")],
+    tuned: Annotated[
+        list[str] | None, typer.Argument(help="Models tuned from the base: folders, hub names or LoRA adapters.", show_default=False)
+    ] = None,
+    expert: Annotated[str | None, typer.Option(help="The small tuned model of a mixture, or a LoRA adapter.", show_default=False)] = None,
+    antiexpert: Annotated[str | None, typer.Option(help="The same small model, untuned.", show_default=False)] = None,
+    data: Annotated[str | None, typer.Option(help="Task items: what was gained. Default: none.", show_default=False)] = None,
+    knowledge: Annotated[
+        str | None, typer.Option(help="Knowledge items with statement, answer and popularity. Default: capitals and cities.", show_default=False)
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="Template of a task's question, or chat: the model's chat template.")] = PROMPT,
+    out: Annotated[Path | None, typer.Option(help="Folder of records and page. Default: proxytune-runs/report-BASE.", show_default=False)] = None,
+    threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="CPU threads.")] = 2,
+    jobs: Annotated[int | None, JOBS] = None,
+    wait: Annotated[bool, WAIT] = False,
+) -> None:
+    """One page, to open in a browser without a network: of a finished study's folder, or of models that are there already.
 
-    It opens in a browser without a network. `compare` writes it, too; this needs only results.json, costs.json and items.parquet.
+    `proxytune report base tuned` shows what tuning made a model forget: capitals, names of cities, ordinary text (minutes on a CPU for a
+    small model). `--data` adds what it gained, `--expert` and `--antiexpert` what steering the base would do instead. Stop it at any
+    time: the same command continues.
     """
     from evals.report.page import write_report
 
-    print(write_report(folder))
+    if not tuned and expert is None and antiexpert is None:
+        print(write_report(Path(target)))
+        return
+    from evals.commands.compare import run_and_show
+    from evals.commands.report import missing, report_study
+
+    study = report_study(target, tuned or [], expert, antiexpert, data, knowledge, prompt, threads)
+    place = out or Path("proxytune-runs") / study.study
+    run_and_show(study, Path(), place, place, None, jobs, wait)
+    for what in missing(study):
+        print(f"Not measured: {what}.")
 
 
 @app.command()
@@ -520,7 +548,7 @@ def build(
             display.say(f"seed {seed}: {build_family(name, seed, out, display, checkpoints=checkpoints)}")
 
 
-RESUMED = {"claims", "compare", "probe", "select", "tune"}
+RESUMED = {"claims", "compare", "probe", "report", "select", "tune"}
 _received: list[int] = []
 
 

@@ -13,10 +13,11 @@ from transformers.utils import CONFIG_NAME
 from evals.display.drawing import draw as draw_chart
 from evals.display.render import draw
 from evals.entities import CITIES
+from evals.given import absolute, direct_arms
 from evals.measures.registry import measures
 from evals.measures.separation import step_of
 from evals.released.dynamics import dynamics_chart, dynamics_table, read_dynamics, settle
-from evals.study import STUDIES, Study, expanded, explain_invalid, load_study
+from evals.study import STUDIES, Study, explain_invalid, load_study
 from proxytune.content import as_json
 from proxytune.errors import UserError
 from proxytune.printable import printable
@@ -64,20 +65,15 @@ def probe_study(probe: Probe) -> tuple[Study, Path]:
         return _taught(probe)
     if probe.knowledge is None and any(need.startswith("knowledge") for name in _measures(probe.name) for need in measures()[name].needs):
         raise UserError("--knowledge: models are read by items with statement, answer, choices and popularity; give a file of them")
-    if len(set(probe.tuned)) < len(probe.tuned):
-        raise UserError(f"probe: {', '.join(probe.tuned)} names a model twice; give each once")
-    names = [Path(path).name or path for path in probe.tuned]
-    arms = {
-        name if names.count(name) == 1 else path: {"kind": "direct", "path": _absolute(path)} for name, path in zip(names, probe.tuned, strict=True)
-    }
+    arms = direct_arms("probe", probe.tuned)
     content = {
         "study": f"probe-{Path(str(probe.target)).name}",
-        "models": {"base": _absolute(str(probe.target))},
+        "models": {"base": absolute(str(probe.target))},
         "data": {
-            "knowledge": None if probe.knowledge is None else _absolute(probe.knowledge),
+            "knowledge": None if probe.knowledge is None else absolute(probe.knowledge),
             "entities": CITIES if probe.knowledge is None else None,
-            "corpus": None if probe.corpus is None else _absolute(probe.corpus),
-            "test": None if probe.test is None else _absolute(probe.test),
+            "corpus": None if probe.corpus is None else absolute(probe.corpus),
+            "test": None if probe.test is None else absolute(probe.test),
             "prompt": probe.prompt,
         },
         "arms": {"base": {"kind": "base"}, **arms},
@@ -124,7 +120,7 @@ def _taught(probe: Probe) -> tuple[Study, Path]:
     if probe.name != "density" or probe.tuned or probe.knowledge or probe.corpus or probe.test:
         raise UserError("--teach: give the measure density and one model, and no data: proxytune probe density MODEL --teach")
     study, folder = load_study(STUDIES / "taught.yaml")
-    changes = {"study": f"taught-{Path(str(probe.target)).name}", "models": {"base": _absolute(str(probe.target))}, "threads": probe.threads}
+    changes = {"study": f"taught-{Path(str(probe.target)).name}", "models": {"base": absolute(str(probe.target))}, "threads": probe.threads}
     return _validated(study.model_dump() | changes), folder
 
 
@@ -141,7 +137,3 @@ def _measures(name: str) -> tuple[str, ...]:
     if name not in known:
         raise UserError(f"probe: there is no measure '{name}'; there are {', '.join(sorted(known))}")
     return (*known[name].built_on, name)
-
-
-def _absolute(name: str) -> str:
-    return str(expanded(name).absolute()) if expanded(name).exists() else name

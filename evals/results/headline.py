@@ -43,10 +43,17 @@ HALVES: dict[Sign, str] = {
     "open": "Half an answer: {steered} and {direct} cannot be told apart",
 }
 
+ROLES = {"gain": "what an arm gained, as the study has no task", "kept": "what an arm forgot, as the study has no knowledge items"}
+BESIDE_BASE: dict[Sign, str] = {
+    "more": "{arm} has more right than {base}: {difference}.",
+    "less": "{arm} has less right than {base}: {difference}.",
+    "open": "{arm} and {base} cannot be told apart: {difference}.",
+}
+
 
 def headline(header: Header, summaries: Mapping[str, Any], compared: Mapping[str, Sequence[Row]], costs: Sequence[Row]) -> list[str]:
     """At most twenty lines."""
-    lines = [_study(header), *_answer(header, compared), *_arms(header, compared, costs), *_open(compared)]
+    lines = [_study(header), *_answer(header, compared), *_beside_base(header, compared), *_arms(header, compared, costs), *_open(compared)]
     lines += [f"Verdict: {line}" for name, summary in summaries.items() for line in _verdicts(name, summary)]
     if len(lines) > MOST_LINES:
         lines = [*lines[: MOST_LINES - 1], f"And {len(lines) - MOST_LINES + 1} lines more: --full prints all tables."]
@@ -89,6 +96,18 @@ def _answer(header: Header, compared: Mapping[str, Sequence[Row]]) -> Iterator[s
     for row in compared["gap_closed"]:
         if (row["arm"], row["direct"]) == (steered, direct) and row["value"] is not None:
             yield f"{steered} closes {cell(_value(row), 100)} % of the gap between base and {direct} at {row['measure']}."
+
+
+def _beside_base(header: Header, compared: Mapping[str, Sequence[Row]]) -> Iterator[str]:
+    """The contrasts with the base and what is not measured, where there is no frontier, which shows the first and has both."""
+    if compared["frontier"]:
+        return
+    for row in compared["contrasts"]:
+        if row["minus"] == header.base:
+            yield BESIDE_BASE[_sign(row)].format(arm=row["arm"], base=header.base, difference=_named(row))
+    roles = {measures()[row["measure"].split("/")[0]].role for row in compared["contrasts"]}
+    if roles:
+        yield from (f"Not measured: {what}." for role, what in ROLES.items() if role not in roles)
 
 
 def _arms(header: Header, compared: Mapping[str, Sequence[Row]], costs: Sequence[Row]) -> Iterator[str]:

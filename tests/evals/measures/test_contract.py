@@ -1,5 +1,6 @@
 """What holds of every registered measure: a new one is tested by being there."""
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -49,8 +50,8 @@ class Whole:
 
 def whole_study(copy: Path, **changes: Any) -> Study:
     arms = STUDY["arms"] | {"copy": {"kind": "direct", "path": str(copy)}}
-    settings = SETTINGS | {"benchmark": SETTINGS["benchmark"] | {"folder": str(copy.parent / "tasks")}}
-    return Study.model_validate(STUDY | {"measures": list(MEASURES), "settings": settings, "arms": arms} | changes)
+    own = {"benchmark": SETTINGS["benchmark"] | {"folder": str(copy.parent / "tasks")}, "text": {"file": str(copy.parent / "text.jsonl")}}
+    return Study.model_validate(STUDY | {"measures": list(MEASURES), "settings": SETTINGS | own, "arms": arms} | changes)
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,7 @@ def whole(unbroken: Unbroken, tmp_path_factory: pytest.TempPathFactory) -> Whole
         "people",
         [{"text": item.statement, "choices": item.choices, "gold": item.choices.index(item.answer)} for item in known],
     )
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": item.statement}) + "\n" for item in known[:12]))
     study = whole_study(copy)
     finished = run_in_process(study, out)
     return Whole(study, out, copy, finished, summarize(study, finished.records, finished.costs))

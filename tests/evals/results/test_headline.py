@@ -128,3 +128,15 @@ def test_the_gap_is_told_only_where_there_is_one() -> None:
     assert any("closes 80.0 [70.0, 90.0] % of the gap between base and full at task" in line for line in lines())
     within_noise = [{"arm": "proxy@1", "direct": "full", "measure": "task", "value": None, "low": None, "high": None}]
     assert not any("closes" in line for line in lines(gap_closed=within_noise))
+
+
+@pytest.mark.parametrize(
+    ("sign", "words"), [("more", "has more right than base"), ("less", "has less right than base"), ("open", "cannot be told apart")]
+)
+def test_without_a_frontier_the_contrasts_with_the_base_are_said(sign: Sign, words: str) -> None:
+    contrast = {"arm": "full", "minus": "base", "measure": "knowledge", "needs": None} | numbers(sign)
+    said = lines(frontier=[], against_direct=[], gap_closed=[], contrasts=[contrast])
+    assert [line for line in said if words in line and "full" in line]
+    assert "Not measured: what an arm gained, as the study has no task." in said
+    assert not any("no knowledge items" in line for line in said)
+    assert not any(words in line and "full" in line for line in lines(contrasts=[contrast]))  # twin: the frontier shows it
