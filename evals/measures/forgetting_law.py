@@ -80,6 +80,7 @@ class ForgettingLaw(Measure[Laws]):
     controls = "The same items for every arm; each family of arms against the curve through all others; KL on the task's prompts and on statements."
     needs = frozenset({"test", "knowledge.statement", "knowledge.popularity"})
     summary = Laws
+    of_answers = True
 
     def readings(self, inputs: Inputs, settings: Settings) -> list[Reading]:
         return [STATEMENTS, Divergence("distribution/task", "test", "question"), Divergence("distribution", "knowledge", "statement")]

@@ -158,6 +158,7 @@ class Text(Measure[Texts]):
     controls = "Text that is not tuned on and has nothing to do with the task; every token counts."
     settings = TextSettings
     summary = Texts
+    of_answers = True
 
     def readings(self, inputs: Inputs, settings: TextSettings) -> list[Reading]:
         return [Read("text", settings.file)]

@@ -83,9 +83,10 @@ def _table(table: Table) -> dict[str, Any]:
 
 
 def items_content(items: pd.DataFrame) -> dict[str, Any]:
-    """Every item with the answers of all arms: texts once, and their places. Of more than 20,000 items as many are taken, evenly spaced."""
+    """Every item with the answers of all arms: texts once, and their places; and tokens, where an answer is explained. Of more than 20,000 items as
+    many are taken: those with tokens, and others evenly spaced."""
     if items.empty:
-        return {"readings": [], "arms": [], "texts": [], "items": [], "all": 0}
+        return {"readings": [], "arms": [], "texts": [], "items": [], "tokens": [], "all": 0}
     keys = ["reading", *RUN, "number"]
     items = numbered(items)
     arms, readings = list(items["arm"].unique()), list(items["reading"].unique())
@@ -93,7 +94,10 @@ def items_content(items: pd.DataFrame) -> dict[str, Any]:
     state = items["right"].where(~items["unparsed"].astype(bool), UNPARSED).astype(float).round(3)
     wide = items.assign(place=places, state=state).pivot(index=keys, columns="arm", values=["place", "state"])
     first = items.drop_duplicates(keys).set_index(keys)[["question", "answer", "popularity"]].reindex(wide.index)
-    taken = np.unique(np.linspace(0, len(wide) - 1, min(len(wide), MOST_ITEMS)).astype(int))
+    explained = items[items["tokens"] != ""].set_index(keys)
+    with_tokens = np.flatnonzero(wide.index.isin(explained.index))
+    spaced = np.linspace(0, len(wide) - 1, min(len(wide), MOST_ITEMS - len(with_tokens))).astype(int)
+    taken = np.union1d(spaced, with_tokens)
     chosen, first = wide.iloc[taken], first.iloc[taken]
     of_arms = chosen["place"][arms].fillna(-1).astype(int).to_numpy().tolist()
     rows = [
@@ -108,7 +112,32 @@ def items_content(items: pd.DataFrame) -> dict[str, Any]:
             strict=True,
         )
     ]
-    return {"readings": readings, "arms": list(map(printable, arms)), "texts": list(map(printable, texts)), "items": rows, "all": len(wide)}
+    places_of = {key: place for place, key in enumerate(chosen.index)}
+    tokens = [
+        [places_of[key], arms.index(arm), _printable_tokens(said)]
+        for key, arm, said in zip(explained.index, explained["arm"], explained["tokens"].astype(str), strict=True)
+    ]
+    return {
+        "readings": readings,
+        "arms": list(map(printable, arms)),
+        "texts": list(map(printable, texts)),
+        "items": rows,
+        "tokens": tokens,
+        "all": len(wide),
+    }
+
+
+def _printable_tokens(tokens: str) -> list[Any]:
+    """For each token: its text, the probability under the mixture and under each member by name, and the base's choice where it is another."""
+    return [
+        [
+            printable(one["token"]),
+            one["mixture"],
+            {printable(name): value for name, value in one["members"].items()},
+            None if one["base"] is None else printable(one["base"]),
+        ]
+        for one in json.loads(tokens)
+    ]
 
 
 def _run(world: str, seed: int, tuning: int) -> str:

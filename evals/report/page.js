@@ -83,7 +83,7 @@ function marksOf(mark, bars, taken) {
   if (mark.mark !== "point") marks.push(Plot.line(rows, { x: "x", y: "y", stroke: colour, strokeDasharray: dash }));
   marks.push(Plot.dot(rows, { x: "x", y: "y", stroke: colour, fill: (row) => (row.filled === false ? "var(--back)" : colour), r: 3, title: tip, tip: true }));
   if (mark.names.length || (mark.label && mark.mark !== "point")) {
-    const last = mark.names.length ? rows.filter((row) => row.name) : rows.slice(-1);
+    const last = mark.names.length ? rows.filter((row) => row.name) : mark.across.length ? rows.slice(-1) : rows.slice(0, 1).map((first) => rows.reduce((far, row) => (Math.abs(row.y) > Math.abs(far.y) ? row : far), first));
     marks.push(Plot.text(last, { x: "x", y: "y", text: mark.names.length ? "name" : "label", dx: 6, textAnchor: "start", fill: colour, stroke: "var(--back)", strokeWidth: 3 }));
   }
   return marks;
@@ -225,6 +225,31 @@ function drawFrontier() {
 
 // --- answers ---
 
+// One answer, token by token: how probable each was under the mixture and each member; marked where the base alone would have said another.
+function showTokens(arm, question, tokens) {
+  const dialog = document.getElementById("explained");
+  const members = [...new Set(tokens.flatMap(([, , given]) => Object.keys(given)))];
+  const changed = tokens.filter(([, , , base]) => base !== null).length;
+  dialog.querySelector("h3").textContent = `${arm}: ${question}`;
+  dialog.querySelector("p").textContent = `${changed} of ${tokens.length} tokens are not what the base alone would have chosen there.`;
+  const head = make("tr");
+  for (const name of ["token", "mixture", ...members, "the base alone"]) head.append(make("th", name));
+  const rows = tokens.map(([text, mixture, given, base]) => {
+    const row = make("tr", undefined, base === null ? "" : "changed");
+    row.append(make("td", JSON.stringify(text)));
+    for (const value of [mixture, ...members.map((name) => given[name])]) {
+      const cell = make("td", value === null || value === undefined ? "none" : value.toFixed(3));
+      cell.style.setProperty("--share", value ?? 0);
+      row.append(cell);
+    }
+    row.append(make("td", base === null ? "" : JSON.stringify(base)));
+    return row;
+  });
+  dialog.querySelector("thead").replaceChildren(head);
+  dialog.querySelector("tbody").replaceChildren(...rows);
+  dialog.showModal();
+}
+
 async function unpacked() {
   const bytes = Uint8Array.from(atob(document.getElementById("packed").textContent), (sign) => sign.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
@@ -235,6 +260,12 @@ async function answers() {
   const form = document.getElementById("filter");
   if (!form) return;
   const items = await unpacked();
+  const explained = new Map();
+  for (const [place, arm, tokens] of items.tokens) {
+    const item = items.items[place];
+    if (!explained.has(item)) explained.set(item, new Map());
+    explained.get(item).set(arm, tokens);
+  }
   const PAGE = 50;
   let shown = PAGE;
   for (const name of ["a", "b"]) for (const arm of items.arms) form.elements[name].append(make("option", arm));
@@ -245,7 +276,7 @@ async function answers() {
     if (place !== "items" || !query) return;
     const given = new URLSearchParams(query);
     for (const name of names) if (given.has(name)) form.elements[name].value = given.get(name);
-    form.elements.all.checked = given.has("all");
+    for (const name of ["all", "tokens"]) form.elements[name].checked = given.has(name);
   };
   const is = (state, wanted) => wanted === "" || (wanted === "right" ? state === 1 : wanted === "unparsed" ? state === -1 : state !== null && state !== 1);
   const say = (state) => (state === null ? "" : state === 1 ? "✓ " : state === -1 ? "? " : "✗ ");
@@ -254,19 +285,33 @@ async function answers() {
     const [a, b] = [items.arms.indexOf(value.a), items.arms.indexOf(value.b)];
     const reading = items.readings.indexOf(value.reading);
     const text = value.q.toLowerCase();
-    const found = items.items.filter(
-      ([of, , question, answer, , places, states]) =>
-        of === reading && is(states[a], value.as) && is(states[b], value.bs) && (!text || [question, answer, ...places.map((place) => items.texts[place] ?? "")].some((each) => each.toLowerCase().includes(text)))
-    );
+    const only = form.elements.tokens.checked;
+    const found = items.items.filter((item) => {
+      const [of, , question, answer, , places, states] = item;
+      return (
+        of === reading && (!only || explained.has(item)) && is(states[a], value.as) && is(states[b], value.bs) && (!text || [question, answer, ...places.map((place) => items.texts[place] ?? "")].some((each) => each.toLowerCase().includes(text)))
+      );
+    });
     const arms = form.elements.all.checked ? items.arms.map((_, place) => place) : [...new Set([a, b])];
     const table = document.getElementById("answers");
     const head = make("tr");
     for (const name of ["run", "question", "answer", "exposure", ...arms.map((arm) => items.arms[arm])]) head.append(make("th", name));
     table.tHead.replaceChildren(head);
-    const rows = found.slice(0, shown).map(([, run, question, answer, exposure, places, states]) => {
+    const rows = found.slice(0, shown).map((item) => {
+      const [, run, question, answer, exposure, places, states] = item;
       const row = make("tr");
       row.append(make("td", run), make("td", question), make("td", answer), make("td", exposure === null ? "" : String(exposure)));
-      for (const arm of arms) row.append(make("td", say(states[arm]) + (items.texts[places[arm]] ?? ""), states[arm] === 1 ? "right" : "wrong"));
+      for (const arm of arms) {
+        const cell = make("td", say(states[arm]) + (items.texts[places[arm]] ?? ""), states[arm] === 1 ? "right" : "wrong");
+        const tokens = explained.get(item)?.get(arm);
+        if (tokens) {
+          const button = make("button", "tokens", "tokens");
+          button.type = "button";
+          button.addEventListener("click", () => showTokens(items.arms[arm], question, tokens));
+          cell.append(" ", button);
+        }
+        row.append(cell);
+      }
       return row;
     });
     table.tBodies[0].replaceChildren(...rows);
@@ -275,7 +320,7 @@ async function answers() {
   };
   const remember = () => {
     const value = new URLSearchParams(names.map((name) => [name, form.elements[name].value]).filter(([, each]) => each !== ""));
-    if (form.elements.all.checked) value.set("all", "1");
+    for (const name of ["all", "tokens"]) if (form.elements[name].checked) value.set(name, "1");
     history.replaceState(null, "", `#items?${value}`);
   };
   form.addEventListener("input", () => {

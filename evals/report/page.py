@@ -36,6 +36,7 @@ def render(content: dict[str, Any], items: dict[str, Any]) -> str:
         items=Markup(compressed(items)),
         item_count=len(items["items"]),
         item_total=items["all"],
+        explained=bool(items["tokens"]),
         readings=items["readings"],
         data=Markup(as_script({name: content[name] for name in ("arms", "frontier", "header")} | {"charts": _charts(content)})),
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),

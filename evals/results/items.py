@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -12,7 +13,8 @@ from proxytune.errors import UserError
 from proxytune.files import check_readable, check_writable
 
 FILE = "items.parquet"
-ADDED = {"tuning": 0, "popularity": float("nan")}  # columns that files of older versions lack
+TOKENS = "tokens"  # the reading that explains answers
+ADDED: dict[str, Any] = {"tuning": 0, "popularity": float("nan"), "tokens": ""}  # columns that files of older versions lack
 NEEDED = {"reading": str, "world": str, "seed": int, "arm": str, "question": str, "answer": str, "text": str, "right": float, "unparsed": bool}
 STATES = ("right", "wrong", "unparsed")
 RUN = ["world", "seed", "tuning"]
@@ -20,8 +22,9 @@ RUN = ["world", "seed", "tuning"]
 
 def all_items(records: Sequence[Record]) -> pd.DataFrame:
     """One row per answer: reading, world, seed, tuning, arm, unit, question, answer, popularity (in a world: the fact's exposure; NaN if it is not
-    known), text, right (a share: 1/k in a tie of k), unparsed, tied."""
-    columns = ["reading", "world", "seed", "tuning", "arm", "unit", "question", "answer", "popularity", "text", "right", "unparsed", "tied"]
+    known), text, right (a share: 1/k in a tie of k), unparsed, tied, and tokens (what each member gave every token, as JSON; empty for most)."""
+    columns = ["reading", "world", "seed", "tuning", "arm", "unit", "question", "answer", "popularity", "text", "right", "unparsed", "tied", "tokens"]
+    explained = {(record.arm, record.world, record.seed, record.tuning): record.items for record in records if record.frame == TOKENS}
     frames = [
         record.items.assign(
             reading=record.frame,
@@ -31,6 +34,7 @@ def all_items(records: Sequence[Record]) -> pd.DataFrame:
             arm=record.arm,
             popularity=record.items.get("popularity", float("nan")),
             tied=record.items.get("tied", False),
+            tokens=_tokens(record, explained.get((record.arm, record.world, record.seed, record.tuning))),
         )
         for record in records
         if "text" in record.items
@@ -38,6 +42,14 @@ def all_items(records: Sequence[Record]) -> pd.DataFrame:
     if not frames:
         return pd.DataFrame()
     return pd.concat(frames, ignore_index=True)[columns].astype({"popularity": float, "right": float, "tied": bool})
+
+
+def _tokens(record: Record, explained: pd.DataFrame | None) -> list[str]:
+    """Of each item of the task, its answer's tokens; those of other readings are not explained."""
+    if explained is None or record.frame != "task":
+        return [""] * len(record.items)
+    known = dict(zip(explained["number"], explained["tokens"], strict=True))
+    return [known.get(number, "") for number in range(len(record.items))]
 
 
 def write_items(records: Sequence[Record], folder: Path) -> Path:
@@ -64,7 +76,7 @@ def read_items_of(folder: Path) -> pd.DataFrame:
             f"folder: '{folder / FILE}' lacks the columns {', '.join(missing)}; give the folder that proxytune compare wrote its results to"
         )
     items = items.assign(**{name: value for name, value in ADDED.items() if name not in items})
-    kinds = NEEDED | {"tuning": int, "popularity": float}
+    kinds = NEEDED | {"tuning": int, "popularity": float, "tokens": str}
     try:
         return items.astype({name: kind for name, kind in kinds.items() if items[name].dtype != kind})
     except (ValueError, TypeError) as error:

@@ -34,7 +34,7 @@ def run(unbroken: Unbroken, tmp_path: Path) -> Path:
 
 def answers(**columns: Any) -> pd.DataFrame:
     rows = {"reading": "task", "world": "", "seed": 0, "tuning": 0, "unit": "u", "question": "q", "answer": "a", "popularity": 1.0, "text": "t"}
-    return pd.DataFrame(rows | {"right": 1.0, "unparsed": False, "tied": False} | columns)
+    return pd.DataFrame(rows | {"right": 1.0, "unparsed": False, "tied": False, "tokens": ""} | columns)
 
 
 def unpacked(page: str) -> Any:
@@ -114,6 +114,51 @@ def test_a_folder_without_results_is_one_line(tmp_path: Path) -> None:
         write_report(tmp_path)
     done = run_command("report", tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+def test_explained_items_are_among_those_that_are_shown_and_lead_to_their_tokens() -> None:
+    count = MOST_ITEMS + 500
+    frame = answers(arm=["base"] * count, question=[f"q{number}" for number in range(count)])
+    assert items_content(frame)["tokens"] == []
+    frame.loc[[7, 20_001], "tokens"] = json.dumps([{"token": "a\u202e", "members": {"base": 0.25, "expert": None}, "mixture": 0.5, "base": "b"}])
+    content = items_content(frame)
+    assert [content["items"][place][2] for place, _, _ in content["tokens"]] == ["q7", "q20001"]
+    assert content["tokens"][0][1:] == [0, [["a\\u202e", 0.5, {"base": 0.25, "expert": None}, "b"]]]
+    assert len(content["items"]) <= MOST_ITEMS
+
+
+@pytest.mark.browser
+def test_a_reader_opens_an_answer_token_by_token(run: Path) -> None:
+    playwright_api = pytest.importorskip("playwright.sync_api")
+    items = pd.read_parquet(run / "items.parquet")
+    told = [{"token": EVIL, "members": {"base": 0.25, "expert": None}, "mixture": 0.5, "base": "nothing"}]
+    told.append({"token": "yes", "members": {"base": 0.75, "expert": 0.5}, "mixture": 0.875, "base": None})  # type: ignore[dict-item]
+    place = items.index[(items["reading"] == "task") & (items["arm"] == "proxy@1")][3]
+    items.loc[place, "tokens"] = json.dumps(told)
+    items.to_parquet(run / "items.parquet", index=False)
+    path = write_report(run)
+    with playwright_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page()
+        problems: list[str] = []
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.goto(path.as_uri())
+        page.wait_for_selector("#answers tbody tr")
+        page.select_option("select[name=a]", "proxy@1")
+        page.check("input[name=tokens]")
+        assert page.inner_text("#found").startswith("1 of ")
+        assert "tokens=1" in page.url
+        assert not page.locator("#explained").is_visible()
+        page.click("button.tokens")
+        assert page.inner_text("#explained p").startswith("1 of 2 tokens")
+        rows = page.locator("#explained tbody tr")
+        assert rows.nth(0).locator("td").nth(0).inner_text() == json.dumps(EVIL.replace("\u2028", "\\u2028"))
+        assert rows.nth(0).locator("td").all_inner_texts()[1:] == ["0.500", "0.250", "none", '"nothing"']
+        assert rows.nth(1).locator("td").all_inner_texts()[1:] == ["0.875", "0.750", "0.500", ""]
+        page.keyboard.press("Escape")
+        assert not page.locator("#explained").is_visible()
+        assert problems == []
+        browser.close()
 
 
 @pytest.mark.browser
