@@ -141,6 +141,11 @@ def probe(
     dynamics: Annotated[
         Path | None, typer.Option(help="With density, instead of models: a released file of training dynamics.", show_default=False)
     ] = None,
+    scores: Annotated[
+        Path | None,
+        typer.Option(help="With bias: a CSV matrix, one row a bias, one column a model (BACKBONE-DATA-Seed-N).", show_default=False),
+    ] = None,
+    leave_out: Annotated[list[str], typer.Option(help="With --scores: a row to leave out, such as MMLU; may be repeated.")] = [],  # noqa: B006
     from_step: Annotated[int, typer.Option(min=0, help="With --dynamics: means are over the evaluations from this step on.")] = 3000,
     knowledge: Annotated[
         str | None,
@@ -168,12 +173,16 @@ def probe(
     `proxytune probe density base` needs no file: it reads the names of cities, known, little known and made up (2 minutes for
     135M parameters); `proxytune probe density base tuned` shows what tuning changed, and with `--knowledge` it reads your statements, too.
     `proxytune probe erosion base tuned --knowledge items.jsonl` looks at your own models; `proxytune probe density --checkpoints run` at
-    the folders step-100, step-200, … of a pretraining run. Stop it at any time: the same command continues.
+    the folders step-100, step-200, … of a pretraining run; `proxytune probe bias --scores scores.csv` says whether released bias scores go
+    with pretraining or with instruction data. Stop it at any time: the same command continues.
     """
     from evals.commands.compare import run_and_show
-    from evals.commands.probe import Probe, probe_study, show_dynamics
+    from evals.commands.probe import Probe, probe_study, show_dynamics, show_scores
     from evals.study import with_seeds
 
+    if scores is not None:
+        show_scores(name, scores, leave_out, form)
+        return
     if dynamics is not None:
         show_dynamics(dynamics, from_step, out, form)
         return

@@ -101,7 +101,7 @@ def unbroken(tiny_family: Path, shared: Path) -> Unbroken:
         if not out.exists():
             place_world(tiny_family, out)
         finished = run_in_process(study, out)
-    return Unbroken(out, finished, summarize(study, finished.records, finished.costs))
+    return Unbroken(out, finished, summarize(study, finished.records, finished.costs, prompts=finished.prompts))
 
 
 @pytest.fixture

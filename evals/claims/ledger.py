@@ -8,12 +8,10 @@ import hashlib
 import importlib
 import json
 import pkgutil
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -21,14 +19,13 @@ from pydantic import TypeAdapter, ValidationError
 from evals.claims import findings
 from evals.claims.claim import Answer, Beside, Claim, Evidence, Part, answer
 from evals.invalid import did_you_mean
+from evals.results.provenance import study_hash, versions
 from evals.results.summary import read_results
 from evals.study import STUDIES, Study, load_study
-from proxytune.content import content_key
 from proxytune.errors import UserError
 from proxytune.files import check_readable, check_writable
 
 RECORDS = Path(__file__).parent / "records"
-PACKAGES = ("proxytune", "torch", "transformers", "numpy", "scipy")
 
 
 @dataclass(frozen=True)
@@ -95,10 +92,6 @@ def shipped(name: str) -> Study:
     return load_study(STUDIES / f"{name}.yaml")[0]
 
 
-def study_hash(study: Study) -> str:
-    return content_key(study=study.model_dump(mode="json"))
-
-
 def read_record(name: str, folder: Path = RECORDS) -> Record:
     """The claim's record; an empty one if there is none. Raises `UserError` for a file that is none."""
     path = folder / f"{name}.json"
@@ -139,7 +132,7 @@ def measure(evidence: Evidence, folder: Path) -> Measured:
         _hash(results_file),
         results.header.seeds,
         results.header.worlds,
-        {package: version(package) for package in PACKAGES} | {"python": platform.python_version()},
+        versions(),
         parts,
     )
 

@@ -29,7 +29,7 @@ def run_and_show(study: Study, folder: Path, out: Path, shown: Path, form: str |
         finished = run_study(study, folder, out, display, jobs=jobs, patient=patient)
         shown.mkdir(parents=True, exist_ok=True)
         with display.bar("intervals and figures", None):
-            results = summarize(study, finished.records, finished.costs, finished.choices)
+            results = summarize(study, finished.records, finished.costs, finished.choices, finished.prompts)
             figures = [path for chart in result_charts(results) for path in draw_chart(chart, shown, list(results.header.kinds))]
             results_file.write_text(results.json() + "\n")
             costs_file.write_text(as_json(results.measured) + "\n")

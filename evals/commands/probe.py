@@ -1,5 +1,6 @@
 """`proxytune probe`: one measure, with the measures it is built on, for a study or for models given by name."""
 
+import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -17,9 +18,12 @@ from evals.given import absolute, direct_arms
 from evals.measures.registry import measures
 from evals.measures.separation import step_of
 from evals.released.dynamics import dynamics_chart, dynamics_table, read_dynamics, settle
+from evals.released.scores import plain, read_scores, score_matrix, score_tables
+from evals.running.progress import Display
 from evals.study import STUDIES, Study, explain_invalid, load_study
+from probes.bias import LABELS, MOST, count
 from proxytune.content import as_json
-from proxytune.errors import UserError
+from proxytune.errors import UserError, brief
 from proxytune.printable import printable
 
 
@@ -113,6 +117,25 @@ def show_dynamics(file: Path, from_step: int, out: Path | None, form: str) -> No
     figures = draw_chart(dynamics_chart(frame, file.stem), folder)
     print(as_json(asdict(found)) if form == "json" else draw(dynamics_table(found), form, shutil.get_terminal_size((160, 24)).columns))
     print(f"Files: {printable(', '.join(map(str, figures)))}", file=sys.stderr)
+
+
+def show_scores(name: str, file: Path, leave_out: Sequence[str], form: str) -> None:
+    """A released matrix of bias scores: tables, or JSON with unrounded numbers."""
+    if name != "bias":
+        raise UserError(f"--scores: a matrix of bias scores belongs to the measure bias, not {brief(name)}; run proxytune probe bias --scores FILE")
+    matrix = read_scores(file, leave_out)
+    total = sum(min(MOST, count(matrix.labels[label], matrix.labels[other])) for label, other in (LABELS, LABELS[::-1]))
+    with Display() as display:
+        for column, why in matrix.left_out.items():
+            display.say(f"{column}: left out, {why}")
+        with display.bar("permutations", total) as progress:
+            found = score_matrix(matrix, progress)
+    width = shutil.get_terminal_size((160, 24)).columns
+    print(
+        json.dumps(plain(found), indent=1, allow_nan=False, ensure_ascii=True)
+        if form == "json"
+        else draw(score_tables(found, file.stem), form, width)
+    )
 
 
 def _taught(probe: Probe) -> tuple[Study, Path]:

@@ -58,7 +58,22 @@ def page_content(results: Results) -> dict[str, Any]:
         "arms": [printable(arm) for arm in header.kinds],
         "frontier": results.compared["frontier"],
         "header": asdict(header),
+        "provenance": _provenance(results),
     }
+
+
+def _provenance(results: Results) -> list[list[str]]:
+    """Rows of a name and a text; a first prompt that several frames share once."""
+    found = results.provenance
+    rows = [["Study, hash", found["study_hash"]]] if "study_hash" in found else []
+    if "versions" in found:
+        rows.append(["Versions", ", ".join(f"{name} {number}" for name, number in found["versions"].items())])
+    frames: dict[str, list[str]] = {}
+    for frame, prompt in found.get("first_prompts", {}).items():
+        frames.setdefault(prompt, []).append(frame)
+    rows += [[f"Asked, {frame}", f"hash {digest}"] for frame, digest in found.get("asked", {}).items()]
+    rows += [[f"First of {', '.join(of)}", prompt] for prompt, of in frames.items()]
+    return [[printable(name), printable(text)] for name, text in rows]
 
 
 def _section(name: str, title: str, question: str, controls: str, tables: Sequence[Table], charts: Sequence[Chart]) -> dict[str, Any]:

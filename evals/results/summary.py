@@ -17,6 +17,7 @@ from evals.results.comparison import PARTS, Row, compare, comparison_charts, com
 from evals.results.costs import Costs, cost_table, counted_costs, measured_costs
 from evals.results.header import Header, header_of
 from evals.results.headline import headline
+from evals.results.provenance import provenance_of
 from evals.results.recorded import Recorded
 from evals.selection import Choices
 from evals.study import Run, Study
@@ -41,6 +42,7 @@ class Results:
     compared: dict[str, list[Row]]
     costs: list[Row]
     measured: list[Row] = field(default_factory=list)
+    provenance: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def headline(self) -> list[str]:
@@ -59,16 +61,21 @@ class Results:
             **self.compared,
             "costs": self.costs,
             "measures": summaries,
+            "provenance": self.provenance,
         }
         return as_json(_rounded(content))
 
 
-def summarize(study: Study, records: Sequence[Record], costs: Costs, choices: Mapping[Run, Choices] | None = None) -> Results:
-    """The results of a study's records; `choices` is what its runs selected. Raises `UserError` if records of a frame were asked differently."""
+def summarize(
+    study: Study, records: Sequence[Record], costs: Costs, choices: Mapping[Run, Choices] | None = None, prompts: Mapping[str, str] | None = None
+) -> Results:
+    """The results of a study's records; `choices` is what its runs selected, `prompts` the first prompt of each frame. Raises `UserError` if records
+    of a frame were asked differently."""
     recorded = Recorded(study, records)
     summaries = {name: recorded.summary(name) for name in study.shown}
     rows = [row for name, summary in summaries.items() for row in measures()[name].rows(summary)]
-    return Results(header_of(study), summaries, rows, compare(recorded, choices), counted_costs(costs), measured_costs(costs))
+    found = provenance_of(study, records, prompts or {})
+    return Results(header_of(study), summaries, rows, compare(recorded, choices), counted_costs(costs), measured_costs(costs), found)
 
 
 def read_results(path: Path) -> Results:
@@ -86,7 +93,7 @@ def read_results(path: Path) -> Results:
         known = measures()
         summaries = {name: TypeAdapter(known[name].summary).validate_python(summary) for name, summary in content["measures"].items()}
         compared = {part: content[part] for part in PARTS}
-        return Results(header, summaries, content["rows"], compared, content["costs"])
+        return Results(header, summaries, content["rows"], compared, content["costs"], provenance=content.get("provenance", {}))
     except (KeyError, ValidationError) as error:
         raise UserError(f"results: '{path}' is not what proxytune compare writes ({type(error).__name__}); run the study again") from error
 

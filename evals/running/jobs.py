@@ -51,13 +51,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Entry:
-    """A record's key, and what the record is of."""
+    """A record's key, and what the record is of; `first` is the first prompt as text and ids, where the base is read in the first run."""
 
     arm: str
     frame: str
     run: Run
     protocol: str
     key: str
+    first: str = ""
 
 
 @dataclass(frozen=True)
@@ -233,9 +234,9 @@ def _take(reading: Reading, subject: Outputs | Pair, inputs: Inputs, job: Job, p
     keys, protocol = keys_of(reading, subject, inputs), protocol_of(reading, inputs)
     missing = arms_of(missing_of(keys, place))
     found: dict[str, dict[str, Any]] = {}
+    first = reading.first_prompt(inputs) if job.group is not None and job.group.kind == "base" and job.run == place.study.runs[0] else None
     if missing:
-        first = reading.first_prompt(inputs) if job.group is not None and job.group.kind == "base" and job.run == place.study.runs[0] else None
-        if first is not None:
+        if first:
             display.say(f"{reading.name}: {first}")
         chosen = subject.only(missing)
         try:
@@ -262,7 +263,7 @@ def _take(reading: Reading, subject: Outputs | Pair, inputs: Inputs, job: Job, p
         right = "".join(f", {100 * score_of(items):.1f} % right" for items in found.get(label, {}).values() if "right" in items)
         display.say(f"{job.run} · {label} · {reading.name}: {'read' if label in missing else 'from its record'}{right}")
     for (label, frame), key in keys.items():
-        yield Entry(label, frame, job.run, protocol, key)
+        yield Entry(label, frame, job.run, protocol, key, first or "")
 
 
 def protocol_of(reading: Reading, inputs: Inputs) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait as wait_for
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -40,11 +40,13 @@ LOCK = ".running"
 
 @dataclass(frozen=True)
 class Finished:
-    """All records in the study's order, every arm's costs, one entry per run, and what was selected in every run (empty if nothing was)."""
+    """All records in the study's order, every arm's costs, one entry per run, what was selected in every run (empty if nothing was), and the first
+    prompt of every frame as text and ids."""
 
     records: list[Record]
     costs: dict[str, list[Mapping[str, Any]]]
     choices: dict[Run, Choices]
+    prompts: dict[str, str] = field(default_factory=dict)
 
 
 def run_study(study: Study, folder: Path, out: Path, display: Display, *, jobs: int | None = None, patient: bool = False) -> Finished:
@@ -101,7 +103,8 @@ def _run(place: Place, todo: Sequence[Job], display: Display, jobs: int | None) 
     frames = {frame: position for position, frame in enumerate(dict.fromkeys(record.frame for record in records))}
     runs = {run: position for position, run in enumerate(study.runs)}
     records.sort(key=lambda record: (frames[record.frame], order[record.arm], runs[Run(record.world, record.seed, record.tuning)]))
-    return Finished(records, _costs(study, [(job.run, read) for job, read in reads], choices), choices)
+    prompts = {entry.frame: entry.first for entry, _ in entries if entry.first}
+    return Finished(records, _costs(study, [(job.run, read) for job, read in reads], choices), choices, prompts)
 
 
 def _costs(study: Study, reads: Sequence[tuple[Run, Read]], choices: Mapping[Run, Choices]) -> dict[str, list[Mapping[str, Any]]]:

@@ -82,9 +82,9 @@ def test_a_finding_without_a_probe_says_so_and_cannot_tell() -> None:
         deciding = [part for measured in record.measured for part in measured.parts if part.decides]
         if not deciding:
             assert answer_to(record) == "cannot tell", claim.name
-            assert "no probe" in " ".join(waiting(claim, record)), claim.name
+            assert "There is no" in " ".join(waiting(claim, record)), claim.name
         else:
-            assert "no probe" not in " ".join(waiting(claim, record)), claim.name
+            assert "There is no" not in " ".join(waiting(claim, record)), claim.name
     assert any(claim.missing for claim in claims().values())
 
 
@@ -273,12 +273,12 @@ def scores(folder: Path, planted: float) -> list[Any]:
 
 def test_what_pretraining_plants_is_found_and_only_that(tmp_path: Path) -> None:
     silhouettes, index, shares = scores(tmp_path / "planted", 1.0)
-    assert "exact permutation p 0.002" in silhouettes.recomputed
+    assert "exact permutation p within strata 0.005" in silhouettes.recomputed
     assert index.printed.endswith("1.000")
-    assert index.recomputed.startswith("0.002")
+    assert index.recomputed.startswith("0.005")
     assert float(shares.recomputed.split(", ")[0]) > 0.4
     nothing, _, noise = scores(tmp_path / "nothing", 0.0)
-    assert float(nothing.recomputed.split("permutation p ")[1].split(")")[0]) > 0.05
+    assert float(nothing.recomputed.split("within strata ")[1].split(")")[0]) > 0.05
     assert float(noise.recomputed.split(", ")[0]) < 0.15
     assert sum(map(float, shares.recomputed.split(", "))) == pytest.approx(1, abs=0.002)
 
@@ -294,7 +294,7 @@ def of(claim: Claim) -> list[str]:
     ("claim", "expected"),
     [
         (density.CLAIM, ["0.27294, 0.27347, 0.27479", "0.276", "0.27921, 0.27937, 0.27980"]),
-        (bias.CLAIM, ["0.104 (exact permutation p 0.002) and 0.037 (p 0.15)", "0.002", "0.197, 0.133, 0.112, 0.558"]),
+        (bias.CLAIM, ["0.104 (exact permutation p within strata 0.005) and 0.037 (p 0.08)", "0.005", "0.197, 0.133, 0.112, 0.558"]),
         (elicitation.CLAIM, ["79.05", "10.95", "0.6911753539"]),
     ],
     ids=lambda value: value.name if isinstance(value, Claim) else "",

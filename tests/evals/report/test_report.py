@@ -62,6 +62,17 @@ def test_every_measure_and_the_answer_are_in_the_page(run: Path, unbroken: Unbro
     assert not [part for part in page.split("<script>")[0].split('"') if part.startswith(("http:", "https:", "//"))]
 
 
+def test_provenance_is_in_the_page(run: Path, unbroken: Unbroken) -> None:
+    """Twin: results of before there was any have none."""
+    results = unbroken.results
+    assert results.provenance["study_hash"] in write_report(run).read_text()
+    assert {"task", "knowledge"} <= set(results.provenance["first_prompts"])
+    page = render(page_content(results), items_content(pd.DataFrame()))
+    assert f"torch {results.provenance['versions']['torch']}" in page
+    assert str(results.provenance["first_prompts"]["task"]).split(" = ")[1].split(", answer")[0] in page
+    assert "Versions" not in render(page_content(replace(results, provenance={})), items_content(pd.DataFrame()))
+
+
 def test_the_answer_is_the_same_when_it_is_read_back(run: Path, unbroken: Unbroken) -> None:
     """.1205 and .12049999 are one number in results.json, but not in a line of one digit: so the answer is made of the rounded ones."""
     row = {"arm": "proxy@1", "direct": "full", "measure": "task", "value": 0.12049999, "low": 0.1, "high": 0.2, "needs": None}
