@@ -1,7 +1,7 @@
 """Tokens: what each member gave every token of an answer, and where the base alone would have said another one.
 
-At most 200 answers a study: those of the first seed, of every arm to the same items, drawn from the task's by a fixed draw (items at even distances
-may all ask the same kind of question). They are too few to tell arms apart; they show how an answer came about.
+Twenty items of each world or data set, at most 200 a study, with the answers of every arm in the first seed. They are drawn from the task's items,
+always the same (items at even distances may all ask the same kind of question). They are too few to tell arms apart; they show how an answer arose.
 """
 
 import json
@@ -27,7 +27,7 @@ from finetune.encoding import prompt_ids
 from proxytune.explanation import explain
 from proxytune.mixture import active
 
-MOST = 200  # answers of a study
+EACH, MOST = 20, 200  # items of a world or data set, and of a study
 DIGITS = 4
 
 
@@ -65,7 +65,7 @@ class Explained(Asked):
 def numbers(inputs: Inputs) -> list[int]:
     """The places of the items that are explained; none for later seeds, and where answers are chosen and not generated."""
     study, count = inputs.study, len(inputs.data.test)
-    each = min(count, MOST // (len(study.arm_settings) * max(1, len(study.worlds)) * study.tuning_seeds))
+    each = min(count, EACH, MOST // max(1, len(study.worlds)))
     if inputs.seed != study.seeds[0] or inputs.data.choose or not each:
         return []
     return sorted(np.random.default_rng(0).permutation(count)[:each].tolist())
