@@ -424,6 +424,25 @@ def rescore(
 
 
 @app.command()
+def corpus(
+    folder: Annotated[Path, typer.Argument(help="Plain text, JSON lines or Parquet, or a folder of these: one document a line or row.")],
+    items: Annotated[str, typer.Option(help="Items with subject and answer; with --model also statement and choices.")],
+    model: Annotated[str | None, typer.Option(help="A local folder or a hub name: what does it say, and how sure is it?", show_default=False)] = None,
+    confident: Annotated[float, typer.Option(min=0, max=1, help="With --model: a share among the choices from which an answer is confident.")] = 0.9,
+    threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="CPU threads.")] = 2,
+    form: Annotated[Format, typer.Option("--format", help="Format of the output; json and csv have all items.")] = Format.table,
+) -> None:
+    """Counts in how many documents of a corpus an item's subject and answer stand, alone and together.
+
+    With `--model` the answers are the model's: which signal tells the wrong ones, counts or the model's confidence, and what is it
+    confident of although the corpus never says it?
+    """
+    from evals.commands.corpus import show_corpus
+
+    show_corpus(folder, items, model, confident, form, threads)
+
+
+@app.command()
 def frontier(
     results: Annotated[Path, typer.Argument(help="A folder of PEFT's results (JSON), or a CSV file with the columns name, gain, loss and n.")],
     out: Annotated[Path, typer.Option(help="Folder of the figure.")] = Path("proxytune-runs/frontier-of-others"),

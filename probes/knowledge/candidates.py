@@ -36,6 +36,17 @@ def known(member: Member, items: Sequence[Item], *, batch_tokens: int = 2048) ->
 
     Where all candidates are single tokens, one pass over the statements is enough.
     """
+    right, probability = [], []
+    for item, means in zip(items, candidate_means(member, items, batch_tokens=batch_tokens), strict=True):
+        name = member.model.name_or_path or type(member.model).__name__
+        answer = item.choices.index(item.answer)
+        right.append(best_choices(means.tolist(), f"knowledge: '{name}' at {item.question!r}") == [answer])
+        probability.append(float(means.softmax(0)[answer]))
+    return Known(np.array(right), np.array(probability))
+
+
+def candidate_means(member: Member, items: Sequence[Item], *, batch_tokens: int = 2048) -> Sequence[Tensor]:
+    """For every item, each candidate's mean log-probability per token after the statement. Raises `UserError` as `known` does."""
     for item in items:
         if item.statement is None or item.answer not in item.choices:
             raise UserError(f"knowledge: the item {item.question!r} needs a statement and choices with the answer among them")
@@ -44,13 +55,7 @@ def known(member: Member, items: Sequence[Item], *, batch_tokens: int = 2048) ->
     encoded = {choice: tuple(continuation_ids(member.tokenizer, choice)) for choice in distinct}
     candidates = [[encoded[choice] for choice in item.choices] for item in items]
     read = _at_once if all(len(ids) == 1 for ids in encoded.values()) else _scored
-    right, probability = [], []
-    for item, means in zip(items, read(member, prefixes, candidates, batch_tokens), strict=True):
-        name = member.model.name_or_path or type(member.model).__name__
-        answer = item.choices.index(item.answer)
-        right.append(best_choices(means.tolist(), f"knowledge: '{name}' at {item.question!r}") == [answer])
-        probability.append(float(means.softmax(0)[answer]))
-    return Known(np.array(right), np.array(probability))
+    return read(member, prefixes, candidates, batch_tokens)
 
 
 def _scored(member: Member, prefixes: Sequence[Ids], candidates: Sequence[Sequence[Ids]], batch_tokens: int) -> Sequence[Tensor]:
