@@ -13,6 +13,7 @@ from proxytune.files import check_writable
 
 HERE = Path(__file__).parent
 NAME = "report.html"
+OF_PLOT = "'sha256-jSYQUrW7J0b3jPqhZP9C2Xh1PyJKHKXd4s0fpGGKrww='"  # the style that Plot 0.6.17 puts into every figure
 
 
 def write_report(folder: Path) -> Path:
@@ -25,7 +26,8 @@ def write_report(folder: Path) -> Path:
 
 
 def render(content: dict[str, Any], items: dict[str, Any]) -> str:
-    """The page. Scripts run only if their hash is in the page's policy, so that nothing a model, a file or a name says can run."""
+    """The page. Scripts run and styles apply only if their hash is in the page's policy, so that nothing a model, a file or a name says can act."""
+    style = (HERE / "page.css").read_text(encoding="utf-8")
     scripts = [(HERE / name).read_text(encoding="utf-8") for name in ("vendor/d3.min.js", "vendor/plot.min.js", "page.js")]
     environment = Environment(
         loader=PackageLoader("evals.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -39,9 +41,10 @@ def render(content: dict[str, Any], items: dict[str, Any]) -> str:
         explained=bool(items["tokens"]),
         readings=items["readings"],
         data=Markup(as_script({name: content[name] for name in ("arms", "frontier", "header")} | {"charts": _charts(content)})),
-        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+        style=Markup(style),
+        style_hashes=Markup(f"'sha256-{_hash(style)}' {OF_PLOT}"),
         scripts=[Markup(script) for script in scripts],
-        hashes=" ".join(f"'sha256-{_hash(script)}'" for script in scripts),
+        hashes=Markup(" ".join(f"'sha256-{_hash(script)}'" for script in scripts)),
     )
 
 

@@ -59,6 +59,7 @@ def test_every_measure_and_the_answer_are_in_the_page(run: Path, unbroken: Unbro
     assert unbroken.results.headline[0] in page
     assert set(unpacked(page)["arms"]) == set(unbroken.results.header.kinds)
     assert "default-src 'none'" in page
+    assert "unsafe" not in page.split("<style>")[0]
     assert not [part for part in page.split("<script>")[0].split('"') if part.startswith(("http:", "https:", "//"))]
 
 
