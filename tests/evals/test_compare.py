@@ -166,7 +166,7 @@ def test_a_damaged_record_is_made_again(unbroken: Unbroken, tmp_path: Path) -> N
     victims[2].unlink()
     study = Study.model_validate(STUDY)
     again = run_in_process(study, out)
-    assert summarize(study, again.records, again.costs).json() == unbroken.results.json()
+    assert summarize(study, again.records, again.costs, prompts=again.prompts).json() == unbroken.results.json()
 
 
 def test_a_torn_or_flipped_record_is_no_record_or_the_same(tmp_path: Path) -> None:

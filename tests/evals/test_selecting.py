@@ -149,7 +149,7 @@ class Whole(NamedTuple):
 def whole(tiny_family: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     out = place_world(tiny_family, tmp_path_factory.mktemp("selecting"))
     done = run_in_process(STUDY, out)
-    return Whole(out, done, summarize(STUDY, done.records, done.costs, done.choices))
+    return Whole(out, done, summarize(STUDY, done.records, done.costs, done.choices, done.prompts))
 
 
 def texts(finished: Finished, arm: str, frame: str = "task") -> list[str]:
