@@ -1,7 +1,6 @@
 """The command line: compare, probe, items, tune, generate, and more. Each command imports only what it needs."""
 
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -209,8 +208,7 @@ def items(
     from proxytune.content import as_json
 
     table = side_by_side(read_items_of(folder), measure, where, limit)
-    width = shutil.get_terminal_size((160, 24)).columns
-    print(as_json(table.frame.to_dict("records")) if form is Format.json else draw([table], form, width))
+    print(as_json(table.frame.to_dict("records")) if form is Format.json else draw([table], form))
 
 
 @app.command()
@@ -267,7 +265,7 @@ def tables(
     from proxytune.content import as_json
 
     table = published_table(read_runs(runs), arms)
-    print(as_json(table.frame.to_dict("records")) if form is Format.json else draw([table], form, shutil.get_terminal_size((160, 24)).columns))
+    print(as_json(table.frame.to_dict("records")) if form is Format.json else draw([table], form))
 
 
 @app.command()
@@ -313,7 +311,7 @@ def generate(
     ids = stream(model, tokenizer, prompts, new_tokens, temperature, speculate)
     if explain:
         table = explanation_table(explain_tokens(model, ids, len(prompts["base"]), prompts=prompts), tokenizer)
-        print(draw([table], "table", shutil.get_terminal_size((160, 24)).columns))
+        print(draw([table], "table"))
     if map_tokens:
         print(f"{model.mass_covered:.1%} of the base's probability stood on tokens that both vocabularies have", file=sys.stderr)
     if speculate:
@@ -417,8 +415,7 @@ def rescore(
     with Display() as display:
         code = None if execute is None else execute_in_sandbox(display)
         results = score(folder, code, display.say, humaneval=execute, roles=[read_roles(text) for text in roles])
-    width = shutil.get_terminal_size((160, 24)).columns
-    print(json.dumps(results["rows"], indent=1, allow_nan=False) if form is Format.json else draw(rescore_tables(results), form, width))
+    print(json.dumps(results["rows"], indent=1, allow_nan=False) if form is Format.json else draw(rescore_tables(results), form))
     for note in results["notes"]:
         print(printable(note), file=sys.stderr)
 
@@ -546,8 +543,7 @@ def bench(
     wanted = Bench(models, expert, alpha, tokens, rounds, threads, device, getattr(torch, dtype.value))
     with Display() as display, tempfile.TemporaryDirectory() as folder, display.bar("measuring", steps(wanted)) as progress:
         results = run_bench(wanted, Path(folder), display.say, progress)
-    width = shutil.get_terminal_size((160, 24)).columns
-    print(as_json(results) if form is Format.json else draw(bench_tables(results), form, width))
+    print(as_json(results) if form is Format.json else draw(bench_tables(results), form))
 
 
 @world.command()

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evals.study import expanded
+from pydantic import ValidationError
+
+from evals.study import Study, expanded, explain_invalid
 from proxytune.errors import UserError
 
 RESERVED = ("base", "expert", "proxy")
@@ -13,6 +15,14 @@ RESERVED = ("base", "expert", "proxy")
 def absolute(name: str) -> str:
     """A folder or file by its whole path; a hub name as it is."""
     return str(expanded(name).absolute()) if expanded(name).exists() else name
+
+
+def study_of(command: str, content: dict[str, Any]) -> Study:
+    """Raises `UserError`, in the command's name, for what is no study."""
+    try:
+        return Study.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{command}: {explain_invalid(error)}") from error
 
 
 def direct_arms(command: str, paths: Sequence[str]) -> dict[str, dict[str, Any]]:

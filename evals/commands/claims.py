@@ -1,6 +1,5 @@
 """`proxytune claims`: the ledger of the findings of the literature, measured again, read from finished runs, or printed."""
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,4 +41,4 @@ def show(name: str | None, form: str, records: Path = RECORDS) -> None:
         print(as_json([plain(*entry) for entry in entries.values()]))
         return
     tables = [ledger_table(entries), printed_table(entries)] if name is None else entry_tables(*entries[name])
-    print(draw(tables, form, shutil.get_terminal_size((160, 24)).columns))
+    print(draw(tables, form))

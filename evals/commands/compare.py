@@ -1,7 +1,6 @@
 """`proxytune compare` and `proxytune probe`: run a study, print its tables, write results, figures and answers."""
 
 import gc
-import shutil
 from pathlib import Path
 
 from evals.display.drawing import draw as draw_chart
@@ -38,7 +37,7 @@ def run_and_show(study: Study, folder: Path, out: Path, shown: Path, form: str |
             print("\n".join(map(printable, results.headline)))
             print(f"The rest: {printable(str(shown / NAME))}, to open in a browser; all tables here with --full.")
         else:
-            print(results.json() if form == "json" else draw(result_tables(results), form, shutil.get_terminal_size((160, 24)).columns))
+            print(results.json() if form == "json" else draw(result_tables(results), form))
         answered = any("text" in record.items for record in finished.records)
         if answered:
             files.append(write_items(finished.records, shown))
@@ -53,6 +52,5 @@ def show_plan(study: Study, folder: Path, out: Path, form: str) -> None:
     read or written."""
     with Display() as display:
         tables = {"jobs": outlook_table(study, folder, out, display), "power": power_table(study, out)}
-    width = shutil.get_terminal_size((160, 24)).columns
     rows = {name: table.frame.to_dict("records") for name, table in tables.items()}
-    print(as_json(rows) if form == "json" else draw(list(tables.values()), form, width))
+    print(as_json(rows) if form == "json" else draw(list(tables.values()), form))

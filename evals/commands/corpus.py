@@ -1,6 +1,5 @@
 """`proxytune corpus`: what a corpus says of items, and what a model is confident of although the corpus never says it."""
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ import torch
 from evals.display.cells import Table, cell
 from evals.display.render import draw
 from evals.running.progress import Display
-from evals.statistics.value import Value
+from evals.statistics.intervals import Interval
+from evals.statistics.value import value_of
 from finetune.formats import read_items
 from finetune.items import Item
 from probes.cooccurrence import Told, compare
@@ -77,7 +77,7 @@ def show_corpus(folder: Path, source: str, model: str | None, confident: float, 
             as_json({"items": [asdict(row) for row in rows], "signals": None if told is None else {name: asdict(one) for name, one in told.items()}})
         )
     else:
-        print(draw(corpus_tables(rows, told, confident, form), form, shutil.get_terminal_size((160, 24)).columns))
+        print(draw(corpus_tables(rows, told, confident, form), form))
 
 
 def _asked(model: str, items: Sequence[Item], display: Display) -> tuple[list[Item], np.ndarray, np.ndarray]:
@@ -109,10 +109,10 @@ def corpus_tables(rows: Sequence[Counted], told: dict[str, Told] | None, confide
         [
             {"signal": name}
             | {
-                "AUROC": cell(_value(one.auroc), 1, 2),
-                "minus confidence": "" if name == CONFIDENCE else cell(_value(one.against), 1, 2),
-                "precision and recall": cell(_value(one.precision), 1, 2),
-                "risk and coverage": cell(_value(one.risk), 1, 2),
+                "AUROC": cell(value_of(Interval(*one.auroc)), 1, 2),
+                "minus confidence": "" if name == CONFIDENCE else cell(value_of(Interval(*one.against)), 1, 2),
+                "precision and recall": cell(value_of(Interval(*one.precision)), 1, 2),
+                "risk and coverage": cell(value_of(Interval(*one.risk)), 1, 2),
             }
             for name, one in told.items()
         ],
@@ -148,7 +148,3 @@ def _items(rows: Sequence[Counted], title: str, note: str, form: str) -> Table:
     )
     more = f" {len(rows) - len(shown)} more in --format json or csv." if len(rows) > len(shown) else ""
     return Table(title, frame, f"{note}{more}".strip())
-
-
-def _value(one: tuple[float, float, float]) -> Value:
-    return Value(None) if np.isnan(one[0]) else Value(*one)

@@ -1,6 +1,5 @@
 """`proxytune frontier`: gain against forgetting for numbers that were measured elsewhere."""
 
-import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -17,5 +16,5 @@ def show_frontier(results: Path, out: Path, form: str) -> None:
     found = find_frontier(*read_rows(results))
     out.mkdir(parents=True, exist_ok=True)
     figures = draw_chart(frontier_chart(found, results.stem), out)
-    print(as_json(asdict(found)) if form == "json" else draw(frontier_tables(found, results.stem), form, shutil.get_terminal_size((160, 24)).columns))
+    print(as_json(asdict(found)) if form == "json" else draw(frontier_tables(found, results.stem), form))
     print(f"Files: {printable(', '.join(map(str, figures)))}", file=sys.stderr)

@@ -1,26 +1,23 @@
 """`proxytune probe`: one measure, with the measures it is built on, for a study or for models given by name."""
 
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from pydantic import ValidationError
 from transformers.utils import CONFIG_NAME
 
 from evals.display.drawing import draw as draw_chart
 from evals.display.render import draw
 from evals.entities import CITIES
-from evals.given import absolute, direct_arms
+from evals.given import absolute, direct_arms, study_of
 from evals.measures.registry import measures
 from evals.measures.separation import step_of
 from evals.released.dynamics import dynamics_chart, dynamics_table, read_dynamics, settle
 from evals.released.scores import plain, read_scores, score_matrix, score_tables
 from evals.running.progress import Display
-from evals.study import STUDIES, Study, explain_invalid, load_study
+from evals.study import STUDIES, Study, load_study
 from probes.bias import LABELS, MOST, count
 from proxytune.content import as_json
 from proxytune.errors import UserError, brief
@@ -64,7 +61,7 @@ def probe_study(probe: Probe) -> tuple[Study, Path]:
         # A verdict may use the study's other measures; a single measure needs nothing else.
         beside = [name for name in study.measures if name not in wanted and len(wanted) > 1]
         content = study.model_dump() | {"measures": (*beside, *wanted)}
-        return _validated(content), folder
+        return study_of("probe", content), folder
     if probe.teach:
         return _taught(probe)
     if probe.knowledge is None and any(need.startswith("knowledge") for name in _measures(probe.name) for need in measures()[name].needs):
@@ -84,7 +81,7 @@ def probe_study(probe: Probe) -> tuple[Study, Path]:
         "measures": _measures(probe.name),
         "threads": probe.threads,
     }
-    return _validated(content), Path()
+    return study_of("probe", content), Path()
 
 
 def _of_run(probe: Probe) -> Probe:
@@ -115,7 +112,7 @@ def show_dynamics(file: Path, from_step: int, out: Path | None, form: str) -> No
     folder = out or Path("proxytune-runs") / "dynamics"
     folder.mkdir(parents=True, exist_ok=True)
     figures = draw_chart(dynamics_chart(frame, file.stem), folder)
-    print(as_json(asdict(found)) if form == "json" else draw(dynamics_table(found), form, shutil.get_terminal_size((160, 24)).columns))
+    print(as_json(asdict(found)) if form == "json" else draw(dynamics_table(found), form))
     print(f"Files: {printable(', '.join(map(str, figures)))}", file=sys.stderr)
 
 
@@ -130,12 +127,7 @@ def show_scores(name: str, file: Path, leave_out: Sequence[str], form: str) -> N
             display.say(f"{column}: left out, {why}")
         with display.bar("permutations", total) as progress:
             found = score_matrix(matrix, progress)
-    width = shutil.get_terminal_size((160, 24)).columns
-    print(
-        json.dumps(plain(found), indent=1, allow_nan=False, ensure_ascii=True)
-        if form == "json"
-        else draw(score_tables(found, file.stem), form, width)
-    )
+    print(json.dumps(plain(found), indent=1, allow_nan=False, ensure_ascii=True) if form == "json" else draw(score_tables(found, file.stem), form))
 
 
 def _taught(probe: Probe) -> tuple[Study, Path]:
@@ -144,14 +136,7 @@ def _taught(probe: Probe) -> tuple[Study, Path]:
         raise UserError("--teach: give the measure density and one model, and no data: proxytune probe density MODEL --teach")
     study, folder = load_study(STUDIES / "taught.yaml")
     changes = {"study": f"taught-{Path(str(probe.target)).name}", "models": {"base": absolute(str(probe.target))}, "threads": probe.threads}
-    return _validated(study.model_dump() | changes), folder
-
-
-def _validated(content: dict[str, Any]) -> Study:
-    try:
-        return Study.model_validate(content)
-    except ValidationError as error:
-        raise UserError(f"probe: {explain_invalid(error)}") from error
+    return study_of("probe", study.model_dump() | changes), folder
 
 
 def _measures(name: str) -> tuple[str, ...]:

@@ -4,11 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from evals.entities import CITIES
-from evals.given import absolute, direct_arms
-from evals.study import STUDIES, Study, explain_invalid
+from evals.given import absolute, direct_arms, study_of
+from evals.study import STUDIES, Study
 from proxytune.errors import UserError
 
 KNOWLEDGE = STUDIES / "capitals" / "knowledge.jsonl"
@@ -45,10 +43,7 @@ def report_study(
         "settings": {"density": {"statements": False}} if knowledge is None else {},
         "threads": threads,
     }
-    try:
-        return Study.model_validate(content)
-    except ValidationError as error:
-        raise UserError(f"report: {explain_invalid(error)}") from error
+    return study_of("report", content)
 
 
 def missing(study: Study) -> list[str]:

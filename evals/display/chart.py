@@ -3,7 +3,7 @@
 A chart has panels; a panel has marks on two axes. Numbers are in the unit that the axis names.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -89,6 +89,13 @@ def scaled(value: Value, factor: int | float) -> Value:
 
 def all_scaled(values: Sequence[Value], factor: int | float) -> tuple[Value, ...]:
     return tuple(scaled(value, factor) for value in values)
+
+
+def arm_bars(values: Mapping[str, Value], group: str, title: str, label: str) -> Panel:
+    """A horizontal bar for each arm, the first one on top."""
+    places = tuple(map(float, range(len(values))))
+    bars = Series("bar", tuple(values.values()), places, group=group, horizontal=True)
+    return Panel((bars,), title, Axis(label), Axis(ticks=tuple(zip(places, values, strict=True)), down=True))
 
 
 def exposure_axis(labels: Sequence[str]) -> Axis:

@@ -1,6 +1,7 @@
 """Tables for people, papers and other programs: on the terminal, in Markdown, LaTeX (with the package booktabs), HTML or CSV."""
 
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -15,9 +16,10 @@ from evals.display.cells import Table
 from proxytune.printable import printable
 
 
-def draw(tables: Sequence[Table], form: str, width: int) -> str:
-    """The tables as `table`, `markdown`, `latex`, `html` or `csv`. Titles, notes and cells may hold any text; it is escaped for the form."""
-    return DRAWINGS[form]([_escaped(table, ESCAPES[form]) for table in tables], width)
+def draw(tables: Sequence[Table], form: str, width: int | None = None) -> str:
+    """The tables as `table`, `markdown`, `latex`, `html` or `csv`. Titles, notes and cells may hold any text; it is escaped for the form.
+    `width` is that of the terminal, unless it is given."""
+    return DRAWINGS[form]([_escaped(table, ESCAPES[form]) for table in tables], width or shutil.get_terminal_size((160, 24)).columns)
 
 
 def _escaped(table: Table, escape: Callable[[str], str]) -> Table:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field, model_validator
 
 from evals.display.cells import Table
-from evals.display.chart import Axis, Chart, Panel, Series, all_scaled
+from evals.display.chart import Chart, arm_bars, scaled
 from evals.measures.inputs import Inputs
 from evals.measures.measure import Frames, Measure, Progress, Reading, Settings, Share
 from evals.measures.registry import register
@@ -132,12 +132,8 @@ class Benchmark(Measure[Scores]):
     def charts(self, summary: Scores, header: Header) -> Iterable[Chart]:
         panels = []
         for task in summary.tasks:
-            changed = [one for one in summary.scores if one.task == task and one.change is not None]
-            places = tuple(map(float, range(len(changed))))
-            values = all_scaled([one.change for one in changed if one.change is not None], 100)
-            ticks = tuple(zip(places, (one.arm for one in changed), strict=True))
-            bars = Series("bar", values, places, group=NAME, horizontal=True)
-            panels.append(Panel((bars,), task, Axis("arm minus base (points)"), Axis(ticks=ticks, down=True)))
+            changed = {one.arm: scaled(one.change, 100) for one in summary.scores if one.task == task and one.change is not None}
+            panels.append(arm_bars(changed, NAME, task, "arm minus base (points)"))
         if panels and any(panel.y.ticks for panel in panels):
             yield Chart(NAME, f"{header.title}: benchmarks, paired 95 % intervals", tuple(panels), paired=True, across=2)
 

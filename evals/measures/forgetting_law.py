@@ -123,8 +123,8 @@ def _law(records: Recorded, frame: str, name: str) -> tuple[Law, list[Point], Ve
     law = Law(
         name,
         len(arms.labels),
-        _most_one(value_of(over_seeds(ranks.tolist()))),
-        _most_one(value_of(over_seeds(shares.tolist()))),
+        value_of(over_seeds(ranks.tolist(), (-np.inf, 1.0))),
+        value_of(over_seeds(shares.tolist(), (-np.inf, 1.0))),
         UNKNOWN if steered is None else value_of(over_seeds(steered.tolist(), DIFFERENCE)),
         None if np.isnan(coefficients).any() else (float(coefficients[0]), float(coefficients[1])),
     )
@@ -188,12 +188,6 @@ def _clause(records: Recorded, name: str, values: Float[np.ndarray, " seeds"] | 
     if values is None or not np.isfinite(values).all():
         return measured(name, None, runs, note="there are too few arms")
     return clause(records, name, [np.array([[value]]) for value in values], 0, None, runs)
-
-
-def _most_one(found: Value) -> Value:
-    """The interval of what is at most 1 ends there."""
-    value, low, high = (None if number is None else min(number, 1.0) for number in (found.value, found.low, found.high))
-    return Value(value, low, high)
 
 
 # What is shown

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from evals.display.cells import Table, cell, over, table
-from evals.display.chart import Axis, Chart, Panel, Series
+from evals.display.chart import Chart, arm_bars
 from evals.measures.inputs import Inputs
 from evals.measures.measure import Frames, Measure, Progress, Reading, Settings
 from evals.measures.registry import register
@@ -177,12 +177,9 @@ class Text(Measure[Texts]):
         return table("Ordinary text", [one.arm for one in summary.arms], columns, note)
 
     def charts(self, summary: Texts, header: Header) -> Iterable[Chart]:
-        shown = [one for one in summary.arms if one.change is not None and one.change.value is not None]
+        shown = {one.arm: one.change for one in summary.arms if one.change is not None and one.change.value is not None}
         if shown:
-            places = tuple(map(float, range(len(shown))))
-            ticks = tuple(zip(places, (one.arm for one in shown), strict=True))
-            bars = Series("bar", tuple(one.change or Value(None) for one in shown), places, group="text", horizontal=True)
-            panel = Panel((bars,), "", Axis("loss, arm minus base (nats per token)"), Axis(ticks=ticks, down=True))
+            panel = arm_bars(shown, "text", "", "loss, arm minus base (nats per token)")
             yield Chart("text", f"{header.title}: ordinary text, paired 95 % intervals", (panel,), paired=True)
 
 

@@ -23,7 +23,7 @@ from evals.statistics.frontier import on_frontier
 from evals.statistics.intervals import Estimate, gap_closed, interval
 from evals.statistics.power import Needs, minimum_detectable_effect, needs
 from evals.statistics.significance import mcnemar
-from evals.statistics.value import Value, finite, value_of
+from evals.statistics.value import Value, finite, value_in, value_of
 from evals.study import Run, Study
 from probes.significance import holm
 
@@ -184,11 +184,11 @@ def with_comparison(shown: Table, measure: str, compared: dict[str, list[Row]]) 
         gaps = [row for row in compared["gap_closed"] if (row["measure"], row["direct"]) == (measure, direct)]
         if gaps:
             name = "gap closed" if len(references) == 1 else f"gap closed (vs {direct})"
-            columns[name] = {row["arm"]: cell(_value(row), 100) + _in_words(row, " ({})") for row in gaps}
+            columns[name] = {row["arm"]: cell(value_in(row), 100) + _in_words(row, " ({})") for row in gaps}
         if gaps and len(references) == 1:
             columns["capped"] = {row["arm"]: "" if row["capped"] is None else f"{row['capped'] * 100:.1f}" for row in gaps}
         differences = [row for row in against if row["direct"] == direct]
-        columns[f"Δ vs {direct}"] = {row["arm"]: cell(_value(row), 100) for row in differences}
+        columns[f"Δ vs {direct}"] = {row["arm"]: cell(value_in(row), 100) for row in differences}
         if direct == references[0] and any(row["needs"] for row in differences):
             columns["to decide Δ"] = {row["arm"]: _in_words(row) for row in differences}
     arms = shown.frame.iloc[:, 0]
@@ -251,15 +251,11 @@ def _left_out(far: Sequence[Row]) -> str:
 
 def _family(intervals: bool, rows: Sequence[Row]) -> Series:
     ordered = sorted(rows, key=lambda row: row["setting"] or 0)
-    values = {name: all_scaled([_value(row[name]) for row in ordered], 100) for name in ("gain", "kept")}
+    values = {name: all_scaled([value_in(row[name]) for row in ordered], 100) for name in ("gain", "kept")}
     if not intervals:
         values = {name: tuple(Value(value.value) for value in of_name) for name, of_name in values.items()}
     filled = tuple(row["on_frontier"] for row in ordered)
     return Series("line", values["kept"], across=values["gain"], label=ordered[0]["family"], filled=filled)
-
-
-def _value(row: Row) -> Value:
-    return Value(row["value"], row["low"], row["high"])
 
 
 def _frontier_table(rows: Sequence[Row]) -> list[Table]:
@@ -267,7 +263,7 @@ def _frontier_table(rows: Sequence[Row]) -> list[Table]:
         return []
     frame = pd.DataFrame({"arm": [row["arm"] for row in rows]})
     for name in ("gain", "kept"):
-        frame[f"{rows[0][name]['measure']}, arm minus base"] = [cell(_value(row[name]), 100) for row in rows]
+        frame[f"{rows[0][name]['measure']}, arm minus base"] = [cell(value_in(row[name]), 100) for row in rows]
     frame["on the frontier"] = ["yes" if row["on_frontier"] else "" for row in rows]
     frame["in % of draws"] = [f"{row['share_of_draws'] * 100:.0f}" for row in rows]
     families = dict.fromkeys(row["family"] for row in rows if row["on_frontier"])
@@ -282,7 +278,7 @@ def _contrast_table(rows: Sequence[Row]) -> list[Table]:
     frame = pd.DataFrame({"arms": list(dict.fromkeys(names))})
     for measure in dict.fromkeys(row["measure"] for row in rows):
         of_measure = {name: row for name, row in zip(names, rows, strict=True) if row["measure"] == measure}
-        frame[measure] = [cell(_value(of_measure[name]), 100) for name in frame["arms"]]
+        frame[measure] = [cell(value_in(of_measure[name]), 100) for name in frame["arms"]]
         if any(row["needs"] for row in of_measure.values()):
             frame[f"to decide, {measure}"] = [_in_words(of_measure[name]) for name in frame["arms"]]
         tests = [row for row in of_measure.values() if row["p"] is not None]

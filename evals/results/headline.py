@@ -17,7 +17,7 @@ from evals.display.cells import cell
 from evals.measures.registry import measures
 from evals.results.header import Header
 from evals.statistics.power import Needs
-from evals.statistics.value import Value
+from evals.statistics.value import value_in
 
 Row = dict[str, Any]
 Sign = Literal["more", "less", "open"]
@@ -95,7 +95,7 @@ def _answer(header: Header, compared: Mapping[str, Sequence[Row]]) -> Iterator[s
         )
     for row in compared["gap_closed"]:
         if (row["arm"], row["direct"]) == (steered, direct) and row["value"] is not None:
-            yield f"{steered} closes {cell(_value(row), 100)} % of the gap between base and {direct} at {row['measure']}."
+            yield f"{steered} closes {cell(value_in(row), 100)} % of the gap between base and {direct} at {row['measure']}."
 
 
 def _beside_base(header: Header, compared: Mapping[str, Sequence[Row]]) -> Iterator[str]:
@@ -159,11 +159,7 @@ def _verdicts(name: str, summary: Any) -> Iterator[str]:
 
 
 def _sign(row: Row) -> Sign:
-    return "open" if not _value(row).excludes_zero() else "more" if row["value"] > 0 else "less"
-
-
-def _value(row: Row) -> Value:
-    return Value(row["value"], row["low"], row["high"])
+    return "open" if not value_in(row).excludes_zero() else "more" if row["value"] > 0 else "less"
 
 
 def _named(row: Row) -> str:
@@ -172,6 +168,6 @@ def _named(row: Row) -> str:
 
 def _points(row: Row) -> str:
     """A difference in percentage points, with its sign."""
-    value = _value(row)
+    value = value_in(row)
     text = cell(value, 100)
     return f"+{text}" if value.value is not None and value.value > 0 else text

@@ -8,7 +8,7 @@ import pandas as pd
 from evals.display.cells import Table, cell
 from evals.invalid import did_you_mean
 from evals.results.summary import Results, read_results
-from evals.statistics.value import Value
+from evals.statistics.value import value_in
 from proxytune.errors import UserError
 
 NOISE, UNPARSED, CONSTRUCTION, ABSENT = "(a)", "(b)", "(c)", "(d)"
@@ -64,7 +64,7 @@ def published_table(runs: Mapping[str, Results], arms: Sequence[str] = ()) -> Ta
 def _share(results: Results, arm: str, measure: str) -> str:
     for row in results.rows:
         if (row["arm"], row["measure"]) == (arm, measure):
-            shown = cell(Value(row["value"], row["low"], row["high"]), 100)
+            shown = cell(value_in(row), 100)
             return f"{shown} {UNPARSED}" if row["unparsed"] >= MANY * row["n"] else shown
     return f"n/a {ABSENT}"
 
@@ -75,7 +75,7 @@ def _gap(results: Results, arm: str, measure: str) -> str:
         return f"{0 if arm == results.header.base else 100} {CONSTRUCTION}"
     for row in results.compared["gap_closed"]:
         if (row["arm"], row["direct"], row["measure"]) == (arm, direct, measure):
-            return f"n/a {NOISE}" if row["value"] is None else cell(Value(row["value"], row["low"], row["high"]), 100, 0)
+            return f"n/a {NOISE}" if row["value"] is None else cell(value_in(row), 100, 0)
     return f"n/a {ABSENT}"
 
 

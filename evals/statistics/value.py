@@ -1,7 +1,8 @@
 """A number with its interval, as summaries hold it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,11 @@ def value_of(interval: Interval) -> Value:
 
 def values_of(intervals: Iterable[Interval]) -> list[Value]:
     return [value_of(interval) for interval in intervals]
+
+
+def value_in(row: Mapping[str, Any]) -> Value:
+    """The value of a row of results (`value`, `low`, `high`)."""
+    return Value(row["value"], row["low"], row["high"])
 
 
 def finite(number: float) -> float | None:
